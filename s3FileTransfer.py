@@ -30,6 +30,7 @@ import argparse
 import base64
 import contextlib
 import errno
+import fnmatch
 import hashlib
 import io
 import itertools
@@ -46,24 +47,29 @@ import sys
 import threading
 import time
 import zlib
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from fnmatch import translate
 from typing import IO, TYPE_CHECKING, Any, BinaryIO, TextIO, TypeVar
 
 if TYPE_CHECKING:
+    import boto3
+    import boto3.s3.transfer
+    import botocore.config
+    import botocore.exceptions
+    import botocore.parsers
+    import s3transfer.utils
     from mypy_boto3_s3.client import S3Client
 
 T = TypeVar("T")
 
 __version__ = "1.0.0"
 
-KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
-UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-UNITS |= {"KI": KIB, "MI": MIB, "GI": GIB, "TI": 1 << 40}
+KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+UNITS |= {"KI": KIB, "MI": MIB, "GI": GIB, "TI": TIB}
 
 # Limits of S3: https://docs.aws.amazon.com/AmazonS3/latest/userguide/qfacts.html
 KEY_MAX_BYTES = 1024
@@ -81,28 +87,22 @@ READ_BYTES = MIB
 
 # One process gains nothing from more threads: they share the interpreter lock.
 DEFAULT_CONCURRENCY = 16
-LARGE_FILES_AT_ONCE = 2
-PART_THREADS = 8
-# Files that may wait ready for a free thread, and the bytes of all files under way.
-# A slow uplink with large files then has few connections, each with enough of the
-# line that S3 does not close it as idle (after about 20 seconds).
-QUEUED_PER_THREAD = 2
-BYTES_UNDER_WAY = 64 * MIB
-ALWAYS_UNDER_WAY = 4
+LARGE_FILES_AT_ONCE, PART_THREADS = 2, 8
+# Files handed out per thread, so that none waits for the next; and the bytes of all
+# of them. A slow uplink with large files then has few connections, and each moves
+# often enough that S3 does not close it as idle (after about 20 seconds).
+QUEUED_PER_THREAD, BYTES_UNDER_WAY, ALWAYS_UNDER_WAY = 2, 64 * MIB, 4
 
 CONNECT_TIMEOUT_SECONDS = 10
 # Longer than a NAS needs to flush a large file, short enough to notice a stall.
 READ_TIMEOUT_SECONDS = 60
 # A request that fails for a passing reason is tried again until this long after
-# its first failure.
-PATIENCE_SECONDS = 60
-FIRST_REQUEST_SECONDS = 18
+# its first failure; a run's very first request gives up sooner.
+PATIENCE_SECONDS, FIRST_PATIENCE_SECONDS, FIRST_REQUEST_SECONDS = 60, 9, 18
 BACKOFF_FIRST_SECONDS, BACKOFF_MAX_SECONDS = 0.5, 10
-DAMAGED_TRIES = 3
-CHANGED_TRIES, CHANGED_PAUSE_SECONDS = 3, 2.0
+DAMAGED_TRIES, CHANGED_TRIES, CHANGED_PAUSE_SECONDS = 3, 3, 2
 
-SAVE_INTERVAL_SECONDS = 1.0
-SAVE_SHARE = 0.05
+SAVE_INTERVAL_SECONDS, SAVE_SHARE = 1.0, 0.05
 SIGNAL_GRACE_SECONDS = 8
 EXIT_SIGINT, EXIT_SIGTERM = 130, 143
 INTERRUPTED = "interrupted; the state is saved, send the rest with --crashrun 1"
@@ -117,46 +117,29 @@ DAMAGED_CODES = frozenset(
     "BadDigest InvalidDigest XAmzContentSHA256Mismatch XAmzContentChecksumMismatch "
     "IncompleteBody".split()
 )
-# What every further request would meet too, and what to do about it.
-STOPPING_CODES = {
-    "ExpiredToken": "the session token has expired; renew it",
-    "ExpiredTokenException": "the session token has expired; renew it",
-    "TokenRefreshRequired": "the session token must be renewed",
-    "InvalidToken": "the session token is not valid; check AWS_SESSION_TOKEN or the profile",
-    "RequestTimeTooSkewed": "this machine's clock is too far off; set it (NTP)",
-    "RequestExpired": "this machine's clock is too far off; set it (NTP)",
-    "NoSuchBucket": "the bucket does not exist; check --bucketname, or let an account "
-    "that may look and create buckets run this once",
-    "InvalidBucketName": "the bucket name is not valid; check --bucketname",
-    "AuthorizationHeaderMalformed": "the region of the signature is wrong; set --region",
-    "IllegalLocationConstraintException": "the bucket is in another region; set --region",
-    "PermanentRedirect": "the bucket is in another region; set --region",
-    "AllAccessDisabled": "all access to the bucket has been disabled; ask its owner",
-    "AccountProblem": "there is a problem with the account; ask its owner",
-    "NotSignedUp": "the account is not signed up for S3",
-    "InvalidPayer": "all access to the bucket has been disabled; ask its owner",
-    "InvalidStorageClass": "the server does not know this storage class; check --storage-class",
-    "InvalidEncryptionAlgorithmError": "the server does not know this encryption; check --sse",
-    "KMS.NotFoundException": "the KMS key does not exist; check --sse-kms-key-id",
-    "KMS.DisabledException": "the KMS key is disabled; check --sse-kms-key-id",
-    "NotImplemented": "the server does not support this request; leave out --storage-class, "
-    "--sse and --expected-bucket-owner",
-    "QuotaExceeded": "the quota of the bucket or account is used up; make room",
-    "XMinioStorageFull": "the server's disks are full; make room",
-}
 # A server that has other regions, or none, answers CreateBucket with one of these.
 LOCATION_CODES = frozenset(
     "InvalidLocationConstraint IllegalLocationConstraintException InvalidRegion".split()
 )
-# These stop the run only while nothing has succeeded: later it may be that one key.
+# What every further request would meet too: what to do about it, and S3's codes for it.
+STOPPING_CODES = {
+    "the session token is not valid or has expired; renew it": "ExpiredToken "
+    "ExpiredTokenException TokenRefreshRequired InvalidToken",
+    "this machine's clock is too far off; set it (NTP)": "RequestTimeTooSkewed RequestExpired",
+    "there is no such bucket; check --bucketname, or create it": "NoSuchBucket InvalidBucketName",
+    "the bucket is in another region; set --region": "AuthorizationHeaderMalformed "
+    "IllegalLocationConstraintException PermanentRedirect",
+    "ask the owner of the bucket": "AllAccessDisabled AccountProblem NotSignedUp",
+    "check --storage-class": "InvalidStorageClass",
+    "check --sse and --sse-kms-key-id": "InvalidEncryptionAlgorithmError KMS.NotFoundException "
+    "KMS.DisabledException",
+    "leave out --storage-class, --sse and --expected-bucket-owner": "NotImplemented",
+    "make room there": "QuotaExceeded XMinioStorageFull",
+}
+# These stop the run only while nothing has been accepted: later it may be that one key.
 STOPPING_AT_FIRST_CODES = {
-    "AccessDenied": "the credentials may not write there, or another account owns the bucket; "
-    "the policy needs s3:PutObject",
-    "Forbidden": "the credentials may not do that; check the policy",
-    "403": "the credentials may not do that; check the policy",
-    "InvalidAccessKeyId": "the server does not know this access key; check the credentials",
-    "SignatureDoesNotMatch": "the secret key is wrong; check the credentials",
-    "InvalidSecurity": "the credentials are not valid; check them",
+    "check the policy (it needs s3:PutObject) and whose bucket it is": "AccessDenied Forbidden 403",
+    "check the credentials": "InvalidAccessKeyId SignatureDoesNotMatch InvalidSecurity",
 }
 
 
@@ -187,50 +170,48 @@ class Entry:
         path, key, done = (fields.get(k) for k in ("filepath", "filename", "uploadedSuccess"))
         if not (isinstance(path, str) and path and isinstance(key, str) and done in (0, 1)):
             raise ValueError("an entry lacks filepath, filename or an uploadedSuccess of 0 or 1")
-        known: dict[str, Any] = {}
-        for name, kind in OPTIONAL_FIELDS:
-            value = fields.get(name)
-            if value is not None and (type(value) is not kind):
+        known = {name: fields[name] for name in OPTIONAL_FIELDS if fields.get(name) is not None}
+        for name, value in known.items():
+            if type(value) is not OPTIONAL_FIELDS[name]:
                 raise ValueError(f"an entry's {name} is not valid")
-            known[name] = value
-        if known["bucket"]:
+        if "bucket" in known:
             known["bucket"] = sys.intern(known["bucket"])
         return cls(os.path.abspath(path), key, done == 1, **known)
 
     def to_json(self) -> str:
-        """Return the entry as one line of JSON, the three original fields first."""
+        """Return the entry as one line of JSON, the three original fields first.
+
+        A file name that is no valid UTF-8 (in Python it has lone surrogates) is escaped,
+        so that the state file is valid UTF-8 and the name survives.
+        """
         fields: dict[str, Any] = {
             "filepath": self.filepath,
             "uploadedSuccess": int(self.uploaded),
             "filename": self.filename,
         }
-        for name, _ in OPTIONAL_FIELDS:
-            value = getattr(self, name)
-            if value is not None:
+        for name in OPTIONAL_FIELDS:
+            if (value := getattr(self, name)) is not None:
                 fields[name] = value
-        return encode_json(fields)
+        text = READABLE_JSON.encode(fields)
+        return text if text.isprintable() else json.dumps(fields)
 
 
-OPTIONAL_FIELDS: tuple[tuple[str, type], ...] = (
-    ("bucket", str),
-    ("size", int),
-    ("mtime_ns", int),
-    ("etag", str),
-    ("error", str),
-    ("upload_id", str),
-    ("part_size", int),
-)
+READABLE_JSON = json.JSONEncoder(ensure_ascii=False)
+OPTIONAL_FIELDS = {
+    "bucket": str, "size": int, "mtime_ns": int, "etag": str,
+    "error": str, "upload_id": str, "part_size": int,
+}  # fmt: skip
 
 
 @dataclass(slots=True)
 class Task:
-    """What a worker needs to send one file: an entry's place, path, key and open upload."""
+    """What a worker needs to send one file: its entry's place, path, key and open upload."""
 
     index: int
     filepath: str
     key: str
-    size: int
-    large: bool
+    size: int = 0
+    large: bool = False
     upload_id: str | None = None
     part_size: int | None = None
     tries: int = 1
@@ -241,8 +222,6 @@ class UploadStarted:
     """A multipart upload has its id; no part is sent before the state holds it."""
 
     task: Task
-    upload_id: str
-    part_size: int
     size: int
     mtime_ns: int
     saved: threading.Event = field(default_factory=threading.Event)
@@ -250,10 +229,10 @@ class UploadStarted:
 
 @dataclass(slots=True)
 class Result:
-    """How the sending of one file ended.
+    """How the sending of one file ended; `error` says why in a sentence.
 
-    `outcome` is "uploaded", "failed", "changed" (try again later), "fatal" (the run
-    must stop) or "stopped" (the run stopped first). `error` says why in a sentence.
+    `outcome` is "uploaded", "failed", "changed" (try again later), "fatal" (the run must
+    stop) or "stopped" (the run stopped first).
     """
 
     task: Task
@@ -295,19 +274,6 @@ class DigestMismatch(Exception):
     """S3's answer does not prove that the object holds the bytes that were read."""
 
 
-def encode_json(fields: dict[str, Any]) -> str:
-    """Return `fields` as JSON, readable where the text is valid Unicode.
-
-    A file name that is no valid UTF-8 (a lone surrogate in Python) is escaped, so
-    that the state file is valid UTF-8 and the name survives.
-    """
-    text = READABLE_JSON.encode(fields)
-    return text if text.isprintable() else json.dumps(fields)
-
-
-READABLE_JSON = json.JSONEncoder(ensure_ascii=False)
-
-
 def reason(error: OSError) -> str:
     """Return the operating system's words for `error`, without path and number."""
     return (error.strerror or str(error) or type(error).__name__).lower()
@@ -320,27 +286,26 @@ def shown(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+def one_line(error: object) -> str:
+    """Return the text of `error` as one printable line."""
+    return shown(" ".join(str(error).split())) or type(error).__name__
+
+
 # --- arguments --------------------------------------------------------------------
 
 
-def size_bytes(text: str) -> int:
-    """Return the bytes that a size such as 500, 64MiB, 1GB or 1.5G names.
+def size_bytes(low: int, high: int, limits: str) -> Callable[[str], int]:
+    """Return an argparse type for a size of `low` to `high` bytes: 500, 64MiB, 1GB, 1.5G.
 
-    KB, MB, GB, TB are powers of 1000; KiB, MiB, GiB, TiB are powers of 1024.
-    Raises argparse.ArgumentTypeError for anything else.
+    KB, MB, GB and TB are powers of 1000; KiB, MiB, GiB and TiB powers of 1024.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", text.strip().upper())
-    if not match or match[2] not in UNITS:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 64MiB or 1GB")
-    return int(float(match[1]) * UNITS[match[2]])
-
-
-def bounded(low: int, high: int, what: str) -> Callable[[str], int]:
-    """Return an argparse type for a size between `low` and `high` bytes."""
 
     def parse(text: str) -> int:
-        if not low <= (size := size_bytes(text)) <= high:
-            raise argparse.ArgumentTypeError(f"{what}, not {text}")
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?|[KMGT]I)B?", text.strip().upper())
+        if not match:
+            raise ArgumentTypeError(f"{text!r} is not a size such as 64MiB or 1GB")
+        if not low <= (size := int(float(match[1]) * UNITS[match[2]])) <= high:
+            raise ArgumentTypeError(f"{text} is out of bounds: {limits}")
         return size
 
     return parse
@@ -348,26 +313,27 @@ def bounded(low: int, high: int, what: str) -> Callable[[str], int]:
 
 def positive(text: str) -> int:
     """Return the whole number of 1 or more that `text` is (an argparse type)."""
-    if not re.fullmatch(r"[1-9]\d{0,4}", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to 99999")
+    if not re.fullmatch(r"[1-9][0-9]{0,3}", text):
+        raise ArgumentTypeError(f"{text!r} is not a whole number from 1 to 9999")
     return int(text)
 
 
 def bucket_name(text: str) -> str:
     """Return `text` if S3 or a compatible server could have a bucket of that name.
 
-    Old buckets and other servers have names that AWS no longer allows; the strict
-    rules are S3's own and apply when a bucket is created. Access point ARNs pass.
+    Old buckets and other servers have names that S3 no longer creates. Access point
+    ARNs pass.
     """
     if not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9._-]{1,254}|arn:[\w:/.+=,@-]+", text):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a bucket name: 3 to 63 lower-case letters, digits, dots and hyphens"
-        )
+        raise ArgumentTypeError(f"{text!r} is not a bucket name, which has {BUCKET_NAME_RULES}")
     return text
 
 
+BUCKET_NAME_RULES = "3 to 63 lower-case letters, digits, dots and hyphens"
+
+
 def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of the command line; its help is the module's docstring."""
+    """Return the parser of the command line; its help has the module's docstring."""
     summary, _, details = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(
         description=summary,
@@ -405,10 +371,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--max-concurrency", metavar="N", type=positive, default=DEFAULT_CONCURRENCY,
         help=f"requests in flight (default: {DEFAULT_CONCURRENCY})")
     add("--multipart-threshold", metavar="SIZE", default=DEFAULT_THRESHOLD_BYTES,
-        type=bounded(1, PUT_MAX_BYTES, "S3 takes up to 5GiB in one part"),
+        type=size_bytes(1, PUT_MAX_BYTES, "S3 takes up to 5GiB in one part"),
         help="files of this size and more go in parts (default: 1GB)")
     add("--multipart-chunksize", metavar="SIZE", default=DEFAULT_PART_BYTES,
-        type=bounded(PART_MIN_BYTES, PART_MAX_BYTES, "S3 wants parts of 5MiB to 5GiB"),
+        type=size_bytes(PART_MIN_BYTES, PART_MAX_BYTES, "S3 takes parts of 5MiB to 5GiB"),
         help="size of a part (default: 16MiB, more where a file would need over 10,000 parts)")
     add = parser.add_argument_group("output").add_argument
     add("--quiet", action="store_true", help="failures only")
@@ -419,7 +385,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse_arguments(argv: list[str] | None) -> Namespace:
-    """Return the parsed command line, with absolute paths.
+    """Return the parsed command line, the backup folder as an absolute path.
 
     Raises SystemExit (2) with a sentence on stderr when it is not valid.
     """
@@ -443,11 +409,9 @@ class Interruption:
 
     def __init__(self) -> None:
         self.signum = 0
-
-    def install(self) -> None:
-        """Handle the signals; a SIGHUP that is ignored (nohup) stays ignored."""
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             signum = getattr(signal, name, None)
+            # A signal that is ignored at the start (SIGHUP under nohup) stays ignored.
             if signum is not None and signal.getsignal(signum) != signal.SIG_IGN:
                 signal.signal(signum, self._on_signal)
 
@@ -477,11 +441,7 @@ class Subfolder:
 
 
 class Walk:
-    """Finds what is to be sent, in sorted order, and says what cannot be.
-
-    `own_names` are the names of the state file and its companions in the folder
-    `own_folder`; they are left out wherever the walk meets that folder.
-    """
+    """Finds what is to be sent, in sorted order, and says what cannot be."""
 
     def __init__(
         self, options: Namespace, report: Report, interruption: Interruption, state: StateFile
@@ -489,18 +449,18 @@ class Walk:
         self._root = options.backupfolder
         self._bucket = sys.intern(options.bucketname)
         self._follow_symlinks = options.follow_symlinks
-        self._excluded = re.compile("|".join(map(translate, options.exclude)) or r"(?!)").match
-        self._whole_folders = [glob for glob in options.exclude if glob.endswith("*")]
+        self._excludes = globs_matcher(options.exclude)
+        # Such a glob that matches "folder/" matches all below the folder too.
+        self._excludes_folder = globs_matcher([g for g in options.exclude if g.endswith("*")])
         self._report = report
         self._interruption = interruption
-        self._own_names = state.own_names
-        self._own_folder = state.folder_identity()
+        self._own_folder, self._own_names = state.folder_identity(), state.own_names
 
     def folder(self, path: str, *, key_prefix: str) -> Iterator[Entry]:
         """Yield an entry for every file below `path`, and for all that cannot be sent.
 
-        An entry with an `error` is one that cannot be sent; an unreadable folder is
-        such an entry, whose `filename` is the prefix of the keys below it.
+        An entry with an `error` cannot be sent; an unreadable folder is such an entry,
+        and its `filename` is the prefix of the keys below it.
         """
         open_folders = [self._list(Subfolder(path, key_prefix))]
         while open_folders:
@@ -514,69 +474,48 @@ class Walk:
 
     def again(self, entry: Entry) -> Iterator[Entry]:
         """Yield what is now at the path of `entry`: a file, all below a folder, or why not."""
-        if os.path.isdir(entry.filepath):
-            key = entry.filename
-            prefix = key if key.endswith("/") or not key else key + "/"
-            if entry.filepath == self._root:
-                prefix = key
-            yield from self.folder(entry.filepath, key_prefix=prefix)
-            return
-        found = self._examine(entry.filepath, entry.filename.rstrip("/"), is_link=False)
-        yield (
-            found
-            if isinstance(found, Entry)
-            else self._failed(
-                entry.filepath,
-                entry.filename,
-                "it is no longer a regular file; restore it or run without --crashrun",
-            )
-        )
+        path, key = entry.filepath, entry.filename
+        if path == self._root:
+            yield from self.folder(path, key_prefix=key)
+        elif not self._excludes(self._relative(path)):
+            found = self._examine(path, key.rstrip("/"), is_link=os.path.islink(path))
+            if isinstance(found, Subfolder):
+                yield from self.folder(path, key_prefix=found.key_prefix)
+            elif found:
+                yield found
 
     def _list(self, folder: Subfolder) -> Iterator[Entry | Subfolder]:
         self._interruption.check()
         try:
             status = os.stat(folder.path)
-            # Names and not DirEntry objects: these cache a stat result each, which a
-            # folder of a million files would keep in memory.
+            # Names and not DirEntry objects, which cache a stat result each: too much
+            # memory for a folder of a million files.
             with os.scandir(folder.path) as children:
-                pairs = [(child.name, child.is_symlink()) for child in children]
+                names = sorted((child.name, child.is_symlink()) for child in children)
         except OSError as error:
-            yield self._failed(
-                folder.path,
-                folder.key_prefix,
-                f"cannot read the folder: {reason(error)}; check its permissions",
-            )
+            why = f"cannot read the folder: {reason(error)}; check its permissions"
+            yield self._failed(folder.path, folder.key_prefix, why)
             return
         identity = (status.st_dev, status.st_ino)
         if identity in folder.ancestors:
             self._report.notice("link to a folder above it, not followed", folder.path)
             return
         own_names = self._own_names if identity == self._own_folder else ()
-        ancestors = (*folder.ancestors, identity)
-        pairs.sort()
-        for name, is_link in pairs:
+        for name, is_link in names:
             self._interruption.check()
-            path, key = os.path.join(folder.path, name), folder.key_prefix + name
-            if name in own_names or self._excluded(self._relative(path)):
+            path = os.path.join(folder.path, name)
+            if name in own_names or self._excludes(self._relative(path)):
                 continue
-            found = self._examine(path, key, is_link=is_link)
+            found = self._examine(path, folder.key_prefix + name, is_link=is_link)
             if isinstance(found, Subfolder):
-                if self._excludes_all_below(path):
+                found.ancestors = (*folder.ancestors, identity)
+                if self._excludes_folder(self._relative(path) + "/"):
                     continue
-                found.ancestors = ancestors
-            if found is not None:
+            if found:
                 yield found
 
     def _relative(self, path: str) -> str:
-        return (
-            os.path.relpath(path, self._root)
-            if os.sep != "/"
-            else path[len(self._root) :].lstrip("/")
-        )
-
-    def _excludes_all_below(self, path: str) -> bool:
-        below = self._relative(path) + "/"
-        return any(re.match(translate(glob), below) for glob in self._whole_folders)
+        return path[len(os.path.join(self._root, "")) :].replace(os.sep, "/")
 
     def _examine(self, path: str, key: str, *, is_link: bool) -> Entry | Subfolder | None:
         if is_link and not self._follow_symlinks:
@@ -602,6 +541,11 @@ class Walk:
         return Entry(path, key, bucket=self._bucket, error=error)
 
 
+def globs_matcher(globs: list[str]) -> Callable[[str], object]:
+    """Return a function that tells whether a path matches one of the shell patterns."""
+    return re.compile("|".join(map(fnmatch.translate, globs)) or r"(?!)").match
+
+
 def key_problem(key: str) -> str | None:
     """Return why S3 cannot have `key`, or None when it can."""
     try:
@@ -613,18 +557,18 @@ def key_problem(key: str) -> str | None:
     return None
 
 
-def plan_crashrun(previous: list[Entry], walk: Walk) -> Iterator[Entry]:
-    """Yield the entries of a crash run: uploaded ones as they are, the others found anew.
+def find_files(options: Namespace, walk: Walk, previous: list[Entry] | None) -> Iterator[Entry]:
+    """Yield the entries of this run: all of the folder, or in a crash run the state's.
 
-    An entry not uploaded whose path is a folder (one that was unreadable, or the
-    whole backup folder after a kill during the walk) is walked again, and what the
-    walk finds takes the place of the entries below it.
+    A crash run keeps uploaded entries as they are and finds the others anew. One whose
+    path is a folder (it was unreadable, or is the whole backup folder after a kill
+    during the walk) is walked again, and what is found replaces the entries below it.
     """
-    pending_folders = tuple(
-        os.path.join(entry.filepath, "")
-        for entry in previous
-        if not entry.uploaded and os.path.isdir(entry.filepath)
-    )
+    if not options.crashrun or previous is None:
+        yield from walk.folder(options.backupfolder, key_prefix=options.prefix)
+        return
+    pending = (entry.filepath for entry in previous if not entry.uploaded)
+    pending_folders = tuple(os.path.join(path, "") for path in pending if os.path.isdir(path))
     for entry in previous:
         if pending_folders and entry.filepath.startswith(pending_folders):
             continue
@@ -634,27 +578,23 @@ def plan_crashrun(previous: list[Entry], walk: Walk) -> Iterator[Entry]:
             yield from walk.again(entry)
 
 
-def carry_uploads(entries: list[Entry], open_uploads: dict[tuple[str, str], Entry]) -> list[Entry]:
-    """Hand each recorded multipart upload to the planned entry of the same, unchanged file.
+def carry_uploads(entries: list[Entry], recorded: dict[str, Entry]) -> list[Entry]:
+    """Hand each recorded multipart upload, by path, to the entry of the same, unchanged file.
 
     Returns the recorded entries whose upload nothing can go on with: it is to be aborted.
     """
-    if not open_uploads:
-        return []
-    left = dict(open_uploads)
-    for entry in entries:
-        recorded = left.get((entry.filepath, entry.filename))
-        if recorded is None or entry.uploaded:
+    abandoned = dict(recorded)
+    for entry in entries if recorded else ():
+        old = abandoned.get(entry.filepath)
+        if old is None or entry.uploaded or entry.filename != old.filename:
             continue
-        if recorded.part_size and (entry.error or same_file(recorded, entry)):
-            entry.upload_id, entry.part_size = recorded.upload_id, recorded.part_size
-            del left[entry.filepath, entry.filename]
-    return list(left.values())
-
-
-def same_file(recorded: Entry, found: Entry) -> bool:
-    """Tell whether size and modification time are those that were recorded."""
-    return (recorded.size, recorded.mtime_ns) == (found.size, found.mtime_ns)
+        if entry.error:  # it may be readable again for the next crash run
+            entry.size, entry.mtime_ns = old.size, old.mtime_ns
+        unchanged = (old.size, old.mtime_ns) == (entry.size, entry.mtime_ns)
+        if unchanged and part_size_for(old.size or 0, old.part_size or 0) == old.part_size:
+            entry.upload_id, entry.part_size = old.upload_id, old.part_size
+            del abandoned[entry.filepath]
+    return list(abandoned.values())
 
 
 # --- state ------------------------------------------------------------------------
@@ -666,24 +606,28 @@ class StateFile:
     def __init__(self, path: str) -> None:
         # os.replace would put a plain file in the place of a symbolic link.
         self.path = os.path.realpath(path)
-        self._temporary = self.path + ".tmp"
-        self._lock_path = self.path + ".lock"
+        self._folder = os.path.dirname(self.path)
+        self._temporary, self._lock_path = self.path + ".tmp", self.path + ".lock"
         self._lock: IO[str] | None = None
-        self.save_seconds = 0.0
-        self.saved_at = -math.inf
+        self._save_seconds = 0.0
+        self._saved_at = -math.inf
 
     @property
     def own_names(self) -> tuple[str, ...]:
         """Names of the state file, its temporary file and its lock."""
         return tuple(map(os.path.basename, (self.path, self._temporary, self._lock_path)))
 
+    @property
+    def has_saved(self) -> bool:
+        """Whether this run has saved a state."""
+        return self._saved_at > -math.inf
+
     def folder_identity(self) -> tuple[int, int] | None:
-        """Device and inode of the folder that holds the state file."""
-        try:
-            status = os.stat(os.path.dirname(self.path))
-        except OSError:
-            return None
-        return (status.st_dev, status.st_ino)
+        """Return device and inode of the folder that holds the state file, if it is there."""
+        with contextlib.suppress(OSError):
+            status = os.stat(self._folder)
+            return (status.st_dev, status.st_ino)
+        return None
 
     def lock(self) -> None:
         """Take the lock, which the operating system drops when this process ends.
@@ -691,34 +635,25 @@ class StateFile:
         Raises StopRun when another run holds it or the folder takes no lock.
         """
         try:
-            handle = open(self._lock_path, "a+", encoding="ascii", errors="replace")  # noqa: SIM115
+            handle = open(self._lock_path, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115
         except OSError as error:
-            raise StopRun(
-                f"cannot write beside the state file {shown(self.path)}: {reason(error)}; "
-                "choose another place with --statefile"
-            ) from error
+            why = f"cannot write beside the state file {shown(self.path)}: {reason(error)}"
+            raise StopRun(f"{why}; choose another place with --statefile") from error
         try:
             lock_handle(handle)
         except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+                why = f"cannot lock {shown(self._lock_path)}: {reason(error)}"
+                raise StopRun(f"{why}; put --statefile on a local disk") from error
             handle.seek(0)
-            holder = shown(handle.read(40).strip()) or "unknown"
-            handle.close()
-            if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
-                raise StopRun(
-                    f"another run (process {holder}) is using {shown(self.path)}; "
-                    "wait for it, or give this job its own --statefile"
-                ) from error
-            raise StopRun(
-                f"cannot lock {shown(self._lock_path)}: {reason(error)}; keep the state on a "
-                "local disk with --statefile"
-            ) from error
+            why = f"another run (process {shown(handle.read(20))}) uses {shown(self.path)}"
+            raise StopRun(f"{why}; wait for it, or give this job its own --statefile") from error
         handle.truncate(0)
         handle.write(str(os.getpid()))
         handle.flush()
         self._lock = handle
-        # A killed run may have left it.
         with contextlib.suppress(OSError):
-            os.unlink(self._temporary)
+            os.unlink(self._temporary)  # a killed run may have left it
 
     def read(self) -> list[Entry] | None:
         """Return the entries, or None when there is no state file or an empty one.
@@ -728,22 +663,16 @@ class StateFile:
         try:
             with open(self.path, encoding="utf-8") as handle:
                 text = handle.read()
-            if not text:
-                return None
-            entries = json.loads(text, object_hook=Entry.from_json)
-            if not (isinstance(entries, list) and all(type(e) is Entry for e in entries)):
+            entries = json.loads(text, object_hook=Entry.from_json) if text else None
+            if text and not (isinstance(entries, list) and all(type(e) is Entry for e in entries)):
                 raise ValueError("it is not a list of entries")
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise StopRun(
-                f"cannot read the state file {shown(self.path)}: {reason(error)}"
-            ) from error
+            raise StopRun(f"cannot read {shown(self.path)}: {reason(error)}") from error
         except (ValueError, RecursionError) as error:
-            raise StopRun(
-                f"the state file {shown(self.path)} is damaged or is something else: {error}; "
-                "move it away, or choose another with --statefile"
-            ) from error
+            why = f"the state file {shown(self.path)} is damaged: {one_line(error)}"
+            raise StopRun(f"{why}; move it away, or choose another --statefile") from error
         return entries
 
     def save(self, entries: Iterable[Entry]) -> None:
@@ -755,40 +684,34 @@ class StateFile:
         try:
             self._write(entries)
             os.replace(self._temporary, self.path)
-            sync_folder(os.path.dirname(self.path))
+            sync_folder(self._folder)
         except OSError:
             with contextlib.suppress(OSError):
                 os.unlink(self._temporary)
             raise
         finally:
-            self.saved_at = time.monotonic()
-            self.save_seconds = self.saved_at - started
+            self._saved_at = time.monotonic()
+            self._save_seconds = self._saved_at - started
 
     def _write(self, entries: Iterable[Entry]) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._temporary)
-        # "x": in a folder that others may write, never through a link of theirs.
+        # "x": in a folder that others may write to, never through a link of theirs.
         with open(self._temporary, "x", encoding="utf-8", newline="\n") as handle:
             if hasattr(os, "fchmod") and os.path.exists(self.path):
                 os.fchmod(handle.fileno(), stat.S_IMODE(os.stat(self.path).st_mode))
-            handle.write("[")
-            separator = "\n"
+            separator = "[\n"
             for entry in entries:
                 handle.write(separator + entry.to_json())
                 separator = ",\n"
-            handle.write("\n]\n" if separator == ",\n" else "]\n")
+            handle.write("\n]\n" if separator == ",\n" else "[]\n")
             handle.flush()
             os.fsync(handle.fileno())
 
-    @property
-    def has_saved(self) -> bool:
-        """Whether this run has saved a state."""
-        return self.saved_at > -math.inf
-
     def is_due(self) -> bool:
         """Tell whether a save now keeps saving below its share of the run's time."""
-        pause = max(SAVE_INTERVAL_SECONDS, self.save_seconds / SAVE_SHARE)
-        return time.monotonic() - self.saved_at >= pause
+        pause = max(SAVE_INTERVAL_SECONDS, self._save_seconds / SAVE_SHARE)
+        return time.monotonic() - self._saved_at >= pause
 
 
 def lock_handle(handle: IO[str]) -> None:
@@ -806,13 +729,12 @@ def lock_handle(handle: IO[str]) -> None:
 
 def sync_folder(path: str) -> None:
     """Make a rename in the folder `path` last through a power cut, where that can be done."""
-    if sys.platform == "win32":
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    if sys.platform != "win32":
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def check_previous(previous: list[Entry] | None, options: Namespace) -> None:
@@ -821,75 +743,86 @@ def check_previous(previous: list[Entry] | None, options: Namespace) -> None:
     Raises StopRun that names the ways out.
     """
     if options.crashrun and previous is None:
-        raise StopRun(
-            "--crashrun 1 needs the state file of an earlier run, and there is none; "
-            "run without --crashrun, or name it with --statefile"
-        )
-    root = os.path.join(options.backupfolder, "")
+        raise StopRun("--crashrun 1 needs the state file of an earlier run, and there is none; "
+                      "run without --crashrun, or name it with --statefile")  # fmt: skip
     for entry in previous or ():
         if entry.uploaded and not options.crashrun:
             continue
         if entry.bucket not in (None, options.bucketname):
             job = f"bucket {shown(entry.bucket or '')}"
-        elif entry.filepath != options.backupfolder and not entry.filepath.startswith(root):
+        elif not is_within(entry.filepath, options.backupfolder):
             job = f"another folder, with {shown(entry.filepath)}"
         else:
             continue
         if options.crashrun:
-            raise StopRun(
-                f"the state file is of {job}; give the options of that job, or its "
-                "own file with --statefile"
-            )
-        raise StopRun(
-            f"the state file lists files not yet uploaded, of {job}; finish that job "
-            "with --crashrun 1, or give this one its own --statefile"
-        )
+            raise StopRun(f"the state file is of {job}; give that job's options, or another "
+                          "--statefile")  # fmt: skip
+        raise StopRun(f"the state file lists files not yet uploaded, of {job}; finish that job "
+                      "with --crashrun 1, or give this one its own --statefile")  # fmt: skip
+
+
+def is_within(path: str, folder: str) -> bool:
+    """Tell whether `path` is `folder` or below it."""
+    return path == folder or path.startswith(os.path.join(folder, ""))
 
 
 # --- upload -----------------------------------------------------------------------
 
 
-def build_client(options: Namespace, region: str | None, *, patient: bool = True) -> S3Client:
-    """Return boto3's S3 client for the run.
+def import_boto3() -> None:
+    """Import boto3 for the functions below; it takes most of a second, so not for --help.
 
-    Raises StopRun when boto3 is missing, or the profile, endpoint or credentials are
-    not valid or not there. With `patient` false the timeouts are short, for the first request.
+    Raises StopRun when it is not installed.
     """
+    global boto3, botocore, s3transfer  # noqa: PLW0603
     # botocore's CRT signer reads every body through Python: three times slower.
     os.environ.setdefault("BOTO_DISABLE_CRT", "true")
     try:
         import boto3
-        from botocore.config import Config
-        from botocore.exceptions import BotoCoreError
+        import boto3.s3.transfer
+        import botocore.config
+        import botocore.exceptions
+        import botocore.parsers
+        import s3transfer.utils
     except ImportError as error:
         raise StopRun("boto3 is not installed; run: python3 -m pip install boto3") from error
-    config = Config(
-        connect_timeout=CONNECT_TIMEOUT_SECONDS if patient else 5,
-        read_timeout=READ_TIMEOUT_SECONDS if patient else 8,
-        # Retries is the one retry loop: botocore's own quota is per
-        # client, and many threads spend it within a second on a dead endpoint.
+
+
+def build_client(
+    options: Namespace,
+    region: str | None,
+    *,
+    connect_timeout: int = CONNECT_TIMEOUT_SECONDS,
+    read_timeout: int = READ_TIMEOUT_SECONDS,
+) -> S3Client:
+    """Return boto3's S3 client for the run; the timeouts are in seconds.
+
+    Raises StopRun when profile, endpoint or credentials are not valid or not there.
+    """
+    config = botocore.config.Config(
+        # The one retry loop is Retries: botocore's own has a quota per client, which many
+        # threads spend within a second on a dead endpoint.
         retries={"mode": "standard", "total_max_attempts": 1},
         max_pool_connections=options.max_concurrency + 2,
         # Content-MD5 is the checksum that every server understands.
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
         tcp_keepalive=True,
+        connect_timeout=connect_timeout,
+        read_timeout=read_timeout,
     )
     try:
         session = boto3.Session(profile_name=options.profile)
         if session.get_credentials() is None:
-            raise StopRun(
-                "no credentials found; set AWS_ACCESS_KEY_ID and "
-                "AWS_SECRET_ACCESS_KEY, or run: aws configure"
-            )
+            raise StopRun("no credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
+                          "or run: aws configure")  # fmt: skip
         region = region or options.region or session.region_name or DEFAULT_REGION
         client = session.client(
             "s3", region_name=region, endpoint_url=options.endpoint_url, config=config
         )
-    except (BotoCoreError, ValueError) as error:
-        raise StopRun(
-            f"cannot start S3: {one_line(error)}; check profile, credentials and endpoint"
-        ) from error
+    except (botocore.exceptions.BotoCoreError, ValueError) as error:
+        why = f"cannot start S3: {one_line(error)}"
+        raise StopRun(f"{why}; check profile, credentials and endpoint") from error
     client.meta.events.register_last("before-call.s3.PutObject", send_small_body_at_once)
     return client
 
@@ -904,17 +837,23 @@ def send_small_body_at_once(params: dict[str, Any], **_: object) -> None:
         params["body"] = params["body"].getvalue()
 
 
-def one_line(error: BaseException) -> str:
-    """Return the text of `error` as one printable line."""
-    return shown(" ".join(str(error).split())) or type(error).__name__
+def is_aws(client: S3Client) -> bool:
+    """Tell whether the client's server is AWS itself and not a compatible one."""
+    return ".amazonaws." in client.meta.endpoint_url.split("/")[2]
+
+
+def owner_parameter(options: Namespace) -> Any:
+    """Return the parameter that makes S3 refuse another account's bucket, if it is wanted."""
+    owner = options.expected_bucket_owner
+    return {"ExpectedBucketOwner": owner} if owner else {}
 
 
 @dataclass(slots=True)
 class Trouble:
-    """What an exception from a request means.
+    """What an exception from a request means, as a sentence.
 
-    `kind` is "passing" (try again), "damaged" (try again, a few times), "permanent"
-    (of this file), "stops" (the run) or "stops at first" (unless something succeeded).
+    `kind` is "passing" (try again), "damaged" (try again, a few times), "permanent" (of
+    this file), "stops" (the run) or "stops at first" (unless something was accepted).
     """
 
     kind: str
@@ -923,41 +862,28 @@ class Trouble:
 
 
 def trouble_of(error: Exception) -> Trouble:
-    """Return what `error`, raised by boto3 or by a proof, means, as a sentence."""
-    from botocore.exceptions import (
-        ClientError,
-        CredentialRetrievalError,
-        HTTPClientError,
-        NoCredentialsError,
-        ParamValidationError,
-        PartialCredentialsError,
-        SSLError,
-    )
-    from botocore.exceptions import ConnectionError as Unreachable
-    from botocore.parsers import ResponseParserError
-
+    """Return what `error`, raised by boto3 or by a proof, means."""
+    exceptions, text = botocore.exceptions, one_line(error)
     if isinstance(error, DigestMismatch):
-        return Trouble("damaged", f"{error}; the network or the server damages data", "BadDigest")
-    if isinstance(error, ClientError):
+        return Trouble("damaged", f"{text}; the network or the server damages data", "BadDigest")
+    if isinstance(error, exceptions.ClientError):
         return trouble_of_answer(error.response)
-    text = one_line(error)
-    if isinstance(error, SSLError) and "CERTIFICATE" in text.upper():
-        return Trouble(
-            "stops",
-            f"the server's certificate is not trusted ({text}); set AWS_CA_BUNDLE to its CA file",
-        )
-    if isinstance(error, NoCredentialsError | PartialCredentialsError):
-        return Trouble("stops", f"{text}; check the credentials")
-    if isinstance(error, Unreachable | HTTPClientError | ResponseParserError):
-        return Trouble(
-            "passing",
-            f"the server could not be reached or broke off ({text}); check network and endpoint",
-        )
-    if isinstance(error, CredentialRetrievalError):
+    if isinstance(error, exceptions.SSLError) and "CERTIFICATE" in text.upper():
+        what = f"the server's certificate is not trusted ({text})"
+        return Trouble("stops", f"{what}; set AWS_CA_BUNDLE to its CA file")
+    if isinstance(
+        error,
+        exceptions.ConnectionError
+        | exceptions.HTTPClientError
+        | botocore.parsers.ResponseParserError,
+    ):
+        what = f"the server could not be reached or broke off ({text})"
+        return Trouble("passing", f"{what}; check network and endpoint")
+    if isinstance(error, exceptions.CredentialRetrievalError):
         return Trouble("passing", f"{text}; check the source of the credentials")
-    if isinstance(error, ParamValidationError):
+    if isinstance(error, exceptions.ParamValidationError):
         return Trouble("permanent", text)
-    return Trouble("stops", f"{type(error).__name__}: {text}")
+    return Trouble("stops", f"{text}; check the credentials and the configuration")
 
 
 def trouble_of_answer(response: Any) -> Trouble:
@@ -968,94 +894,18 @@ def trouble_of_answer(response: Any) -> Trouble:
     status = str(response.get("ResponseMetadata", {}).get("HTTPStatusCode", ""))
     error = response.get("Error", {})
     code = str(error.get("Code") or status)
-    said = f": {one_line(ValueError(error['Message']))}" if error.get("Message") else ""
-    said = f"S3 answered {code}{said}"
-    if code in STOPPING_CODES:
-        return Trouble("stops", f"{said}; {STOPPING_CODES[code]}", code)
-    if code in STOPPING_AT_FIRST_CODES:
-        return Trouble("stops at first", f"{said}; {STOPPING_AT_FIRST_CODES[code]}", code)
+    said = f"S3 answered {code}"
+    if error.get("Message"):
+        said += f" ({one_line(error['Message']).rstrip('.')})"
+    for kind, codes in (("stops", STOPPING_CODES), ("stops at first", STOPPING_AT_FIRST_CODES)):
+        for advice, names in codes.items():
+            if code in names.split():
+                return Trouble(kind, f"{said}; {advice}", code)
     if code in DAMAGED_CODES:
         return Trouble("damaged", f"{said}; the network or the server damages data", code)
     if code in PASSING_CODES or status in PASSING_CODES:
         return Trouble("passing", f"{said}; try again later", code)
     return Trouble("permanent", said, code)
-
-
-def is_md5_etag(answer: Any) -> bool:
-    """Tell whether the ETag of an answer to PutObject is the MD5 of the bytes.
-
-    It is not under SSE-KMS and SSE-C:
-    https://docs.aws.amazon.com/AmazonS3/latest/API/API_Object.html
-    """
-    encryption = answer.get("ServerSideEncryption") or ""
-    return not encryption.startswith("aws:kms") and not answer.get("SSECustomerAlgorithm")
-
-
-def etag_of(answer: Any) -> str:
-    """Return the ETag of an answer without its quotes, or an empty string."""
-    return str(answer.get("ETag") or "").strip('"').lower()
-
-
-def new_md5(data: bytes = b"") -> Any:
-    """Return an MD5 hash object that FIPS systems allow too: it proves, it does not secure."""
-    return hashlib.md5(data, usedforsecurity=False)
-
-
-def base64_of(digest: bytes) -> str:
-    """Return `digest` as S3's headers want it."""
-    return base64.b64encode(digest).decode("ascii")
-
-
-@dataclass(slots=True)
-class Part:
-    """The digests of one part, and the ETag under which S3 has it."""
-
-    size: int
-    md5: bytes
-    crc32: bytes
-    etag: str = ""
-
-    def is_same_as(self, listed: Any) -> bool:
-        """Tell whether the part that ListParts describes has the same bytes."""
-        if listed["Size"] != self.size:
-            return False
-        if checksum := listed.get("ChecksumCRC32"):
-            return base64_of(self.crc32) == str(checksum)
-        return self.md5.hex() == etag_of(listed)
-
-
-def read_part(body: Any, size: int) -> Part:
-    """Read `size` bytes from `body` and return their digests.
-
-    Raises FileChanged when there are fewer.
-    """
-    md5, crc32, left = new_md5(), 0, size
-    while left and (data := body.read(min(left, READ_BYTES))):
-        md5.update(data)
-        crc32 = zlib.crc32(data, crc32)
-        left -= len(data)
-    if left:
-        raise FileChanged
-    return Part(size, md5.digest(), crc32.to_bytes(4, "big"))
-
-
-def open_regular(path: str) -> BinaryIO:
-    """Open the regular file `path` for reading; never hang on a FIFO put in its place.
-
-    Raises OSError, or UploadError when it is no regular file.
-    """
-    flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
-    handle = os.fdopen(os.open(path, flags), "rb")
-    if not stat.S_ISREG(os.fstat(handle.fileno()).st_mode):
-        handle.close()
-        raise UploadError("it is no longer a regular file")
-    return handle
-
-
-def part_size_for(size: int, wanted: int) -> int:
-    """Return the part size in bytes for a file of `size`: `wanted`, or what 10,000 parts need."""
-    needed = -(-size // PARTS_MAX)
-    return max(wanted, -(-needed // MIB) * MIB)
 
 
 class Retries:
@@ -1080,16 +930,18 @@ class Retries:
         Stopped when the run is being stopped. With `may_stop_run` false, for requests
         that a tight policy may refuse, what would stop the run is an UploadError.
         """
-        from botocore.exceptions import BotoCoreError, ClientError
-        from botocore.parsers import ResponseParserError
-
         started, give_up_at, damaged = time.monotonic(), math.inf, 0
         for tries in itertools.count():
             self.check_stopped()
             try:
                 with self._slots:
                     answer = attempt()
-            except (ClientError, BotoCoreError, ResponseParserError, DigestMismatch) as error:
+            except (
+                DigestMismatch,
+                botocore.exceptions.ClientError,
+                botocore.exceptions.BotoCoreError,
+                botocore.parsers.ResponseParserError,
+            ) as error:
                 trouble = trouble_of(error)
             else:
                 self._answered_at = time.monotonic()
@@ -1099,7 +951,8 @@ class Retries:
             damaged += trouble.kind == "damaged"
             is_passing = trouble.kind == "passing" or 0 < damaged < DAMAGED_TRIES
             if is_passing and time.monotonic() < give_up_at:
-                self.stop.wait(backoff_seconds(tries))
+                longest = min(BACKOFF_MAX_SECONDS, BACKOFF_FIRST_SECONDS * 2 ** min(tries, 10))
+                self.stop.wait(random.uniform(longest / 2, longest))
             elif may_stop_run and self._meets_every_file(trouble, started):
                 raise StopRun(trouble.message)
             else:
@@ -1110,9 +963,110 @@ class Retries:
         if trouble.kind == "stops at first":
             return not self._has_accepted
         # A server that has answered nobody since this request began is gone.
-        return trouble.kind == "stops" or (
-            trouble.kind == "passing" and self._answered_at < started
-        )
+        gone = trouble.kind == "passing" and self._answered_at < started
+        return gone or trouble.kind == "stops"
+
+
+def new_md5(data: bytes = b"") -> hashlib._Hash:
+    """Return an MD5 hash object that FIPS systems allow too: it proves, it does not secure."""
+    return hashlib.md5(data, usedforsecurity=False)
+
+
+def base64_of(digest: bytes) -> str:
+    """Return `digest` as S3's headers want it."""
+    return base64.b64encode(digest).decode("ascii")
+
+
+def etag_of(answer: Any) -> str:
+    """Return the ETag of an answer without its quotes, or an empty string."""
+    return str(answer.get("ETag") or "").strip('"').lower()
+
+
+def is_md5_etag(answer: Any) -> bool:
+    """Tell whether the ETag of an answer is made of MD5s: not under SSE-KMS and SSE-C.
+
+    https://docs.aws.amazon.com/AmazonS3/latest/API/API_Object.html
+    """
+    encryption = answer.get("ServerSideEncryption") or ""
+    return not encryption.startswith("aws:kms") and not answer.get("SSECustomerAlgorithm")
+
+
+def proven_etag(answer: Any, md5: bytes) -> str:
+    """Return the ETag of an answer to PutObject or UploadPart.
+
+    Raises DigestMismatch when it should be the MD5 of the bytes and is not.
+    """
+    etag = etag_of(answer)
+    if is_md5_etag(answer) and etag != md5.hex():
+        raise DigestMismatch(f"its ETag is {etag or 'missing'} and its MD5 {md5.hex()}")
+    return etag
+
+
+@dataclass(slots=True)
+class Part:
+    """The digests of one part, and the ETag under which S3 has it, in its quotes."""
+
+    md5: bytes
+    crc32: bytes
+    etag: str = ""
+
+    def is_same_as(self, listed: Any) -> bool:
+        """Tell whether the part that ListParts describes has the same bytes."""
+        if checksum := listed.get("ChecksumCRC32"):
+            return base64_of(self.crc32) == str(checksum)
+        return self.md5.hex() == etag_of(listed)
+
+
+def read_part(body: Any, size: int) -> Part:
+    """Read `size` bytes from `body` and return their digests.
+
+    Raises FileChanged when there are fewer.
+    """
+    md5, crc32, left = new_md5(), 0, size
+    while left and (data := body.read(min(left, READ_BYTES))):
+        md5.update(data)
+        crc32 = zlib.crc32(data, crc32)
+        left -= len(data)
+    if left:
+        raise FileChanged
+    return Part(md5.digest(), crc32.to_bytes(4, "big"))
+
+
+def open_regular(path: str) -> BinaryIO:
+    """Open the regular file `path` for reading; never hang on a FIFO put in its place.
+
+    Raises OSError, or UploadError when it is no regular file.
+    """
+    flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
+    handle = os.fdopen(os.open(path, flags), "rb")
+    if not stat.S_ISREG(os.fstat(handle.fileno()).st_mode):
+        handle.close()
+        raise UploadError("it is no longer a regular file")
+    return handle
+
+
+def check_unchanged(
+    after: os.stat_result, before: os.stat_result, has_same_start: Callable[[], bool]
+) -> None:
+    """Raise FileChanged unless the file is the same, or has only grown at its end."""
+    is_same_file = after.st_ino == before.st_ino
+    if is_same_file and after.st_size > before.st_size:
+        is_same_file = has_same_start()
+    elif (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+        is_same_file = False
+    if not is_same_file:
+        raise FileChanged
+
+
+def is_multipart(size: int, options: Namespace) -> bool:
+    """Decide how a file of `size` bytes is sent: in parts, or else in one."""
+    return size >= options.multipart_threshold
+
+
+def part_size_for(size: int, wanted: int) -> int:
+    """Return the part size in bytes for a file: `wanted`, or what S3's limits make of it."""
+    needed = -(-size // PARTS_MAX)
+    return min(max(wanted, PART_MIN_BYTES, -(-needed // MIB) * MIB), PART_MAX_BYTES)
 
 
 class Uploader:
@@ -1128,7 +1082,6 @@ class Uploader:
         self.options = options
         self._tell = tell
         self.retries = Retries(slots=options.max_concurrency)
-        self.owner = owner_parameter(options)
         # Other servers may not know CRC32; Content-MD5 proves the parts everywhere.
         self.sends_crc32 = is_aws(client)
 
@@ -1146,12 +1099,11 @@ class Uploader:
         except Stopped:
             result = Result(task, "stopped")
         except FileNotFoundError:
-            result = Result(task, "failed", error="it vanished before it could be sent")
+            result = Result(task, "failed", error="it vanished before it was sent; restore it")
         except OSError as error:
-            what = (
-                "check its permissions" if isinstance(error, PermissionError) else "check the disk"
-            )
-            result = Result(task, "failed", error=f"cannot read it: {reason(error)}; {what}")
+            advice = "its permissions" if isinstance(error, PermissionError) else "the disk"
+            why = f"cannot read it: {reason(error)}; check {advice}"
+            result = Result(task, "failed", error=why)
         result.seconds = time.monotonic() - started
         return result
 
@@ -1169,39 +1121,30 @@ class Uploader:
 
     def _put(self, task: Task, handle: BinaryIO, before: os.stat_result) -> str:
         """Send the file with PutObject and return the ETag."""
-        from s3transfer.utils import ReadFileChunk
-
         size = before.st_size
         body: Any
-        md5: bytes
         if size <= IN_MEMORY_BYTES:
-            body = handle.read(size)
-            if len(body) < size:
-                raise FileChanged
-            md5 = new_md5(body).digest()
+            body = io.BytesIO(handle.read(size))
+            md5 = read_part(body, size).md5
         else:
             md5 = read_part(handle, size).md5
             handle.seek(0)
-            body = ReadFileChunk(handle, chunk_size=size, full_file_size=size)
+            body = s3transfer.utils.ReadFileChunk(handle, size, size)
 
         def put() -> str:
-            if size > IN_MEMORY_BYTES:
-                body.seek(0)
-            answer = self.client.put_object(
-                Body=body,
-                ContentMD5=base64_of(md5),
-                **self.location(task),
-                **self.object_parameters(task, before),
-            )
+            body.seek(0)
+            parameters = self.object_parameters(task, before) | self.location(task)
+            answer = self.client.put_object(Body=body, ContentMD5=base64_of(md5), **parameters)
             return proven_etag(answer, md5)
 
         def has_same_start() -> bool:
             handle.seek(0)
-            return read_part(handle, size).md5 == md5
+            return bool(read_part(handle, size).md5 == md5)
 
         try:
             etag = self.retries.run(put)
         except UploadError:
+            # A file that changes between hashing and sending is refused as damaged.
             check_unchanged(os.fstat(handle.fileno()), before, has_same_start)
             raise
         check_unchanged(os.fstat(handle.fileno()), before, has_same_start)
@@ -1209,13 +1152,13 @@ class Uploader:
 
     def location(self, task: Task) -> dict[str, Any]:
         """Return the parameters that every request for the object has."""
-        return {"Bucket": self.options.bucketname, "Key": task.key, **self.owner}
+        name = self.options.bucketname
+        return {"Bucket": name, "Key": task.key, **owner_parameter(self.options)}
 
     def object_parameters(self, task: Task, status: os.stat_result) -> dict[str, Any]:
         """Return the parameters that describe a new object."""
-        content_type = mimetypes.guess_type(task.filepath)[0]
         wanted = {
-            "ContentType": content_type,
+            "ContentType": mimetypes.guess_type(task.filepath)[0],
             "StorageClass": self.options.storage_class,
             "ServerSideEncryption": self.options.sse,
             "SSEKMSKeyId": self.options.sse_kms_key_id,
@@ -1229,9 +1172,7 @@ class Uploader:
 
         Raises Stopped when the run stops first.
         """
-        started = UploadStarted(
-            task, task.upload_id or "", task.part_size or 0, before.st_size, before.st_mtime_ns
-        )
+        started = UploadStarted(task, before.st_size, before.st_mtime_ns)
         self._tell(started)
         while not started.saved.wait(0.5):
             self.retries.check_stopped()
@@ -1239,50 +1180,18 @@ class Uploader:
     def abort(self, task: Task) -> bool:
         """Abort the task's multipart upload, so that its parts are not paid for.
 
-        Returns whether it is gone. https://docs.aws.amazon.com/AmazonS3/latest/API/API_AbortMultipartUpload.html
+        Returns whether it is gone.
+        https://docs.aws.amazon.com/AmazonS3/latest/API/API_AbortMultipartUpload.html
         """
-        upload_id, task.upload_id, task.part_size = task.upload_id, None, None
+        parameters = self.location(task) | {"UploadId": task.upload_id}
+        task.upload_id = task.part_size = None
         try:
             self.retries.run(
-                lambda: self.client.abort_multipart_upload(
-                    UploadId=upload_id or "", **self.location(task)
-                ),
-                may_stop_run=False,
+                lambda: self.client.abort_multipart_upload(**parameters), may_stop_run=False
             )
         except UploadError as error:
             return error.code in ("NoSuchUpload", "404")
         return True
-
-
-def backoff_seconds(tries: int) -> float:
-    """Return a pause that doubles with every try, with jitter so that threads spread out."""
-    longest = min(BACKOFF_MAX_SECONDS, BACKOFF_FIRST_SECONDS * 2 ** min(tries, 10))
-    return random.uniform(longest / 2, longest)
-
-
-def proven_etag(answer: Any, md5: bytes) -> str:
-    """Return the ETag of an answer to PutObject or UploadPart.
-
-    Raises DigestMismatch when it should be the MD5 of the bytes and is not.
-    """
-    etag = etag_of(answer)
-    if is_md5_etag(answer) and etag != md5.hex():
-        raise DigestMismatch(f"the ETag is {etag or 'missing'} and the MD5 {md5.hex()}")
-    return etag
-
-
-def check_unchanged(
-    after: os.stat_result, before: os.stat_result, has_same_start: Callable[[], bool]
-) -> None:
-    """Raise FileChanged unless the file is the same, or has only grown at its end."""
-    if (after.st_ino, after.st_size, after.st_mtime_ns) == (
-        before.st_ino,
-        before.st_size,
-        before.st_mtime_ns,
-    ):
-        return
-    if after.st_ino != before.st_ino or after.st_size <= before.st_size or not has_same_start():
-        raise FileChanged
 
 
 class MultipartUpload:
@@ -1297,12 +1206,12 @@ class MultipartUpload:
 
     def __init__(self, uploader: Uploader, task: Task, before: os.stat_result) -> None:
         self.meta = uploader.client.meta
-        self._uploader = uploader
-        self._client = uploader.client
+        self._uploader, self._retries, self._client = uploader, uploader.retries, uploader.client
         self._task = task
         self._before = before
         self._sends_crc32 = uploader.sends_crc32
         self._etags_are_md5 = True
+        self._on_s3: dict[int, Any] = {}
         self._parts: dict[int, Part] = {}
         self._etag = ""
 
@@ -1316,7 +1225,9 @@ class MultipartUpload:
             raise UploadError("it is larger than the 48.8 TiB that S3 takes; split it")
         for tries in itertools.count(1):
             try:
-                self._transfer(self._parts_on_s3())
+                self._find_parts()
+                if not self._etag:
+                    self._transfer()
                 return self._etag
             except FileChanged:
                 self._uploader.abort(self._task)
@@ -1331,36 +1242,29 @@ class MultipartUpload:
                 self._forget_upload()
         raise AssertionError("unreachable")
 
-    def _transfer(self, on_s3: dict[int, Any]) -> None:
-        """Run boto3's multipart transfer, but for the parts that are `on_s3`."""
-        from boto3.s3.transfer import S3Transfer, TransferConfig
-        from s3transfer.utils import OSUtils
-
-        if self._etag:
-            return
+    def _transfer(self) -> None:
         task, options = self._task, self._uploader.options
-        self._on_s3 = on_s3
         self._parts.clear()
-        config = TransferConfig(
+        config = boto3.s3.transfer.TransferConfig(
             multipart_threshold=1,
             multipart_chunksize=self._part_size(),
             max_concurrency=min(PART_THREADS, options.max_concurrency),
             # boto3's own "auto" may pick the CRT, which ignores --endpoint-url.
             preferred_transfer_client="classic",
         )
-        files = OSUtils()
+        files = s3transfer.utils.OSUtils()
         # A file that grows is sent as long as it was at the start.
         files.get_file_size = lambda filename: self._before.st_size  # type: ignore[method-assign]
-        extra_args = self._uploader.object_parameters(task, self._before) | self._uploader.owner
+        extra_args = self._uploader.object_parameters(task, self._before)
+        extra_args |= owner_parameter(options)
         if self._sends_crc32:
             extra_args["ChecksumAlgorithm"] = "CRC32"
-        with S3Transfer(self, config, files) as transfer:  # type: ignore[arg-type]
+        with boto3.s3.transfer.S3Transfer(self, config, files) as transfer:  # type: ignore[arg-type]
             transfer.upload_file(task.filepath, options.bucketname, task.key, None, extra_args)
 
     def _part_size(self) -> int:
-        return self._task.part_size or part_size_for(
-            self._before.st_size, self._uploader.options.multipart_chunksize
-        )
+        wanted = self._task.part_size or self._uploader.options.multipart_chunksize
+        return part_size_for(self._before.st_size, wanted)
 
     def _forget_upload(self) -> None:
         self._task.upload_id = self._task.part_size = None
@@ -1376,46 +1280,46 @@ class MultipartUpload:
         """
         task = self._task
         if not task.upload_id:
-            answer = self._uploader.retries.run(
-                lambda: self._client.create_multipart_upload(**parameters)
-            )
-            task.upload_id, task.part_size = answer["UploadId"], self._part_size()
+            answer = self._retries.run(lambda: self._client.create_multipart_upload(**parameters))
+            task.part_size = self._part_size()
+            task.upload_id = answer["UploadId"]
             self._uploader.announce(task, self._before)
         return {"UploadId": task.upload_id}
 
     def upload_part(self, *, PartNumber: int, Body: Any, **parameters: Any) -> dict[str, Any]:
         """Send one part and prove it, unless S3 has the same bytes under its number."""
-        self._uploader.retries.check_stopped()
+        self._retries.check_stopped()
         part = read_part(Body, len(Body))
-        parameters.pop("ChecksumAlgorithm", None)
-        if self._sends_crc32:
+        parameters |= {"PartNumber": PartNumber, "Body": Body, "ContentMD5": base64_of(part.md5)}
+        if parameters.pop("ChecksumAlgorithm", None):
             parameters["ChecksumCRC32"] = base64_of(part.crc32)
 
         def send() -> str:
             Body.seek(0)
-            answer = self._client.upload_part(
-                PartNumber=PartNumber, Body=Body, ContentMD5=base64_of(part.md5), **parameters
-            )
+            answer = self._client.upload_part(**parameters)
             self._etags_are_md5 &= is_md5_etag(answer)
             proven_etag(answer, part.md5)
             return answer["ETag"]
 
         listed = self._on_s3.get(PartNumber)
-        if listed and part.is_same_as(listed):
+        if listed and listed["Size"] == len(Body) and part.is_same_as(listed):
             part.etag = listed["ETag"]
         else:
-            part.etag = self._uploader.retries.run(send)
+            part.etag = self._retries.run(send)
         self._parts[PartNumber] = part
         return {"ETag": part.etag}
 
     def complete_multipart_upload(self, **parameters: Any) -> dict[str, Any]:
         """Make the parts one object, unless the file changed meanwhile, and prove it."""
         check_unchanged(os.stat(self._task.filepath), self._before, self._has_same_parts)
-        parameters["MultipartUpload"] = {"Parts": self._completed_parts()}
+        parts: list[dict[str, Any]] = []
+        for number, part in sorted(self._parts.items()):
+            parts.append({"PartNumber": number, "ETag": part.etag})
+            if self._sends_crc32:
+                parts[-1]["ChecksumCRC32"] = base64_of(part.crc32)
+        parameters["MultipartUpload"] = {"Parts": parts}
         try:
-            answer = self._uploader.retries.run(
-                lambda: self._client.complete_multipart_upload(**parameters)
-            )
+            answer = self._retries.run(lambda: self._client.complete_multipart_upload(**parameters))
         except UploadError as error:
             # Perhaps a first request did complete it, and only its answer was lost.
             if error.code != "NoSuchUpload" or not self._is_in_place():
@@ -1430,14 +1334,6 @@ class MultipartUpload:
         """Do nothing: S3Transfer aborts after any failure, but the parts are of use."""
         return {}
 
-    def _completed_parts(self) -> list[dict[str, Any]]:
-        parts: list[dict[str, Any]] = []
-        for number, part in sorted(self._parts.items()):
-            parts.append({"PartNumber": number, "ETag": part.etag})
-            if self._sends_crc32:
-                parts[-1]["ChecksumCRC32"] = base64_of(part.crc32)
-        return parts
-
     def _has_same_parts(self) -> bool:
         again = self._read_parts()
         return all(part.md5 == again[number].md5 for number, part in self._parts.items())
@@ -1447,55 +1343,52 @@ class MultipartUpload:
         size, part_size, parts = self._before.st_size, self._part_size(), {}
         with open_regular(self._task.filepath) as handle:
             for number, start in enumerate(range(0, size, part_size), start=1):
-                self._uploader.retries.check_stopped()
+                self._retries.check_stopped()
                 parts[number] = read_part(handle, min(part_size, size - start))
         return parts
 
-    # What S3 has already.
+    def _find_parts(self) -> None:
+        """Look up the parts that S3 has of the recorded multipart upload.
 
-    def _parts_on_s3(self) -> dict[int, Any]:
-        """Return the parts of the recorded multipart upload, as ListParts describes them.
-
-        An upload that cannot be gone on with is aborted. When it turns out to be
-        complete, `_etag` is set.
+        One that cannot be gone on with is aborted; if it turns out to be complete already,
+        `_etag` is set.
         """
-        task = self._task
-        if not task.upload_id:
-            return {}
+        self._on_s3 = {}
+        if not self._task.upload_id:
+            return
         try:
-            parts = self._uploader.retries.run(self._list_parts, may_stop_run=False)
+            found = self._retries.run(self._list_parts, may_stop_run=False)
         except UploadError as error:
             if error.code == "NoSuchUpload":
                 self._parts = self._read_parts()
                 self._is_in_place()
                 self._forget_upload()
-            else:
-                self._uploader.abort(task)
-            return {}
-        if parts is None:
-            self._uploader.abort(task)
-        return parts or {}
+                return
+            found = None
+        if found is None:
+            self._uploader.abort(self._task)
+        else:
+            self._on_s3 = found
 
     def _list_parts(self) -> dict[int, Any] | None:
         """Return the parts by number, or None when the upload is not as this run wants it."""
         parts: dict[int, Any] = {}
-        pages = self._client.get_paginator("list_parts").paginate(
-            UploadId=self._task.upload_id or "", **self._uploader.location(self._task)
-        )
         wanted_class = self._uploader.options.storage_class
-        for page in pages:
+        parameters = self._uploader.location(self._task) | {"UploadId": self._task.upload_id}
+        for page in self._client.get_paginator("list_parts").paginate(**parameters):
             if wanted_class and page.get("StorageClass", wanted_class) != wanted_class:
                 return None
             self._sends_crc32 = page.get("ChecksumAlgorithm") == "CRC32"
             parts |= {part["PartNumber"]: part for part in page.get("Parts", ())}
         return parts
 
-    # The proof: https://docs.aws.amazon.com/AmazonS3/latest/userguide/checking-object-integrity.html
+    # The proof:
+    # https://docs.aws.amazon.com/AmazonS3/latest/userguide/checking-object-integrity.html
 
     def _prove(self, answer: Any) -> None:
         """Set `_etag`; raise DigestMismatch when the object does not hold the bytes.
 
-        Where neither the answer nor HeadObject says anything about the bytes, or a tight
+        Where neither the answer nor HeadObject says anything of the bytes, or a tight
         policy refuses HeadObject, the parts stand as proof: S3 has accepted each with its
         Content-MD5.
         """
@@ -1503,12 +1396,10 @@ class MultipartUpload:
         if proven is None and (head := self._head()) is not None:
             answer = head
             proven = head["ContentLength"] == self._before.st_size and self._compare(head)
-        if proven is False:
-            raise DigestMismatch(
-                f"the object's ETag is {etag_of(answer) or 'missing'} and should "
-                f"be {self._expected_etag()}"
-            )
         self._etag = etag_of(answer)
+        if proven is False:
+            wrong, self._etag = self._etag, ""
+            raise DigestMismatch(f"its ETag is {wrong} and should be {self._expected_etag()}")
 
     def _is_in_place(self) -> bool:
         """Tell whether the object is there and provably holds the bytes; then set `_etag`."""
@@ -1520,14 +1411,16 @@ class MultipartUpload:
 
     def _compare(self, answer: Any) -> bool | None:
         """Tell whether the object in `answer` holds the bytes; None when it does not say."""
-        etag, expected = etag_of(answer), self._expected_etag()
-        if etag == expected or answer.get("ChecksumCRC32") == self._expected_crc32():
+        etag = etag_of(answer)
+        crc32s = b"".join(part.crc32 for _, part in sorted(self._parts.items()))
+        crc32 = f"{base64_of(zlib.crc32(crc32s).to_bytes(4, 'big'))}-{len(self._parts)}"
+        if etag == self._expected_etag() or answer.get("ChecksumCRC32") == crc32:
             return True
         if not self._etags_are_md5 or not is_md5_etag(answer):
             return None
         if re.fullmatch(r"[0-9a-f]{32}", etag):
             with open_regular(self._task.filepath) as handle:
-                return etag == read_part(handle, self._before.st_size).md5.hex()
+                return read_part(handle, self._before.st_size).md5.hex() == etag
         # Another number of parts: the server has put them together in its own way.
         return False if re.fullmatch(rf"[0-9a-f]{{32}}-{len(self._parts)}", etag) else None
 
@@ -1535,23 +1428,13 @@ class MultipartUpload:
         md5s = b"".join(part.md5 for _, part in sorted(self._parts.items()))
         return f"{new_md5(md5s).hexdigest()}-{len(self._parts)}"
 
-    def _expected_crc32(self) -> str:
-        crc32s = b"".join(part.crc32 for _, part in sorted(self._parts.items()))
-        return f"{base64_of(zlib.crc32(crc32s).to_bytes(4, 'big'))}-{len(self._parts)}"
-
     def _head(self) -> Any:
-        try:
-            return self._uploader.retries.run(
-                lambda: self._client.head_object(**self._uploader.location(self._task)),
-                may_stop_run=False,
+        location = self._uploader.location(self._task)
+        with contextlib.suppress(UploadError):
+            return self._retries.run(
+                lambda: self._client.head_object(**location), may_stop_run=False
             )
-        except UploadError:
-            return None
-
-
-def is_multipart(size: int, options: Namespace) -> bool:
-    """Decide how a file of `size` bytes is sent: in parts, or else in one."""
-    return size >= options.multipart_threshold
+        return None
 
 
 # --- the bucket -------------------------------------------------------------------
@@ -1560,46 +1443,41 @@ def is_multipart(size: int, options: Namespace) -> bool:
 def open_bucket(options: Namespace, interruption: Interruption) -> S3Client:
     """Return a client for the bucket's region; create the bucket where it is missing.
 
-    Raises StopRun when it cannot be used. A 403 does not say so: a write-only
-    credential may not look, and the first upload will tell.
+    Raises StopRun when it cannot be used. A 403 does not say so: a write-only credential
+    may not look, and the first upload will tell.
     https://docs.aws.amazon.com/AmazonS3/latest/API/API_HeadBucket.html
     """
-    probe = build_client(options, None, patient=False)
+    probe = build_client(options, None, connect_timeout=5, read_timeout=8)
     # A name server or a black hole may hang far longer than any timeout of ours.
     answer = ThreadPoolExecutor(max_workers=1).submit(look_at_bucket, probe, options)
     deadline = time.monotonic() + FIRST_REQUEST_SECONDS
-    while not answer.done():
+    while not wait([answer], timeout=0.1).done:
         interruption.check()
         if time.monotonic() > deadline:
             raise StopRun(f"no answer from {probe.meta.endpoint_url}; check network and endpoint")
-        wait([answer], timeout=0.1)
     status, region = answer.result()
     if status == 404:
         region = create_bucket(probe, options)
     elif status == 401 or (status == 400 and not region):
-        raise StopRun(
-            "the server takes the request for a bad one; check credentials, session "
-            "token and endpoint"
-        )
+        raise StopRun("the server refuses these credentials; check keys, session token and clock")
     return build_client(options, region)
 
 
 def look_at_bucket(client: S3Client, options: Namespace) -> tuple[int, str | None]:
     """Return the HTTP status that HeadBucket gives, and the region it names."""
-    from botocore.exceptions import ClientError
 
     def head() -> tuple[int, str | None]:
         answer: Any
         try:
             answer = client.head_bucket(Bucket=options.bucketname, **owner_parameter(options))
-        except ClientError as error:
-            answer = error.response
+        except botocore.exceptions.ClientError as error:
             if trouble_of(error).kind == "passing":
                 raise
+            answer = error.response
         metadata = answer["ResponseMetadata"]
         return metadata["HTTPStatusCode"], metadata["HTTPHeaders"].get("x-amz-bucket-region")
 
-    return Retries(patience_seconds=FIRST_REQUEST_SECONDS / 2).run(head)
+    return Retries(patience_seconds=FIRST_PATIENCE_SECONDS).run(head)
 
 
 def create_bucket(client: S3Client, options: Namespace) -> str | None:
@@ -1608,129 +1486,75 @@ def create_bucket(client: S3Client, options: Namespace) -> str | None:
     Raises StopRun when that fails.
     https://docs.aws.amazon.com/AmazonS3/latest/API/API_CreateBucket.html
     """
-    from botocore.exceptions import WaiterError
-
-    name, region = options.bucketname, options.region or DEFAULT_REGION
-    if not re.fullmatch(r"(?!\d+\.\d+\.\d+\.\d+$)[a-z0-9](?!.*\.\.)[a-z0-9.-]{1,61}[a-z0-9]", name):
-        raise StopRun(
-            f"there is no bucket {name}, and S3 creates none of that name: it takes 3 "
-            "to 63 lower-case letters, digits, dots and hyphens"
-        )
-    aws = is_aws(client)
+    name, region, aws = options.bucketname, options.region or DEFAULT_REGION, is_aws(client)
+    if not re.fullmatch(r"(?![\d.]+$)(?!.*\.\.)[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", name):
+        raise StopRun(f"there is no bucket {name}, and none can be created: the name of a bucket "
+                      f"has {BUCKET_NAME_RULES}")  # fmt: skip
     if aws:
-        client = build_client(options, region, patient=False)
+        client = build_client(options, region)
     location: Any = {"CreateBucketConfiguration": {"LocationConstraint": region}}
-    retries = Retries()
+    location = {} if region == "us-east-1" else location
+
+    def create(**location: Any) -> None:
+        Retries().run(lambda: client.create_bucket(Bucket=name, **location), may_stop_run=False)
+
     try:
         try:
-            retries.run(
-                lambda: client.create_bucket(
-                    Bucket=name, **({} if region == "us-east-1" else location)
-                ),
-                may_stop_run=False,
-            )
+            create(**location)
         except UploadError as error:
             # Other servers have regions of their own, or none.
             if aws or options.region or error.code not in LOCATION_CODES:
                 raise
-            retries.run(lambda: client.create_bucket(Bucket=name), may_stop_run=False)
+            create()
     except UploadError as error:
         if error.code == "BucketAlreadyExists":
-            raise StopRun(
-                f"the bucket name {name} is taken by another account; choose another "
-                "with --bucketname"
-            ) from error
+            why = f"the bucket name {name} is taken by another account"
+            raise StopRun(f"{why}; choose another with --bucketname") from error
         if error.code != "BucketAlreadyOwnedByYou":
             raise StopRun(f"cannot create the bucket {name}: {error}") from error
     try:
-        client.get_waiter("bucket_exists").wait(
-            Bucket=name, WaiterConfig={"Delay": 1, "MaxAttempts": 30}
-        )
-    except WaiterError as error:
-        raise StopRun(f"the bucket {name} was created but does not appear; try again") from error
+        client.get_waiter("bucket_exists").wait(Bucket=name, WaiterConfig={"Delay": 1})
+    except botocore.exceptions.WaiterError as error:
+        raise StopRun(f"the new bucket {name} does not appear; try again") from error
     return region if aws else None
-
-
-def is_aws(client: S3Client) -> bool:
-    """Tell whether the client's server is AWS itself and not a compatible one."""
-    return ".amazonaws." in client.meta.endpoint_url.split("/")[2]
-
-
-def owner_parameter(options: Namespace) -> Any:
-    """Return the parameter that makes S3 refuse another account's bucket, if it is wanted."""
-    owner = options.expected_bucket_owner
-    return {"ExpectedBucketOwner": owner} if owner else {}
 
 
 # --- transfer: the main thread's side ---------------------------------------------
 
 
-class Lane:
-    """A queue of tasks and its threads: one for small files, one for large ones.
+class Worker:
+    """The threads that upload: some for small files and a few for large ones.
 
-    Neither kind waits for the other, and large files do not multiply threads.
+    Neither kind waits for the other, and large files do not multiply threads. `tell(event)`
+    hands events, a Result for each task among them, to the main thread.
     """
 
-    def __init__(
-        self,
-        tasks: Iterator[Task],
-        uploader: Uploader,
-        events: queue.SimpleQueue[Event],
-        *,
-        threads: int,
-        queued: int,
-    ) -> None:
-        self._tasks = tasks
-        self._uploader = uploader
-        self._events = events
-        self._threads_left = threads
-        self._queued_max = queued
-        self._ready: queue.SimpleQueue[Task] = queue.SimpleQueue()
-        self._bytes = 0
-        self._next = next(tasks, None)
-        self.under_way = 0
-
-    @property
-    def is_done(self) -> bool:
-        """Whether no task waits or is under way."""
-        return self._next is None and not self.under_way
-
-    def fill(self) -> None:
-        """Hand out tasks while there is room for them."""
-        while self._next is not None and self._has_room_for(self._next):
-            self.submit(self._next)
-            self._next = next(self._tasks, None)
-
-    def _has_room_for(self, task: Task) -> bool:
-        return self.under_way < min(ALWAYS_UNDER_WAY, self._queued_max) or (
-            self.under_way < self._queued_max and self._bytes + task.size <= BYTES_UNDER_WAY
-        )
+    def __init__(self, client: S3Client, options: Namespace, tell: Callable[[Event], None]) -> None:
+        self.uploader = Uploader(client, options, tell)
+        self._tell = tell
+        self._ready: dict[bool, queue.SimpleQueue[Task]] = {
+            False: queue.SimpleQueue(), True: queue.SimpleQueue()
+        }  # fmt: skip
+        self._threads_left = {False: options.max_concurrency, True: LARGE_FILES_AT_ONCE}
 
     def submit(self, task: Task) -> None:
-        """Hand out one task; its Result arrives among the events."""
-        self.under_way += 1
-        self._bytes += task.size
-        self._ready.put(task)
-        if self._threads_left:
-            self._threads_left -= 1
+        """Take a task for one of the threads."""
+        self._ready[task.large].put(task)
+        if self._threads_left[task.large]:
+            self._threads_left[task.large] -= 1
             # Daemons: a thread that is stuck in a socket must not hold up the exit.
-            threading.Thread(target=self._work, daemon=True).start()
+            threading.Thread(target=self._work, args=(task.large,), daemon=True).start()
 
-    def end(self, task: Task) -> None:
-        """Take note that the task's Result has arrived."""
-        self.under_way -= 1
-        self._bytes -= task.size
-
-    def _work(self) -> None:
+    def _work(self, large: bool) -> None:
         task = None
         try:
             while True:
-                task = self._ready.get()
-                self._events.put(self._uploader.upload(task))
+                task = self._ready[large].get()
+                self._tell(self.uploader.upload(task))
         finally:
             # Only a bug gets here, and its traceback follows: the run must not hang.
             if task:
-                self._events.put(Result(task, "fatal", error="this is a bug; please report it"))
+                self._tell(Result(task, "fatal", error="this is a bug; please report it"))
 
 
 class Transfer:
@@ -1740,42 +1564,21 @@ class Transfer:
     """
 
     def __init__(
-        self,
-        entries: list[Entry],
-        client: S3Client,
-        options: Namespace,
-        *,
-        state: StateFile,
-        report: Report,
-        interruption: Interruption,
-    ) -> None:
+        self, entries: list[Entry], client: S3Client, options: Namespace, *,
+        state: StateFile, report: Report, interruption: Interruption,
+    ) -> None:  # fmt: skip
         self._entries = entries
         self._options = options
         self._state = state
         self._report = report
         self._interruption = interruption
-        self._changed: deque[tuple[float, Task]] = deque()
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._worker = Worker(client, options, self._events.put)
+        self._waiting = {large: self._tasks(large=large) for large in (False, True)}
+        self._next = {large: next(tasks, None) for large, tasks in self._waiting.items()}
+        self._changed: deque[tuple[float, Task]] = deque()
+        self._under_way, self._bytes_under_way = {False: 0, True: 0}, 0
         self._can_save = True
-        self._stop_at = math.inf
-        self.uploader = Uploader(client, options, self._events.put)
-        threads = options.max_concurrency
-        self._lanes = {
-            False: Lane(
-                self._tasks(large=False),
-                self.uploader,
-                self._events,
-                threads=threads,
-                queued=threads * QUEUED_PER_THREAD,
-            ),
-            True: Lane(
-                self._tasks(large=True),
-                self.uploader,
-                self._events,
-                threads=LARGE_FILES_AT_ONCE,
-                queued=LARGE_FILES_AT_ONCE,
-            ),
-        }
         self.stop_message: str | None = None
 
     def run(self) -> None:
@@ -1784,47 +1587,51 @@ class Transfer:
         After a signal or a stop, what is under way has a few seconds to end;
         `stop_message` says why the run stopped by itself, if it did.
         """
-        while time.monotonic() < self._stop_at:
-            if self._interruption.signum or self.stop_message:
-                if not self.uploader.retries.stop.is_set():
-                    self.uploader.retries.stop.set()
-                    self._stop_at = time.monotonic() + SIGNAL_GRACE_SECONDS
-            else:
+        stop, stop_at = self._worker.uploader.retries.stop, math.inf
+        while time.monotonic() < stop_at:
+            if not (self._interruption.signum or self.stop_message):
                 self._hand_out()
-            under_way = any(lane.under_way for lane in self._lanes.values())
-            if not under_way and (self.uploader.retries.stop.is_set() or self._is_done()):
+            elif not stop.is_set():
+                stop.set()
+                stop_at = time.monotonic() + SIGNAL_GRACE_SECONDS
+            if not any(self._under_way.values()) and (stop.is_set() or not self._changed):
                 break
             self._take_events()
 
     def _tasks(self, *, large: bool) -> Iterator[Task]:
         for index, entry in enumerate(self._entries):
             size = entry.size or 0
-            if (
-                not entry.uploaded
-                and not entry.error
-                and is_multipart(size, self._options) == large
-            ):
+            if not (entry.uploaded or entry.error) and is_multipart(size, self._options) == large:
                 yield Task(
-                    index,
-                    entry.filepath,
-                    entry.filename,
-                    size,
-                    large,
-                    upload_id=entry.upload_id,
-                    part_size=entry.part_size,
-                )
-
-    def _is_done(self) -> bool:
-        return not self._changed and all(lane.is_done for lane in self._lanes.values())
+                    index, entry.filepath, entry.filename, size, large,
+                    entry.upload_id, entry.part_size,
+                )  # fmt: skip
 
     def _hand_out(self) -> None:
-        for lane in self._lanes.values():
-            lane.fill()
-        if self._changed and all(lane.is_done for lane in self._lanes.values()):
+        for large, tasks in self._waiting.items():
+            while (task := self._next[large]) and self._has_room_for(task):
+                self._submit(task)
+                self._next[large] = next(tasks, None)
+        # Files that changed come after all others: their writer may have finished.
+        if self._changed and not any(self._under_way.values()):
             due, task = self._changed[0]
             if time.monotonic() >= due:
                 self._changed.popleft()
-                self._lanes[task.large].submit(task)
+                self._submit(task)
+
+    def _has_room_for(self, task: Task) -> bool:
+        under_way = self._under_way[task.large]
+        if task.large or under_way < min(ALWAYS_UNDER_WAY, self._options.max_concurrency):
+            return under_way < LARGE_FILES_AT_ONCE or not task.large
+        return (
+            under_way < self._options.max_concurrency * QUEUED_PER_THREAD
+            and self._bytes_under_way + task.size <= BYTES_UNDER_WAY
+        )
+
+    def _submit(self, task: Task) -> None:
+        self._under_way[task.large] += 1
+        self._bytes_under_way += 0 if task.large else task.size
+        self._worker.submit(task)
 
     def _take_events(self) -> None:
         """Record what the threads report; wait a moment for it if there is nothing."""
@@ -1835,21 +1642,25 @@ class Transfer:
                 if isinstance(event, Result):
                     self._record(event)
                 else:
-                    started.append(event)
+                    self._note_upload(event.task)
                     entry = self._entries[event.task.index]
-                    entry.upload_id, entry.part_size = event.upload_id, event.part_size
                     entry.size, entry.mtime_ns = event.size, event.mtime_ns
+                    started.append(event)
                 event = self._events.get_nowait()
         if started or self._state.is_due():
             self.save()
         for event in started:
             event.saved.set()
 
-    def _record(self, result: Result) -> None:
-        task = result.task
+    def _note_upload(self, task: Task) -> None:
         entry = self._entries[task.index]
-        self._lanes[task.large].end(task)
         entry.upload_id, entry.part_size = task.upload_id, task.part_size
+
+    def _record(self, result: Result) -> None:
+        task, entry = result.task, self._entries[result.task.index]
+        self._under_way[task.large] -= 1
+        self._bytes_under_way -= 0 if task.large else task.size
+        self._note_upload(task)
         if result.outcome == "uploaded":
             entry.uploaded = True
             entry.size, entry.mtime_ns, entry.etag = result.size, result.mtime_ns, result.etag
@@ -1864,19 +1675,23 @@ class Transfer:
             self._report.failed(entry)
 
     def save(self) -> bool:
-        """Save the state and tell whether it worked; a run goes on without, for the data's sake."""
+        """Save the state and tell whether it worked; for the data's sake a run goes on without."""
+        worked = True
         try:
             self._state.save(self._entries)
         except OSError as error:
+            worked = False
             if self._can_save:
-                self._report.error(
-                    f"cannot save the state file {shown(self._state.path)}: "
-                    f"{reason(error)}; make room"
-                )
-            self._can_save = False
-            return False
-        self._can_save = True
-        return True
+                self._report.error(f"cannot save {shown(self._state.path)}: {reason(error)}")
+        self._can_save = worked
+        return worked
+
+    def abort(self, entry: Entry) -> None:
+        """Abort a recorded multipart upload that no file of this run can go on with."""
+        task = Task(0, entry.filepath, entry.filename, upload_id=entry.upload_id)
+        if not self._worker.uploader.abort(task):
+            what = f"multipart upload {entry.upload_id} could not be aborted"
+            self._report.notice(what, entry.filepath)
 
 
 # --- report -----------------------------------------------------------------------
@@ -1891,7 +1706,7 @@ class Report:
         self._options = options
         self._started = time.monotonic()
         self._notices: Counter[str] = Counter()
-        self.uploaded_files = self.uploaded_bytes = self.failed_files = 0
+        self.files = self.bytes = self.failed_files = 0
 
     def error(self, text: str) -> None:
         """Say what is wrong with the run."""
@@ -1920,27 +1735,24 @@ class Report:
 
     def uploaded(self, entry: Entry, seconds: float) -> None:
         """Count an uploaded file."""
-        self.uploaded_files += 1
-        self.uploaded_bytes += entry.size or 0
+        self._count(entry)
         if self._options.verbose:
-            self._print(
-                f"uploaded: {shown(entry.filepath)} -> {self.url(entry.filename)} "
-                f"({human_size(entry.size or 0)}, {seconds:.1f} s)",
-                sys.stderr,
-            )
+            self._print(f"uploaded: {self._line(entry)}, {seconds:.1f} s)", sys.stderr)
 
     def would_upload(self, entry: Entry) -> None:
-        """List a file that a run without --dryrun would send."""
-        self.uploaded_files += 1
-        self.uploaded_bytes += entry.size or 0
-        self._print(
-            f"would upload: {shown(entry.filepath)} -> {self.url(entry.filename)} "
-            f"({human_size(entry.size or 0)})",
-            sys.stdout,
-        )
+        """Count and list a file that a run without --dryrun would send."""
+        self._count(entry)
+        self._print(f"would upload: {self._line(entry)})", sys.stdout)
 
-    def url(self, key: str) -> str:
-        """Return the object's S3 URI, fit for a terminal."""
+    def _count(self, entry: Entry) -> None:
+        self.files += 1
+        self.bytes += entry.size or 0
+
+    def _line(self, entry: Entry) -> str:
+        size = human_size(entry.size or 0)
+        return f"{shown(entry.filepath)} -> {self._url(entry.filename)} ({size}"
+
+    def _url(self, key: str) -> str:
         return shown(f"s3://{self._options.bucketname}/{key}")
 
     def summary(self, state_path: str, *, left: int = 0) -> None:
@@ -1948,17 +1760,14 @@ class Report:
         if self._options.quiet:
             return
         seconds = time.monotonic() - self._started
-        what = f"{self.uploaded_files:,} files, {human_size(self.uploaded_bytes)}"
+        what = f"{self.files:,} file{'' if self.files == 1 else 's'}, {human_size(self.bytes)}"
         failed = f"{self.failed_files:,} failed" + (f", {left:,} not yet sent" if left else "")
-        if self._options.dryrun:
-            self._print(f"dry run: would send {what}, {failed}", sys.stdout)
-            return
-        rate = human_size(self.uploaded_bytes / max(seconds, 0.001))
-        self._print(
-            f"sent {what} to {self.url(self._options.prefix)} in {seconds:.1f} s ({rate}/s); "
-            f"{failed}; state: {shown(state_path)}",
-            sys.stdout,
-        )
+        text = f"dry run: would send {what}; {failed}"
+        if not self._options.dryrun:
+            rate = human_size(self.bytes / max(seconds, 0.001))
+            text = f"sent {what} to {self._url(self._options.prefix)} in {seconds:.1f} s ({rate}/s)"
+            text += f"; {failed}; state: {shown(state_path)}"
+        self._print(text, sys.stdout)
 
     def _print(self, text: str, stream: TextIO) -> None:
         # A closed pipe or a full disk behind a stream must not end a backup.
@@ -1984,23 +1793,22 @@ def main(argv: list[str] | None = None) -> int:
     Returns the exit code, as the module's docstring lists them. Raises SystemExit for
     --help, --version and a command line that is not valid.
     """
+    interruption = Interruption()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     options = parse_arguments(argv)
-    report, interruption, state = Report(options), Interruption(), StateFile(options.statefile)
-    interruption.install()
+    report, state = Report(options), StateFile(options.statefile)
     try:
         if options.dryrun:
             return show_plan(options, report, interruption, state)
         state.lock()
         return back_up(options, report, interruption, state)
-    except StopRun as error:
+    except (StopRun, UploadError) as error:
         report.error(str(error))
         return 2
     except Stopped:
-        what = INTERRUPTED if state.has_saved else "interrupted before anything was sent"
-        report.error(what)
+        report.error(INTERRUPTED if state.has_saved else "interrupted before anything was sent")
         return interruption.exit_code
 
 
@@ -2029,6 +1837,7 @@ def back_up(
     """
     previous = state.read()
     check_previous(previous, options)
+    import_boto3()
     client = open_bucket(options, interruption)
     walk = Walk(options, report, interruption, state)
     entries, abandoned = plan(options, walk, previous, state, report)
@@ -2037,7 +1846,7 @@ def back_up(
     )
     # Before the state forgets their ids.
     for entry in abandoned:
-        abort_abandoned(entry, transfer.uploader, report)
+        transfer.abort(entry)
     save_or_stop(state, entries)
     for entry in entries:
         if entry.error:
@@ -2069,44 +1878,23 @@ def plan(
     uploaded, so that a crash run after a kill walks it. Raises StopRun for an empty
     folder of which the state lists uploads.
     """
+    root = options.backupfolder
     found = find_files(options, walk, previous)
-    open_uploads = {
-        (entry.filepath, entry.filename): entry
-        for entry in previous or ()
-        if entry.upload_id and not entry.uploaded
-    }
+    uploads = {e.filepath: e for e in previous or () if e.upload_id and not e.uploaded}
     if not options.crashrun:
         first = next(found, None)
-        if first is None:
-            check_not_vanished(previous, options)
-            report.error(
-                f"there is nothing to send in {shown(options.backupfolder)}; is its disk mounted?"
-            )
-        else:
-            folder = Entry(options.backupfolder, options.prefix, bucket=options.bucketname)
-            save_or_stop(state, [folder, *open_uploads.values()])
+        if first:
+            folder = Entry(root, options.prefix, bucket=options.bucketname)
+            save_or_stop(state, [folder, *uploads.values()])
             found = itertools.chain([first], found)
+        elif any(e.uploaded and is_within(e.filepath, root) for e in previous or ()):
+            raise StopRun(f"there is nothing in {shown(root)}, but the state lists uploaded files "
+                          "of it; is its disk mounted?")  # fmt: skip
+        else:
+            report.error(f"there is nothing to send in {shown(root)}; is its disk mounted?")
     entries = list(found)
     report.end_of_notices()
-    return entries, carry_uploads(entries, open_uploads)
-
-
-def find_files(options: Namespace, walk: Walk, previous: list[Entry] | None) -> Iterator[Entry]:
-    """Yield the entries of this run: of the whole folder, or of what a crash run retries."""
-    if options.crashrun:
-        return plan_crashrun(previous or [], walk)
-    return walk.folder(options.backupfolder, key_prefix=options.prefix)
-
-
-def check_not_vanished(previous: list[Entry] | None, options: Namespace) -> None:
-    """Raise StopRun when files of the now empty folder were uploaded before."""
-    root = os.path.join(options.backupfolder, "")
-    count = sum(e.uploaded and e.filepath.startswith(root) for e in previous or ())
-    if count:
-        raise StopRun(
-            f"{shown(options.backupfolder)} is empty, but the state lists {count:,} "
-            "uploaded files of it; is its disk mounted?"
-        )
+    return entries, carry_uploads(entries, uploads)
 
 
 def save_or_stop(state: StateFile, entries: list[Entry]) -> None:
@@ -2114,23 +1902,14 @@ def save_or_stop(state: StateFile, entries: list[Entry]) -> None:
     try:
         state.save(entries)
     except OSError as error:
-        raise StopRun(
-            f"cannot save the state file {shown(state.path)}: {reason(error)}; make "
-            "room, or choose another place with --statefile"
-        ) from error
-
-
-def abort_abandoned(entry: Entry, uploader: Uploader, report: Report) -> None:
-    """Abort a recorded multipart upload that no file of this run can go on with."""
-    task = Task(0, entry.filepath, entry.filename, 0, True, upload_id=entry.upload_id)
-    if not uploader.abort(task):
-        report.notice(f"multipart upload {entry.upload_id} could not be aborted", entry.filepath)
+        why = f"cannot save the state file {shown(state.path)}: {reason(error)}"
+        raise StopRun(f"{why}; make room, or choose another place with --statefile") from error
 
 
 if __name__ == "__main__":
     code = main()
     with contextlib.suppress(OSError):
         sys.stdout.flush()
-    # Not sys.exit: threads stuck in a socket would hold it up, and freeing the
-    # entries of a million files takes seconds.
+    # Not sys.exit: threads stuck in a socket would hold it up, and freeing the entries
+    # of a million files takes seconds.
     os._exit(code)
