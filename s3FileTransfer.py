@@ -37,6 +37,7 @@ import itertools
 import json
 import math
 import mimetypes
+import multiprocessing
 import os
 import queue
 import random
@@ -51,7 +52,8 @@ from argparse import ArgumentTypeError, Namespace
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from decimal import Decimal
 from typing import IO, TYPE_CHECKING, Any, BinaryIO, TextIO, TypeVar
 
 if TYPE_CHECKING:
@@ -85,8 +87,10 @@ DEFAULT_PART_BYTES = 16 * MIB
 IN_MEMORY_BYTES = 8 * MIB
 READ_BYTES = MIB
 
-# One process gains nothing from more threads: they share the interpreter lock.
-DEFAULT_CONCURRENCY = 16
+# One process gains nothing from more threads: they share the interpreter lock. A
+# second one starts in a second, so it must have enough to do.
+DEFAULT_CONCURRENCY = 32
+FILES_PER_PROCESS, LARGE_FILES_PER_PROCESS, PROCESSES_MAX = 400, 1, 8
 LARGE_FILES_AT_ONCE, PART_THREADS = 2, 8
 # Files handed out per thread, so that none waits for the next; and the bytes of all
 # of them. A slow uplink with large files then has few connections, and each moves
@@ -221,10 +225,11 @@ class Task:
 class UploadStarted:
     """A multipart upload has its id; no part is sent before the state holds it."""
 
-    task: Task
+    index: int
+    upload_id: str
+    part_size: int
     size: int
     mtime_ns: int
-    saved: threading.Event = field(default_factory=threading.Event)
 
 
 @dataclass(slots=True)
@@ -232,19 +237,30 @@ class Result:
     """How the sending of one file ended; `error` says why in a sentence.
 
     `outcome` is "uploaded", "failed", "changed" (try again later), "fatal" (the run must
-    stop) or "stopped" (the run stopped first).
+    stop) or "stopped" (the run stopped first). `upload_id` is that of a multipart upload
+    that is left open for a later run.
     """
 
-    task: Task
+    index: int
     outcome: str
     size: int | None = None
     mtime_ns: int | None = None
     etag: str | None = None
     error: str | None = None
+    upload_id: str | None = None
+    part_size: int | None = None
     seconds: float = 0.0
 
 
-Event = Result | UploadStarted
+@dataclass(slots=True)
+class WorkerEnded:
+    """A worker process has ended, by itself or killed; `error` says why if it could."""
+
+    number: int
+    error: str | None = None
+
+
+Event = Result | UploadStarted | WorkerEnded
 
 
 class StopRun(Exception):
@@ -407,12 +423,14 @@ def parse_arguments(argv: list[str] | None) -> Namespace:
 class Interruption:
     """Turns the first SIGINT, SIGTERM or SIGHUP into a flag, and the second into the end."""
 
+    NAMES = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows lacks the last
+    SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
+
     def __init__(self) -> None:
         self.signum = 0
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            signum = getattr(signal, name, None)
+        for signum in self.SIGNALS:
             # A signal that is ignored at the start (SIGHUP under nohup) stays ignored.
-            if signum is not None and signal.getsignal(signum) != signal.SIG_IGN:
+            if signal.getsignal(signum) != signal.SIG_IGN:
                 signal.signal(signum, self._on_signal)
 
     def _on_signal(self, signum: int, _frame: object) -> None:
@@ -1060,7 +1078,8 @@ def check_unchanged(
 
 def is_multipart(size: int, options: Namespace) -> bool:
     """Decide how a file of `size` bytes is sent: in parts, or else in one."""
-    return size >= options.multipart_threshold
+    threshold: int = options.multipart_threshold
+    return size >= threshold
 
 
 def part_size_for(size: int, wanted: int) -> int:
@@ -1081,43 +1100,45 @@ class Uploader:
         self.client = client
         self.options = options
         self._tell = tell
+        self._unsaved: dict[int, threading.Event] = {}
         self.retries = Retries(slots=options.max_concurrency)
         # Other servers may not know CRC32; Content-MD5 proves the parts everywhere.
         self.sends_crc32 = is_aws(client)
 
     def upload(self, task: Task) -> Result:
         """Send one file and return how that ended; raises only for a bug."""
-        started = time.monotonic()
+        started, result = time.monotonic(), Result(task.index, "failed")
         try:
-            result = self._upload(task)
+            self._upload(task, result)
+            result.outcome = "uploaded"
         except FileChanged as error:
-            result = Result(task, "changed", error=str(error))
+            result.outcome, result.error = "changed", str(error)
         except UploadError as error:
-            result = Result(task, "failed", error=str(error))
+            result.error = str(error)
         except StopRun as error:
-            result = Result(task, "fatal", error=str(error))
+            result.outcome, result.error = "fatal", str(error)
         except Stopped:
-            result = Result(task, "stopped")
+            result.outcome = "stopped"
         except FileNotFoundError:
-            result = Result(task, "failed", error="it vanished before it was sent; restore it")
+            result.error = "it vanished before it was sent; restore it"
         except OSError as error:
             advice = "its permissions" if isinstance(error, PermissionError) else "the disk"
-            why = f"cannot read it: {reason(error)}; check {advice}"
-            result = Result(task, "failed", error=why)
+            result.error = f"cannot read it: {reason(error)}; check {advice}"
+        result.upload_id, result.part_size = task.upload_id, task.part_size
         result.seconds = time.monotonic() - started
         return result
 
-    def _upload(self, task: Task) -> Result:
+    def _upload(self, task: Task, result: Result) -> None:
         self.retries.check_stopped()
         with open_regular(task.filepath) as handle:
             before = os.fstat(handle.fileno())
+            result.size, result.mtime_ns = before.st_size, before.st_mtime_ns
             if is_multipart(before.st_size, self.options):
-                etag = MultipartUpload(self, task, before).send()
+                result.etag = MultipartUpload(self, task, before).send()
             else:
                 if task.upload_id:
                     self.abort(task)
-                etag = self._put(task, handle, before)
-        return Result(task, "uploaded", before.st_size, before.st_mtime_ns, etag)
+                result.etag = self._put(task, handle, before)
 
     def _put(self, task: Task, handle: BinaryIO, before: os.stat_result) -> str:
         """Send the file with PutObject and return the ETag."""
@@ -1163,7 +1184,7 @@ class Uploader:
             "ServerSideEncryption": self.options.sse,
             "SSEKMSKeyId": self.options.sse_kms_key_id,
             # Seconds since 1970: the form in which rclone keeps and restores it.
-            "Metadata": {"mtime": f"{status.st_mtime_ns / 1e9:.9f}"},
+            "Metadata": {"mtime": f"{Decimal(status.st_mtime_ns).scaleb(-9):f}"},
         }
         return {name: value for name, value in wanted.items() if value}
 
@@ -1172,10 +1193,15 @@ class Uploader:
 
         Raises Stopped when the run stops first.
         """
-        started = UploadStarted(task, before.st_size, before.st_mtime_ns)
-        self._tell(started)
-        while not started.saved.wait(0.5):
+        saved = self._unsaved[task.index] = threading.Event()
+        upload = (task.upload_id or "", task.part_size or 0)
+        self._tell(UploadStarted(task.index, *upload, before.st_size, before.st_mtime_ns))
+        while not saved.wait(0.5):
             self.retries.check_stopped()
+
+    def saved(self, index: int) -> None:
+        """Take note that the state holds the id that `announce` told."""
+        self._unsaved.pop(index).set()
 
     def abort(self, task: Task) -> bool:
         """Abort the task's multipart upload, so that its parts are not paid for.
@@ -1531,19 +1557,20 @@ class Worker:
 
     def __init__(self, client: S3Client, options: Namespace, tell: Callable[[Event], None]) -> None:
         self.uploader = Uploader(client, options, tell)
+        self.saved = self.uploader.saved
+        self.stop = self.uploader.retries.stop.set
         self._tell = tell
-        self._ready: dict[bool, queue.SimpleQueue[Task]] = {
-            False: queue.SimpleQueue(), True: queue.SimpleQueue()
-        }  # fmt: skip
-        self._threads_left = {False: options.max_concurrency, True: LARGE_FILES_AT_ONCE}
+        self._ready: dict[bool, queue.SimpleQueue[Task]] = {}
+        for large, threads in ((False, options.max_concurrency), (True, LARGE_FILES_AT_ONCE)):
+            self._ready[large] = queue.SimpleQueue()
+            for _ in range(threads):
+                # Daemons: a thread that is stuck in a socket must not hold up the exit.
+                threading.Thread(target=self._work, args=(large,), daemon=True).start()
 
-    def submit(self, task: Task) -> None:
-        """Take a task for one of the threads."""
-        self._ready[task.large].put(task)
-        if self._threads_left[task.large]:
-            self._threads_left[task.large] -= 1
-            # Daemons: a thread that is stuck in a socket must not hold up the exit.
-            threading.Thread(target=self._work, args=(task.large,), daemon=True).start()
+    def submit(self, tasks: list[Task]) -> None:
+        """Take tasks for the threads."""
+        for task in tasks:
+            self._ready[task.large].put(task)
 
     def _work(self, large: bool) -> None:
         task = None
@@ -1554,7 +1581,95 @@ class Worker:
         finally:
             # Only a bug gets here, and its traceback follows: the run must not hang.
             if task:
-                self._tell(Result(task, "fatal", error="this is a bug; please report it"))
+                self._tell(Result(task.index, "fatal", error="this is a bug; please report it"))
+
+
+class WorkerProcess:
+    """A Worker in a process of its own, so that several do not share one interpreter lock.
+
+    Spawned and not forked: a fork would hold the state file's lock beyond the main
+    process's death. The pipe's end, which that death brings, ends the worker.
+    """
+
+    def __init__(
+        self, number: int, options: Namespace, region: str, tell: Callable[[Event], None]
+    ) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        process = context.Process(target=serve, args=(number, theirs, options, region), daemon=True)
+        # A signal to the whole process group is for the main process to answer.
+        mask = getattr(signal, "pthread_sigmask", lambda how, signals: ())
+        before = mask(signal.SIG_BLOCK, Interruption.SIGNALS)
+        try:
+            process.start()
+        finally:
+            mask(signal.SIG_SETMASK, before)
+        theirs.close()
+        self._number, self._tell = number, tell
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def submit(self, tasks: list[Task]) -> None:
+        """Take tasks for the process's threads."""
+        self._send(tasks)
+
+    def saved(self, index: int) -> None:
+        """Pass on that the state holds the upload id of the task with this index."""
+        self._send(index)
+
+    def stop(self) -> None:
+        """Have no new request started."""
+        self._send(None)
+
+    def _send(self, message: list[Task] | int | None) -> None:
+        with contextlib.suppress(OSError):  # it has ended, and _listen says so
+            self._pipe.send(message)
+
+    def _listen(self) -> None:
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                for event in self._pipe.recv():
+                    self._tell(event)
+        self._tell(WorkerEnded(self._number))
+
+
+def serve(number: int, pipe: Any, options: Namespace, region: str) -> None:
+    """Be a worker process: take tasks from the pipe and send events back, until it closes."""
+    events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+    threading.Thread(target=send_events, args=(events, pipe), daemon=True).start()
+    try:
+        import_boto3()
+        worker = Worker(build_client(options, region), options, events.put)
+    except StopRun as error:
+        events.put(WorkerEnded(number, str(error)))
+    with contextlib.suppress(EOFError, OSError):
+        while (message := pipe.recv()) is not None:
+            if isinstance(message, list):
+                worker.submit(message)
+            else:
+                worker.saved(message)
+        worker.stop()
+        pipe.recv()
+    os._exit(0)
+
+
+def send_events(events: queue.SimpleQueue[Event], pipe: Any) -> None:
+    """Send events through the pipe, as many at a time as there are."""
+    with contextlib.suppress(OSError):
+        while True:
+            batch = [events.get()]
+            while not events.empty():
+                batch.append(events.get())
+            pipe.send(batch)
+
+
+def processes_for(small: int, large: int, max_concurrency: int) -> int:
+    """Return in how many processes so many small and large files are best sent."""
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    paying = small // FILES_PER_PROCESS + large // LARGE_FILES_PER_PROCESS
+    return max(1, min(cores, PROCESSES_MAX, paying, max_concurrency))
 
 
 class Transfer:
@@ -1568,15 +1683,17 @@ class Transfer:
         state: StateFile, report: Report, interruption: Interruption,
     ) -> None:  # fmt: skip
         self._entries = entries
+        self._client = client
         self._options = options
         self._state = state
         self._report = report
         self._interruption = interruption
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self._worker = Worker(client, options, self._events.put)
         self._waiting = {large: self._tasks(large=large) for large in (False, True)}
         self._next = {large: next(tasks, None) for large, tasks in self._waiting.items()}
-        self._changed: deque[tuple[float, Task]] = deque()
+        self._again: deque[tuple[float, Task]] = deque()
+        self._workers: list[Worker | WorkerProcess] = []
+        self._tasks_of: list[dict[int, Task]] = []
         self._under_way, self._bytes_under_way = {False: 0, True: 0}, 0
         self._can_save = True
         self.stop_message: str | None = None
@@ -1587,92 +1704,140 @@ class Transfer:
         After a signal or a stop, what is under way has a few seconds to end;
         `stop_message` says why the run stopped by itself, if it did.
         """
-        stop, stop_at = self._worker.uploader.retries.stop, math.inf
+        self._start_workers()
+        stop_at = math.inf
         while time.monotonic() < stop_at:
             if not (self._interruption.signum or self.stop_message):
                 self._hand_out()
-            elif not stop.is_set():
-                stop.set()
+            elif stop_at == math.inf:
                 stop_at = time.monotonic() + SIGNAL_GRACE_SECONDS
-            if not any(self._under_way.values()) and (stop.is_set() or not self._changed):
+                for worker in self._workers:
+                    worker.stop()
+            if not any(self._under_way.values()) and (stop_at < math.inf or not self._again):
                 break
             self._take_events()
+
+    def _start_workers(self) -> None:
+        counts = Counter(
+            is_multipart(entry.size or 0, self._options)
+            for entry in self._entries
+            if is_pending(entry)
+        )
+        processes = processes_for(counts[False], counts[True], self._options.max_concurrency)
+        if processes == 1:
+            self._workers = [Worker(self._client, self._options, self._events.put)]
+        else:
+            self._workers = [self._new_process(number, processes) for number in range(processes)]
+        self._tasks_of = [{} for _ in self._workers]
+
+    def _new_process(self, number: int, processes: int) -> WorkerProcess:
+        options = Namespace(**vars(self._options))
+        options.max_concurrency = -(-options.max_concurrency // processes)
+        return WorkerProcess(number, options, self._client.meta.region_name, self._events.put)
 
     def _tasks(self, *, large: bool) -> Iterator[Task]:
         for index, entry in enumerate(self._entries):
             size = entry.size or 0
-            if not (entry.uploaded or entry.error) and is_multipart(size, self._options) == large:
+            if is_pending(entry) and is_multipart(size, self._options) == large:
                 yield Task(
                     index, entry.filepath, entry.filename, size, large,
                     entry.upload_id, entry.part_size,
                 )  # fmt: skip
 
     def _hand_out(self) -> None:
+        batches: list[list[Task]] = [[] for _ in self._workers]
         for large, tasks in self._waiting.items():
             while (task := self._next[large]) and self._has_room_for(task):
-                self._submit(task)
+                self._assign(task, batches)
                 self._next[large] = next(tasks, None)
         # Files that changed come after all others: their writer may have finished.
-        if self._changed and not any(self._under_way.values()):
-            due, task = self._changed[0]
+        if self._again and not any(self._under_way.values()):
+            due, task = self._again[0]
             if time.monotonic() >= due:
-                self._changed.popleft()
-                self._submit(task)
+                self._again.popleft()
+                self._assign(task, batches)
+        for worker, batch in zip(self._workers, batches, strict=True):
+            if batch:
+                worker.submit(batch)
 
     def _has_room_for(self, task: Task) -> bool:
         under_way = self._under_way[task.large]
-        if task.large or under_way < min(ALWAYS_UNDER_WAY, self._options.max_concurrency):
-            return under_way < LARGE_FILES_AT_ONCE or not task.large
+        if task.large:
+            return under_way < LARGE_FILES_AT_ONCE
+        if under_way < min(ALWAYS_UNDER_WAY, self._options.max_concurrency):
+            return True
         return (
             under_way < self._options.max_concurrency * QUEUED_PER_THREAD
             and self._bytes_under_way + task.size <= BYTES_UNDER_WAY
         )
 
-    def _submit(self, task: Task) -> None:
+    def _assign(self, task: Task, batches: list[list[Task]]) -> None:
+        number = min(range(len(batches)), key=lambda n: len(self._tasks_of[n]))
+        self._tasks_of[number][task.index] = task
+        batches[number].append(task)
         self._under_way[task.large] += 1
         self._bytes_under_way += 0 if task.large else task.size
-        self._worker.submit(task)
+
+    def _take_back(self, index: int) -> Task:
+        task = next(tasks.pop(index) for tasks in self._tasks_of if index in tasks)
+        self._under_way[task.large] -= 1
+        self._bytes_under_way -= 0 if task.large else task.size
+        return task
 
     def _take_events(self) -> None:
-        """Record what the threads report; wait a moment for it if there is nothing."""
+        """Record what the workers report; wait a moment for it if there is nothing."""
         started: list[UploadStarted] = []
         with contextlib.suppress(queue.Empty):
             event = self._events.get(timeout=0.1)
             while True:
                 if isinstance(event, Result):
                     self._record(event)
-                else:
-                    self._note_upload(event.task)
-                    entry = self._entries[event.task.index]
+                elif isinstance(event, UploadStarted):
+                    entry = self._entries[event.index]
+                    entry.upload_id, entry.part_size = event.upload_id, event.part_size
                     entry.size, entry.mtime_ns = event.size, event.mtime_ns
                     started.append(event)
+                else:
+                    self._replace_worker(event)
                 event = self._events.get_nowait()
         if started or self._state.is_due():
             self.save()
         for event in started:
-            event.saved.set()
-
-    def _note_upload(self, task: Task) -> None:
-        entry = self._entries[task.index]
-        entry.upload_id, entry.part_size = task.upload_id, task.part_size
+            for worker, tasks in zip(self._workers, self._tasks_of, strict=True):
+                if event.index in tasks:
+                    worker.saved(event.index)
 
     def _record(self, result: Result) -> None:
-        task, entry = result.task, self._entries[result.task.index]
-        self._under_way[task.large] -= 1
-        self._bytes_under_way -= 0 if task.large else task.size
-        self._note_upload(task)
+        task, entry = self._take_back(result.index), self._entries[result.index]
+        entry.upload_id, entry.part_size = result.upload_id, result.part_size
         if result.outcome == "uploaded":
             entry.uploaded = True
             entry.size, entry.mtime_ns, entry.etag = result.size, result.mtime_ns, result.etag
             self._report.uploaded(entry, result.seconds)
         elif result.outcome == "changed" and task.tries < CHANGED_TRIES:
-            task.tries += 1
-            self._changed.append((time.monotonic() + CHANGED_PAUSE_SECONDS, task))
+            self._try_again(task, entry)
         elif result.outcome == "fatal":
             self.stop_message = self.stop_message or result.error
         elif result.outcome != "stopped":
             entry.error = result.error
             self._report.failed(entry)
+
+    def _try_again(self, task: Task, entry: Entry) -> None:
+        task.tries += 1
+        task.upload_id, task.part_size = entry.upload_id, entry.part_size
+        self._again.append((time.monotonic() + CHANGED_PAUSE_SECONDS, task))
+
+    def _replace_worker(self, ended: WorkerEnded) -> None:
+        """Start another process for one that ended, and try its files again."""
+        self.stop_message = self.stop_message or ended.error
+        for index in list(self._tasks_of[ended.number]):
+            task, entry = self._take_back(index), self._entries[index]
+            if task.tries < CHANGED_TRIES:
+                self._try_again(task, entry)
+            else:
+                entry.error = "the process that sent it was killed, three times; check the memory"
+                self._report.failed(entry)
+        self._workers[ended.number] = self._new_process(ended.number, len(self._workers))
 
     def save(self) -> bool:
         """Save the state and tell whether it worked; for the data's sake a run goes on without."""
@@ -1686,12 +1851,18 @@ class Transfer:
         self._can_save = worked
         return worked
 
-    def abort(self, entry: Entry) -> None:
-        """Abort a recorded multipart upload that no file of this run can go on with."""
-        task = Task(0, entry.filepath, entry.filename, upload_id=entry.upload_id)
-        if not self._worker.uploader.abort(task):
-            what = f"multipart upload {entry.upload_id} could not be aborted"
-            self._report.notice(what, entry.filepath)
+
+def is_pending(entry: Entry) -> bool:
+    """Tell whether an entry is to be sent."""
+    return not (entry.uploaded or entry.error)
+
+
+def abort_upload(entry: Entry, client: S3Client, options: Namespace, report: Report) -> None:
+    """Abort a recorded multipart upload that no file of this run can go on with."""
+    task = Task(0, entry.filepath, entry.filename, upload_id=entry.upload_id)
+    if not Uploader(client, options, lambda event: None).abort(task):
+        what = f"multipart upload {entry.upload_id} could not be aborted"
+        report.notice(what, entry.filepath)
 
 
 # --- report -----------------------------------------------------------------------
@@ -1841,16 +2012,16 @@ def back_up(
     client = open_bucket(options, interruption)
     walk = Walk(options, report, interruption, state)
     entries, abandoned = plan(options, walk, previous, state, report)
-    transfer = Transfer(
-        entries, client, options, state=state, report=report, interruption=interruption
-    )
     # Before the state forgets their ids.
     for entry in abandoned:
-        transfer.abort(entry)
+        abort_upload(entry, client, options, report)
     save_or_stop(state, entries)
     for entry in entries:
         if entry.error:
             report.failed(entry)
+    transfer = Transfer(
+        entries, client, options, state=state, report=report, interruption=interruption
+    )
     transfer.run()
     saved = transfer.save()
     left = sum(not entry.uploaded for entry in entries) - report.failed_files
