@@ -1,0 +1,118 @@
+"""What the benchmark sends: the scenarios, and the files that they are made of."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+SHARED_MEMORY = Path("/dev/shm")
+# Memory that is to stay free beside the files, for the clients and the system.
+MEMORY_RESERVE_BYTES = 4_000_000_000
+RANDOM_BLOCK_BYTES = 16 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """So many files of one size, sent to one kind of server (`null` or `rclone`)."""
+
+    name: str
+    title: str
+    files: int
+    file_bytes: int
+    latency_ms: int = 0
+    server: str = "null"
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all files together."""
+        return self.files * self.file_bytes
+
+    @property
+    def is_large(self) -> bool:
+        """Whether there is less to say about files per second than about bytes."""
+        return self.file_bytes >= 1_000_000
+
+    def scaled(self, factor: float) -> Scenario:
+        """The same with fewer files or, where there are only a few, with smaller ones."""
+        if self.files >= 100:
+            return replace(self, files=max(1, round(self.files * factor)))
+        return replace(self, file_bytes=max(1, round(self.file_bytes * factor)))
+
+    def rate(self, seconds: float) -> float:
+        """What was sent in a second: MB for large files, else files."""
+        return (self.total_bytes / 1e6 if self.is_large else self.files) / seconds
+
+    @property
+    def unit(self) -> str:
+        """What `rate` counts."""
+        return "MB/s" if self.is_large else "files/s"
+
+    def __str__(self) -> str:
+        """For example: `300 files of 4.0 MB, null server`."""
+        files = f"{self.files:,} file{'s' if self.files != 1 else ''} of {size(self.file_bytes)}"
+        server = "`rclone serve s3`" if self.server == "rclone" else "null server"
+        latency = f" that answers after {self.latency_ms} ms" if self.latency_ms else ""
+        return f"{files}, {server}{latency}"
+
+
+SCENARIOS = (
+    Scenario("small", "Many small files", 10_000, 10_000),
+    Scenario("small-30ms", "Many small files, 30 ms away", 10_000, 10_000, latency_ms=30),
+    Scenario("medium", "Medium files", 300, 4_000_000),
+    Scenario("large", "One large file", 1, 3_000_000_000),
+    Scenario("many-large", "Many large files", 8, 1_200_000_000),
+    Scenario("small-rclone", "Many small files, real server", 10_000, 10_000, server="rclone"),
+)
+
+
+def size(size_bytes: int) -> str:
+    """A size for people, in decimal units: `10 kB`, `1.2 GB`."""
+    for unit, unit_bytes in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if size_bytes >= unit_bytes:
+            return f"{size_bytes / unit_bytes:.3g} {unit}"
+    return f"{size_bytes} bytes"
+
+
+def place_for(needed_bytes: int) -> Path:
+    """A folder with room for so much: in memory, where the disk does not count, or on disk.
+
+    OSError when there is no such room.
+    """
+    if (
+        SHARED_MEMORY.is_dir()
+        and shutil.disk_usage(SHARED_MEMORY).free >= needed_bytes
+        and available_memory() >= needed_bytes + MEMORY_RESERVE_BYTES
+    ):
+        return SHARED_MEMORY
+    place = Path(tempfile.gettempdir())
+    if shutil.disk_usage(place).free < needed_bytes:
+        raise OSError(f"no room for {size(needed_bytes)} in {SHARED_MEMORY} or {place}")
+    return place
+
+
+def available_memory() -> int:
+    """Bytes of memory that the kernel could give without swapping."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def make_files(folder: Path, scenario: Scenario) -> None:
+    """Fill a folder with the files of a scenario: pseudo-random, the same in every run.
+
+    They are cut from one random block, each from another place of it, since making random bytes
+    takes longer than writing them. Nothing here compresses or deduplicates, so that will do.
+    """
+    block = random.Random(0).randbytes(RANDOM_BLOCK_BYTES)
+    digits = len(str(scenario.files))
+    for number in range(scenario.files):
+        with (folder / f"file-{number:0{digits}}.dat").open("wb") as file:
+            start = number * 4099 % (RANDOM_BLOCK_BYTES // 2)
+            left = scenario.file_bytes
+            while left:
+                left -= file.write(memoryview(block)[start : start + left])
+                start = 0
