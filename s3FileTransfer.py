@@ -88,7 +88,7 @@ DEFAULT_THRESHOLD_BYTES = 10**9
 DEFAULT_PART_BYTES = 16 * MIB
 # Files up to this size are read once: the bytes that are hashed are the bytes sent.
 IN_MEMORY_BYTES = 8 * MIB
-READ_BYTES = MIB
+READ_BYTES, LARGE_READ_BYTES = MIB, 256 * KIB
 
 # One process gains nothing from more threads: they share the interpreter lock. A
 # second one starts in a second, so it must have enough to do.
@@ -836,6 +836,9 @@ def build_client(
         # threads spend within a second on a dead endpoint.
         retries={"mode": "standard", "total_max_attempts": 1},
         max_pool_connections=(options.max_concurrency or 0) + 2,
+        # Over plain http, boto3 would sign a SHA-256 of each body too; the signature already
+        # covers its Content-MD5.
+        s3={"payload_signing_enabled": False},
         # Content-MD5 is the checksum that every server understands.
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
@@ -1049,7 +1052,7 @@ class Part:
         return self.md5.hex() == etag_of(listed)
 
 
-def read_part(body: Any, size: int) -> Part:
+def read_part(body: Any, size: int, *, with_crc32: bool = False) -> Part:
     """Read `size` bytes from `body` and return their digests.
 
     Raises FileChanged when there are fewer.
@@ -1057,11 +1060,31 @@ def read_part(body: Any, size: int) -> Part:
     md5, crc32, left = new_md5(), 0, size
     while left and (data := body.read(min(left, READ_BYTES))):
         md5.update(data)
-        crc32 = zlib.crc32(data, crc32)
+        if with_crc32:
+            crc32 = zlib.crc32(data, crc32)
         left -= len(data)
     if left:
         raise FileChanged
     return Part(md5.digest(), crc32.to_bytes(4, "big"))
+
+
+class LargeReads:
+    """A body for boto3 that is read from `body` in large pieces.
+
+    urllib3 asks for 16 KiB at a time and sends whatever it gets: at a gigabyte a second
+    the small reads would cost as much as the sending.
+    """
+
+    def __init__(self, body: Any) -> None:
+        self._body = body
+        self.seek, self.tell = body.seek, body.tell
+
+    def __len__(self) -> int:
+        return len(self._body)
+
+    def read(self, size: int = -1) -> bytes:
+        """Return the next bytes: more than `size`, if that is small."""
+        return bytes(self._body.read(max(size, LARGE_READ_BYTES) if size >= 0 else size))
 
 
 def open_regular(path: str) -> BinaryIO:
@@ -1173,7 +1196,7 @@ class Uploader:
             put_object = self._put_object
             md5 = read_part(handle, size).md5
             handle.seek(0)
-            body = s3transfer.utils.ReadFileChunk(handle, size, size)
+            body = LargeReads(s3transfer.utils.ReadFileChunk(handle, size, size))
 
         def put() -> str:
             body.seek(0)
@@ -1491,9 +1514,12 @@ class MultipartUpload:
     def upload_part(self, *, PartNumber: int, Body: Any, **parameters: Any) -> dict[str, Any]:
         """Send one part and prove it, unless S3 has the same bytes under its number."""
         self._retries.check_stopped()
-        part = read_part(Body, len(Body))
-        parameters |= {"PartNumber": PartNumber, "Body": Body, "ContentMD5": base64_of(part.md5)}
-        if parameters.pop("ChecksumAlgorithm", None):
+        part = read_part(Body, len(Body), with_crc32=self._sends_crc32)
+        parameters |= {
+            "PartNumber": PartNumber, "Body": LargeReads(Body), "ContentMD5": base64_of(part.md5)
+        }  # fmt: skip
+        parameters.pop("ChecksumAlgorithm", None)
+        if self._sends_crc32:
             parameters["ChecksumCRC32"] = base64_of(part.crc32)
 
         def send() -> str:
@@ -1546,7 +1572,8 @@ class MultipartUpload:
         with open_regular(self._task.filepath) as handle:
             for number, start in enumerate(range(0, size, part_size), start=1):
                 self._retries.check_stopped()
-                parts[number] = read_part(handle, min(part_size, size - start))
+                length = min(part_size, size - start)
+                parts[number] = read_part(handle, length, with_crc32=self._sends_crc32)
         return parts
 
     def _find_parts(self) -> None:
@@ -1616,7 +1643,9 @@ class MultipartUpload:
         etag = etag_of(answer)
         crc32s = b"".join(part.crc32 for _, part in sorted(self._parts.items()))
         crc32 = f"{base64_of(zlib.crc32(crc32s).to_bytes(4, 'big'))}-{len(self._parts)}"
-        if etag == self._expected_etag() or answer.get("ChecksumCRC32") == crc32:
+        if etag == self._expected_etag() or (
+            self._sends_crc32 and answer.get("ChecksumCRC32") == crc32
+        ):
             return True
         if not self._etags_are_md5 or not is_md5_etag(answer):
             return None
