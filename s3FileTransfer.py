@@ -31,6 +31,7 @@ import base64
 import contextlib
 import errno
 import fnmatch
+import functools
 import hashlib
 import io
 import itertools
@@ -127,7 +128,8 @@ DAMAGED_CODES = frozenset(
 )
 # A server that has other regions, or none, answers CreateBucket with one of these.
 LOCATION_CODES = frozenset(
-    "InvalidLocationConstraint IllegalLocationConstraintException InvalidRegion".split()
+    "InvalidLocationConstraint IllegalLocationConstraintException InvalidRegion "
+    "AuthorizationHeaderMalformed".split()
 )
 # Headers of a PutObject that are other for each file, or made anew with its signature.
 HEADERS_OF_ONE_PUT = frozenset(
@@ -183,6 +185,8 @@ class Entry:
         path, key, done = (fields.get(k) for k in ("filepath", "filename", "uploadedSuccess"))
         if not (isinstance(path, str) and path and isinstance(key, str) and done in (0, 1)):
             raise ValueError("an entry lacks filepath, filename or an uploadedSuccess of 0 or 1")
+        if b"\0" in os.fsencode(path):
+            raise ValueError("an entry's filepath is not valid")
         known = {name: fields[name] for name in OPTIONAL_FIELDS if fields.get(name) is not None}
         for name, value in known.items():
             if type(value) is not OPTIONAL_FIELDS[name]:
@@ -421,6 +425,9 @@ def parse_arguments(argv: list[str] | None) -> Namespace:
     options = parser.parse_args(argv)
     if options.sse_kms_key_id and not (options.sse or "").startswith("aws:kms"):
         parser.error("--sse-kms-key-id needs --sse aws:kms")
+    for name in ("backupfolder", "statefile"):
+        if not getattr(options, name):  # an unset variable of a shell script
+            parser.error(f"--{name} is empty")
     options.backupfolder = os.path.abspath(options.backupfolder)
     if not os.path.isdir(options.backupfolder):
         there = os.path.lexists(options.backupfolder)
@@ -484,7 +491,7 @@ class Walk:
         self._excludes_folder = globs_matcher([g for g in options.exclude if g.endswith("*")])
         self._report = report
         self._interruption = interruption
-        self._own_folder, self._own_names = state.folder_identity(), state.own_names
+        self._own_files = state.own_files()
 
     def folder(self, path: str, *, key_prefix: str) -> Iterator[Entry]:
         """Yield an entry for every file below `path`, and for all that cannot be sent.
@@ -507,7 +514,7 @@ class Walk:
         path, key = entry.filepath, entry.filename
         if path == self._root:
             yield from self.folder(path, key_prefix=key)
-        elif not self._excludes(self._relative(path)):
+        elif not self._excludes_file(path):
             found = self._examine(path, key.rstrip("/"), is_link=os.path.islink(path))
             if isinstance(found, Subfolder):
                 yield from self.folder(path, key_prefix=found.key_prefix)
@@ -530,11 +537,11 @@ class Walk:
         if identity in folder.ancestors:
             self._report.notice("link to a folder above it, not followed", folder.path)
             return
-        own_names = self._own_names if identity == self._own_folder else ()
+        own_names = {name for folder_id, name in self._own_files if folder_id == identity}
         for name, is_link in names:
             self._interruption.check()
             path = os.path.join(folder.path, name)
-            if name in own_names or self._excludes(self._relative(path)):
+            if name in own_names or self._excludes_file(path):
                 continue
             found = self._examine(path, folder.key_prefix + name, is_link=is_link)
             if isinstance(found, Subfolder):
@@ -543,6 +550,10 @@ class Walk:
                     continue
             if found:
                 yield found
+
+    def _excludes_file(self, path: str) -> bool:
+        # As for `aws s3`, a glob leaves out files: what a folder of such a name holds stays.
+        return bool(self._excludes(self._relative(path))) and not os.path.isdir(path)
 
     def _relative(self, path: str) -> str:
         return path[len(os.path.join(self._root, "")) :].replace(os.sep, "/")
@@ -634,6 +645,7 @@ class StateFile:
     """The JSON state file: read, replaced atomically, and locked for one run at a time."""
 
     def __init__(self, path: str) -> None:
+        self._given_path = os.path.abspath(path)
         # os.replace would put a plain file in the place of a symbolic link.
         self.path = os.path.realpath(path)
         self._folder = os.path.dirname(self.path)
@@ -643,21 +655,18 @@ class StateFile:
         self._saved_at = -math.inf
 
     @property
-    def own_names(self) -> tuple[str, ...]:
-        """Names of the state file, its temporary file and its lock."""
-        return tuple(map(os.path.basename, (self.path, self._temporary, self._lock_path)))
-
-    @property
     def has_saved(self) -> bool:
         """Whether this run has saved a state."""
         return self._saved_at > -math.inf
 
-    def folder_identity(self) -> tuple[int, int] | None:
-        """Return device and inode of the folder that holds the state file, if it is there."""
-        with contextlib.suppress(OSError):
-            status = os.stat(self._folder)
-            return (status.st_dev, status.st_ino)
-        return None
+    def own_files(self) -> list[tuple[tuple[int, int], str]]:
+        """Return the state file, its companions and a link to it: folder's identity, and name."""
+        own = []
+        for path in (self._given_path, self.path, self._temporary, self._lock_path):
+            with contextlib.suppress(OSError):
+                status = os.stat(os.path.dirname(path))
+                own.append(((status.st_dev, status.st_ino), os.path.basename(path)))
+        return own
 
     def lock(self) -> None:
         """Take the lock, which the operating system drops when this process ends.
@@ -678,10 +687,11 @@ class StateFile:
             handle.seek(0)
             why = f"another run (process {shown(handle.read(20))}) uses {shown(self.path)}"
             raise StopRun(f"{why}; wait for it, or give this job its own --statefile") from error
-        handle.truncate(0)
-        handle.write(str(os.getpid()))
-        handle.flush()
         self._lock = handle
+        with contextlib.suppress(OSError):  # a full disk is met when the state is saved
+            handle.truncate(0)
+            handle.write(str(os.getpid()))
+            handle.flush()
         with contextlib.suppress(OSError):
             os.unlink(self._temporary)  # a killed run may have left it
 
@@ -965,7 +975,7 @@ class Retries:
         Stopped when the run is being stopped. With `may_stop_run` false, for requests
         that a tight policy may refuse, what would stop the run is an UploadError.
         """
-        started, give_up_at, damaged = time.monotonic(), math.inf, 0
+        give_up_at, damaged = math.inf, 0
         for tries in itertools.count():
             self.check_stopped()
             try:
@@ -977,6 +987,9 @@ class Retries:
                 botocore.exceptions.BotoCoreError,
                 botocore.parsers.ResponseParserError,
             ) as error:
+                cause = getattr(error, "kwargs", {}).get("error")
+                if isinstance(cause, FileChanged):  # raised by the body, while it was sent
+                    raise cause from error
                 trouble = trouble_of(error)
             else:
                 self._answered_at = time.monotonic()
@@ -988,17 +1001,18 @@ class Retries:
             if is_passing and time.monotonic() < give_up_at:
                 longest = min(BACKOFF_MAX_SECONDS, BACKOFF_FIRST_SECONDS * 2 ** min(tries, 10))
                 self.stop.wait(random.uniform(longest / 2, longest))
-            elif may_stop_run and self._meets_every_file(trouble, started):
+            elif may_stop_run and self._meets_every_file(trouble):
                 raise StopRun(trouble.message)
             else:
                 raise UploadError(trouble.message, trouble.code)
         raise AssertionError("unreachable")
 
-    def _meets_every_file(self, trouble: Trouble, started: float) -> bool:
+    def _meets_every_file(self, trouble: Trouble) -> bool:
         if trouble.kind == "stops at first":
             return not self._has_accepted
-        # A server that has answered nobody since this request began is gone.
-        gone = trouble.kind == "passing" and self._answered_at < started
+        # A server that has long answered nobody is gone; one that answers others is not.
+        silent_seconds = time.monotonic() - self._answered_at
+        gone = trouble.kind == "passing" and silent_seconds > self._patience_seconds / 2
         return gone or trouble.kind == "stops"
 
 
@@ -1083,8 +1097,14 @@ class LargeReads:
         return len(self._body)
 
     def read(self, size: int = -1) -> bytes:
-        """Return the next bytes: more than `size`, if that is small."""
-        return bytes(self._body.read(max(size, LARGE_READ_BYTES) if size >= 0 else size))
+        """Return the next bytes: more than `size`, if that is small.
+
+        Raises FileChanged when the file has become shorter: the server would wait for the rest.
+        """
+        data = bytes(self._body.read(max(size, LARGE_READ_BYTES) if size >= 0 else size))
+        if not data and self._body.tell() < len(self._body):
+            raise FileChanged
+        return data
 
 
 def open_regular(path: str) -> BinaryIO:
@@ -1389,7 +1409,7 @@ class CrtPut:
             headers.append(("Content-Type", ContentType))
         path = self._path + urllib.parse.quote(Key, safe="/-_.~")
         http = self._crt.http
-        answer: dict[str, str] = {}
+        answer: dict[str, Any] = {}
 
         def take(status_code: int, headers: list[tuple[str, str]], **_: object) -> None:
             answer.update((name.lower(), value) for name, value in headers)
@@ -1412,6 +1432,11 @@ class CrtPut:
             )
             raise botocore.exceptions.ClientError(parsed, "PutObject") from error
         except self._crt.exceptions.AwsCrtError as error:
+            # The runtime keeps the answer of some of S3's errors to itself.
+            code = error.name.removeprefix("AWS_ERROR_S3_").title().replace("_", "")
+            if code in ("RequestTimeTooSkewed", "SlowDown", "InternalError", "RequestTimeout"):
+                answer = {"Error": {"Code": code}}
+                raise botocore.exceptions.ClientError(answer, "PutObject") from error  # type: ignore[arg-type]
             raise botocore.exceptions.HTTPClientError(error=error) from error
         return {
             "ETag": answer.get("etag"),
@@ -1451,10 +1476,7 @@ class MultipartUpload:
             raise UploadError("it is larger than the 48.8 TiB that S3 takes; split it")
         for tries in itertools.count(1):
             try:
-                self._find_parts()
-                if not self._etag:
-                    self._transfer()
-                return self._etag
+                return self._attempt()
             except FileChanged:
                 self._uploader.abort(self._task)
                 raise
@@ -1467,6 +1489,20 @@ class MultipartUpload:
                     raise
                 self._forget_upload()
         raise AssertionError("unreachable")
+
+    def _attempt(self) -> str:
+        self._find_parts()
+        try:
+            if not self._etag:
+                self._transfer()
+        except UploadError:
+            # A part that changes between hashing and sending is refused as damaged.
+            self._check_unchanged()
+            raise
+        return self._etag
+
+    def _check_unchanged(self) -> None:
+        check_unchanged(os.stat(self._task.filepath), self._before, self._has_same_parts)
 
     def _transfer(self) -> None:
         task, options = self._task, self._uploader.options
@@ -1539,7 +1575,7 @@ class MultipartUpload:
 
     def complete_multipart_upload(self, **parameters: Any) -> dict[str, Any]:
         """Make the parts one object, unless the file changed meanwhile, and prove it."""
-        check_unchanged(os.stat(self._task.filepath), self._before, self._has_same_parts)
+        self._check_unchanged()
         parts: list[dict[str, Any]] = []
         for number, part in sorted(self._parts.items()):
             parts.append({"PartNumber": number, "ETag": part.etag})
@@ -1725,43 +1761,42 @@ def look_at_bucket(client: S3Client, options: Namespace) -> tuple[int, str | Non
     return Retries(patience_seconds=FIRST_PATIENCE_SECONDS).run(head)
 
 
-def create_bucket(client: S3Client, options: Namespace) -> str | None:
-    """Create the bucket, wait until it exists, and return the region to use, if it matters.
+def create_bucket(client: S3Client, options: Namespace) -> str:
+    """Create the bucket, wait until it exists, and return the region to use for it.
 
     Raises StopRun when that fails.
     https://docs.aws.amazon.com/AmazonS3/latest/API/API_CreateBucket.html
     """
-    name, region, aws = options.bucketname, options.region or DEFAULT_REGION, is_aws(client)
+    name, region = options.bucketname, options.region or DEFAULT_REGION
     if not re.fullmatch(r"(?![\d.]+$)(?!.*\.\.)[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", name):
         raise StopRun(f"there is no bucket {name}, and none can be created: the name of a bucket "
                       f"has {BUCKET_NAME_RULES}")  # fmt: skip
-    if aws:
-        client = build_client(options, region)
     location: Any = {"CreateBucketConfiguration": {"LocationConstraint": region}}
     location = {} if region == "us-east-1" else location
-
-    def create(**location: Any) -> None:
-        Retries().run(lambda: client.create_bucket(Bucket=name, **location), may_stop_run=False)
-
-    try:
+    attempts: list[tuple[S3Client, Any]] = [(build_client(options, region), location)]
+    if not (options.region or is_aws(client)):
+        attempts.append((client, {}))  # other servers have regions of their own, or none
+    for creator, location in attempts:
         try:
-            create(**location)
+            create = functools.partial(creator.create_bucket, Bucket=name, **location)
+            Retries().run(create, may_stop_run=False)
+            break
         except UploadError as error:
-            # Other servers have regions of their own, or none.
-            if aws or options.region or error.code not in LOCATION_CODES:
-                raise
-            create()
-    except UploadError as error:
-        if error.code == "BucketAlreadyExists":
-            why = f"the bucket name {name} is taken by another account"
-            raise StopRun(f"{why}; choose another with --bucketname") from error
-        if error.code != "BucketAlreadyOwnedByYou":
-            raise StopRun(f"cannot create the bucket {name}: {error}") from error
+            # A second request, or another run's, finds the bucket there already.
+            if error.code in ("BucketAlreadyOwnedByYou", "BucketAlreadyExists"):
+                if look_at_bucket(creator, options)[0] == 200:
+                    break
+                why = f"the bucket name {name} is taken by another account"
+                raise StopRun(f"{why}; choose another with --bucketname") from error
+            if error.code not in LOCATION_CODES or creator is attempts[-1][0]:
+                raise StopRun(f"cannot create the bucket {name}: {error}") from error
     try:
-        client.get_waiter("bucket_exists").wait(Bucket=name, WaiterConfig={"Delay": 1})
+        creator.get_waiter("bucket_exists").wait(
+            Bucket=name, WaiterConfig={"Delay": 1}, **owner_parameter(options)
+        )
     except botocore.exceptions.WaiterError as error:
         raise StopRun(f"the new bucket {name} does not appear; try again") from error
-    return region if aws else None
+    return creator.meta.region_name
 
 
 # --- transfer: the main thread's side ---------------------------------------------
@@ -2166,10 +2201,11 @@ class Report:
             text += f"; {failed}; state: {shown(state_path)}"
         self._print(text, sys.stdout)
 
-    def _print(self, text: str, stream: TextIO) -> None:
+    def _print(self, text: str, stream: TextIO | None) -> None:
         # A closed pipe or a full disk behind a stream must not end a backup.
         with contextlib.suppress(OSError, ValueError):
-            print(text, file=stream, flush=stream is sys.stderr)
+            if stream:  # None when it was closed at the start
+                print(text, file=stream, flush=stream is sys.stderr)
 
 
 def human_size(size: float) -> str:
@@ -2196,6 +2232,9 @@ def main(argv: list[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     options = parse_arguments(argv)
     report, state = Report(options), StateFile(options.statefile)
+    if sys.getfilesystemencoding() != "utf-8":
+        report.error("file names would be read wrongly in this locale; set PYTHONUTF8=1")
+        return 2
     try:
         if options.dryrun:
             return show_plan(options, report, interruption, state)
@@ -2215,7 +2254,8 @@ def show_plan(
     """List what a run would send and return the exit code; nothing is changed."""
     previous = state.read()
     check_previous(previous, options)
-    for entry in find_files(options, Walk(options, report, interruption, state), previous):
+    found = find_files(options, Walk(options, report, interruption, state), previous)
+    for entry in check_not_empty(found, previous, options, report):
         if entry.error:
             report.failed(entry)
         elif not entry.uploaded:
@@ -2275,23 +2315,39 @@ def plan(
     uploaded, so that a crash run after a kill walks it. Raises StopRun for an empty
     folder of which the state lists uploads.
     """
-    root = options.backupfolder
-    found = find_files(options, walk, previous)
+    found = check_not_empty(find_files(options, walk, previous), previous, options, report)
     uploads = {e.filepath: e for e in previous or () if e.upload_id and not e.uploaded}
-    if not options.crashrun:
-        first = next(found, None)
-        if first:
-            folder = Entry(root, options.prefix, bucket=options.bucketname)
-            save_or_stop(state, [folder, *uploads.values()])
-            found = itertools.chain([first], found)
-        elif any(e.uploaded and is_within(e.filepath, root) for e in previous or ()):
-            raise StopRun(f"there is nothing in {shown(root)}, but the state lists uploaded files "
-                          "of it; is its disk mounted?")  # fmt: skip
-        else:
-            report.error(f"there is nothing to send in {shown(root)}; is its disk mounted?")
+    first = next(found, None)
+    if first and not options.crashrun:
+        folder = Entry(options.backupfolder, options.prefix, bucket=options.bucketname)
+        save_or_stop(state, [folder, *uploads.values()])
+    found = itertools.chain([first] if first else [], found)
     entries = list(found)
     report.end_of_notices()
     return entries, carry_uploads(entries, uploads)
+
+
+def check_not_empty(
+    found: Iterator[Entry], previous: list[Entry] | None, options: Namespace, report: Report
+) -> Iterator[Entry]:
+    """Yield what was found, and say so when that is nothing: a disk may not be mounted.
+
+    Raises StopRun when the state lists uploads of the folder, or the folder itself as one
+    that is still to be walked: that must not be forgotten.
+    """
+    first = next(found, None)
+    if first:
+        yield first
+        yield from found
+        return
+    root = options.backupfolder
+    for entry in previous or ():
+        if is_within(entry.filepath, root) and (entry.uploaded or entry.filepath == root):
+            what = "uploaded files of it" if entry.uploaded else "it as still to be sent"
+            raise StopRun(f"there is nothing in {shown(root)}, but the state lists {what}; is its "
+                          "disk mounted?")  # fmt: skip
+    if not options.crashrun:
+        report.error(f"there is nothing to send in {shown(root)}; is its disk mounted?")
 
 
 def save_or_stop(state: StateFile, entries: list[Entry]) -> None:
@@ -2305,7 +2361,7 @@ def save_or_stop(state: StateFile, entries: list[Entry]) -> None:
 
 if __name__ == "__main__":
     code = main()
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, AttributeError):  # stdout is full, or closed
         sys.stdout.flush()
     # Not sys.exit: threads stuck in a socket would hold it up, and freeing the entries
     # of a million files takes seconds.

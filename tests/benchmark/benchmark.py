@@ -23,9 +23,9 @@ from pathlib import Path
 
 from clients import REGION, Client, all_clients, environment
 from measure import become_subreaper, cpu_seconds, run_measured
+from null_servers import BUCKET, Server, Stored, null_server, rclone_server
 from report import Outcome, Report, Run, as_json, markdown, number, svg
 from scenarios import SCENARIOS, Scenario, make_files, place_for
-from servers import BUCKET, Server, Stored, null_server, rclone_server
 
 ROOT = Path(__file__).resolve().parents[2]
 # A client that takes longer than this is not asked again: what a run of minutes varies by does not

@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from servers import ACCESS_KEY_ID, BUCKET, SECRET_ACCESS_KEY
+from null_servers import ACCESS_KEY_ID, BUCKET, SECRET_ACCESS_KEY
 
 OURS = "s3FileTransfer (boto3)"
 OURS_CRT = "s3FileTransfer (boto3[crt])"

@@ -1,0 +1,34 @@
+#!/bin/sh
+# Checks and tests the project, on a machine with Python (pip and venv) and the net.
+#
+#     sh tests/run.sh [pytest's arguments]
+#
+# PYTHON names the interpreter that the virtual environment is made with; python3 otherwise.
+set -eu
+cd -- "$(dirname -- "$0")/.."
+
+venv=.venv
+bin=$venv/bin
+
+# What the environment was made of: another interpreter or other requirements make it anew.
+wanted=$("${PYTHON:-python3}" -c 'import sys; print(sys.version)' &&
+    cat requirements.txt tests/requirements.txt)
+if [ "$wanted" != "$(cat "$venv/made-of" 2>/dev/null || true)" ]; then
+    "${PYTHON:-python3}" -m venv --clear "$venv"
+    "$bin/python" -m pip install --quiet --disable-pip-version-check \
+        -r requirements.txt -r tests/requirements.txt
+    printf '%s\n' "$wanted" > "$venv/made-of"
+fi
+
+status=0
+check() {
+    printf '== %s\n' "$*"
+    "$bin/python" -m "$@" || status=1
+}
+
+# All of them, whatever one of them says: a failed check hides no failed test.
+check ruff check
+check ruff format --check
+check mypy s3FileTransfer.py tests
+check pytest -n 4 "$@"
+exit "$status"

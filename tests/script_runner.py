@@ -1,0 +1,250 @@
+"""Runs s3FileTransfer.py as its users do: as a program, in a clean environment."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from servers import S3Server
+
+T = TypeVar("T")
+
+SCRIPT_PATH = Path(__file__).resolve().parent.parent / "s3FileTransfer.py"
+POLL_SECONDS = 0.02
+
+
+@dataclass(frozen=True)
+class Completed:
+    """How a run ended, and what it said."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run_script(
+    *args: str | Path,
+    server: S3Server | None = None,
+    env: Mapping[str, str] | None = None,
+    cwd: Path,
+    timeout: float = 120,
+    user: int | None = None,
+    python_flags: Sequence[str] = (),
+    stdin: str | None = None,
+) -> Completed:
+    """Run the script to its end; a traceback on stderr is a failure of the test.
+
+    Args:
+        args: the script's arguments.
+        server: the endpoint and credentials in its environment; neither without one.
+        env: more environment variables, which win over all others.
+        cwd: the current directory of the run.
+        timeout: seconds after which the run is killed, and subprocess.TimeoutExpired raised.
+        user: numeric id of the user to run as; ignored unless the tests run as root.
+        python_flags: flags of the interpreter.
+        stdin: text on its standard input, which is empty otherwise.
+    """
+    process = start_script(
+        *args, server=server, env=env, cwd=cwd, user=user, python_flags=python_flags
+    )
+    try:
+        return finish(process, timeout=timeout, stdin=stdin)
+    finally:
+        kill_group(process)
+
+
+def start_script(
+    *args: str | Path,
+    server: S3Server | None = None,
+    env: Mapping[str, str] | None = None,
+    cwd: Path,
+    user: int | None = None,
+    python_flags: Sequence[str] = (),
+) -> subprocess.Popen[str]:
+    """Start the script, in a process group of its own; the arguments are those of `run_script`.
+
+    `finish` waits for it. A test that signals it uses `process.send_signal` or `os.killpg`.
+    """
+    switch = user if os.geteuid() == 0 else None
+    launch = launch_for(switch)
+    identity: dict[str, Any] = {}
+    if switch is not None:
+        identity = {"user": switch, "group": switch, "extra_groups": []}
+    return subprocess.Popen(
+        [launch.python, *python_flags, launch.script, *args],
+        cwd=cwd,
+        env={
+            "HOME": str(shared_folder() / "home"),
+            "PATH": os.environ["PATH"],
+            **launch.environment,
+            **(server.environment() if server else {}),
+            **(env or {}),
+        },
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+        errors="surrogateescape",
+        start_new_session=True,
+        **identity,
+    )
+
+
+def finish(
+    process: subprocess.Popen[str], *, timeout: float = 120, stdin: str | None = None
+) -> Completed:
+    """Wait for a started script, and check that it ended without a traceback."""
+    stdout, stderr = process.communicate(stdin, timeout=timeout)
+    assert "Traceback" not in stderr, stderr
+    return Completed(process.returncode, stdout, stderr)
+
+
+def kill_group(process: subprocess.Popen[str]) -> None:
+    """Kill a started script if it still runs, with the processes that it started."""
+    # Once it has been waited for, its process group may be another one's.
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+@dataclass(frozen=True)
+class Launch:
+    python: Path
+    script: Path
+    environment: Mapping[str, str]
+
+
+@functools.cache
+def launch_for(user: int | None) -> Launch:
+    """Find an interpreter and a script that the user may read."""
+    own = Launch(Path(sys.executable), SCRIPT_PATH, {})
+    if user is None or _can_launch(own, user):
+        return own
+    # The checkout, the virtual environment or the Python below it may lie where nobody but root
+    # gets at, /root for one, and root should not open that up for a test. A relocated copy of
+    # all three is the one thing that works for each of these cases.
+    copy = _public_copy()
+    assert _can_launch(copy, user), f"user {user} cannot run a copy of Python in {copy.python}"
+    return copy
+
+
+def _can_launch(launch: Launch, user: int) -> bool:
+    check = "import boto3, sys; open(sys.argv[1]).close()"
+    try:
+        completed = subprocess.run(
+            [launch.python, "-c", check, launch.script],
+            user=user,
+            group=user,
+            extra_groups=[],
+            cwd="/",
+            env=dict(launch.environment),
+            capture_output=True,
+            check=False,
+        )
+    except PermissionError:
+        return False
+    return completed.returncode == 0
+
+
+def _public_copy() -> Launch:
+    """Copy interpreter, standard library, boto3 and the script to where everybody may read."""
+    prefix = shared_folder() / "python"
+    stdlib = Path(sysconfig.get_path("stdlib"))
+    library = prefix / stdlib.relative_to(sys.base_prefix)
+    unused = shutil.ignore_patterns("site-packages", "dist-packages", "test", "idlelib", "config-*")
+    shutil.copytree(stdlib, library, ignore=unused)
+    # Beside the standard library: every build of Python looks there, while the name and the place
+    # of site-packages differ.
+    for name in _with_dependencies("boto3"):
+        for path in importlib.metadata.files(name) or []:
+            if ".." not in path.parts:  # those are the scripts in bin/
+                target = library / path
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path.locate(), target)
+    launch = Launch(
+        python=prefix / "bin" / "python3",
+        script=prefix / SCRIPT_PATH.name,
+        environment={"LD_LIBRARY_PATH": str(prefix / "lib")},
+    )
+    launch.python.parent.mkdir()
+    shutil.copy(Path(sys.executable).resolve(), launch.python)
+    if sysconfig.get_config_var("Py_ENABLE_SHARED"):
+        libpython = sysconfig.get_config_var("INSTSONAME")
+        shutil.copy(Path(sysconfig.get_config_var("LIBDIR")) / libpython, prefix / "lib")
+    shutil.copy(SCRIPT_PATH, launch.script)
+    _let_everybody_read(prefix)
+    return launch
+
+
+def _with_dependencies(name: str) -> set[str]:
+    """A distribution and all that it needs, without its extras."""
+    names, found = [name], set[str]()
+    while names:
+        name = names.pop()
+        if name not in found:
+            found.add(name)
+            for requirement in importlib.metadata.requires(name) or []:
+                match = re.match(r"[\w.-]+", requirement)
+                if match and ";" not in requirement:
+                    names.append(match[0])
+    return found
+
+
+def _let_everybody_read(folder: Path) -> None:
+    for path in (folder, *folder.rglob("*")):
+        mode = path.stat().st_mode
+        path.chmod(mode | (0o755 if path.is_dir() or mode & 0o100 else 0o644))
+
+
+@functools.cache
+def shared_folder() -> Path:
+    """A folder of this test process that every user may enter, gone when the process ends."""
+    temporary = tempfile.TemporaryDirectory(prefix="s3FileTransfer-tests-")
+    _keep_until_exit.append(temporary)
+    folder = Path(temporary.name)
+    folder.chmod(0o755)
+    (folder / "home").mkdir()
+    return folder
+
+
+_keep_until_exit: list[tempfile.TemporaryDirectory[str]] = []
+
+
+def read_state(path: Path) -> list[dict[str, Any]]:
+    """The entries of a state file."""
+    entries = json.loads(path.read_text(encoding="utf-8"))
+    assert isinstance(entries, list)
+    return entries
+
+
+def make_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write files, given by their paths relative to a folder that need not exist."""
+    for relative_path, content in files.items():
+        path = folder / relative_path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+
+
+def wait_until(condition: Callable[[], T | None], timeout_seconds: float, what: str) -> T:
+    """Wait until the condition is true and return what it returned; fail after the timeout."""
+    deadline = time.monotonic() + timeout_seconds
+    while not (result := condition()):
+        assert time.monotonic() < deadline, f"{what}: not within {timeout_seconds} seconds"
+        time.sleep(POLL_SECONDS)
+    return result

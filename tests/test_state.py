@@ -1,0 +1,551 @@
+"""The state file: what is in it when, that it is never damaged, and whose it is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import resource
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fault_proxy import Fault, answer, call, delay
+from jobs import NOBODY, Job, assert_clean, assert_failed, assert_stopped, prelude
+from script_runner import finish, wait_until
+
+pytest_plugins = ["job_fixtures"]
+
+
+def write_state(job: Job, *entries: object) -> bytes:
+    """Write a state file and return its bytes."""
+    job.state_path.write_text(json.dumps(list(entries)), encoding="utf-8")
+    return job.state_path.read_bytes()
+
+
+def assert_refused(job: Job, state: bytes, *words: str, arguments: tuple[str, ...] = ()) -> None:
+    """Check that a run stops with these words, asks the server nothing and keeps the state."""
+    proxy = job.proxy
+    assert_stopped(job(*arguments), *words)
+    assert proxy.requests == []
+    assert job.state_path.read_bytes() == state
+
+
+# --- What is in it ---------------------------------------------------------------------------
+
+
+def test_fields_of_an_uploaded_file(job: Job) -> None:
+    (content,) = job.make("sub/a.dat").values()
+    path = job.folder / "sub/a.dat"
+    assert_clean(job())
+    assert job.entries() == [
+        {
+            "filepath": str(path),
+            "uploadedSuccess": 1,
+            "filename": "sub/a.dat",
+            "bucket": job.bucket,
+            "size": len(content),
+            "mtime_ns": path.stat().st_mtime_ns,
+            "etag": hashlib.md5(content, usedforsecurity=False).hexdigest(),
+        }
+    ]
+
+
+def test_fields_of_a_failed_file(job: Job) -> None:
+    job.make("a.dat")
+    (job.folder / "b.dat").symlink_to("missing")
+    assert job().returncode == 1
+    failed = job.entries()[1]
+    assert failed.pop("error")
+    assert failed == {
+        "filepath": str(job.folder / "b.dat"),
+        "uploadedSuccess": 0,
+        "filename": "b.dat",
+        "bucket": job.bucket,
+    }
+
+
+def test_one_entry_a_line(job: Job) -> None:
+    names = ["a.dat", "line\nbreak", 'quo"te', "ä", "back\\slash"]
+    job.make(*names)
+    (job.folder / "z-broken").symlink_to("missing")
+    assert job().returncode == 1
+    lines = job.state_path.read_text(encoding="utf-8").splitlines()
+    assert (lines[0], lines[-1]) == ("[", "]")
+    entries = [json.loads(line.rstrip(",")) for line in lines[1:-1]]
+    assert {entry["filename"] for entry in entries} == {*names, "z-broken"}
+    for line in lines[1:-1]:
+        assert line.startswith('{"filepath": "')
+    missing = [line for line in lines if '"uploadedSuccess": 0' in line]
+    assert [json.loads(line.rstrip(","))["filename"] for line in missing] == ["z-broken"]
+
+
+def test_names_are_readable_in_it(job: Job) -> None:
+    job.make("Ünïcode 日本.dat")
+    assert_clean(job())
+    assert "Ünïcode 日本.dat" in job.state_path.read_text(encoding="utf-8")
+
+
+# --- When it is written ----------------------------------------------------------------------
+
+
+def test_it_is_complete_before_the_first_upload(job: Job) -> None:
+    files = job.make(*(f"{number:03}" for number in range(100)), "sub/last")
+    seen: list[dict[str, int]] = []
+    job.proxy.add_fault(
+        Fault(call(lambda _: seen.append(job.state())), operation="PutObject", times=1)
+    )
+    assert_clean(job())
+    assert seen == [dict.fromkeys(files, 0)]
+
+
+def test_it_lists_the_folder_itself_during_the_walk(job: Job, tmp_path: Path) -> None:
+    job.make("a.dat", "sub/b.dat")
+    copy = tmp_path / "copy.json"
+    # The copy is made when the walk enters the folder `sub`.
+    watch = f"""
+import os, shutil
+scandir = os.scandir
+def watched(path="."):
+    if os.path.basename(path) == "sub":
+        shutil.copy({str(job.state_path)!r}, {str(copy)!r})
+    return scandir(path)
+os.scandir = watched
+"""
+    assert_clean(job(python_flags=prelude(watch)))
+    (entry,) = json.loads(copy.read_text(encoding="utf-8"))
+    assert (entry["filepath"], entry["uploadedSuccess"]) == (str(job.folder), 0)
+    # What a kill at that moment would have left is enough for a crash run.
+    copy.replace(job.state_path)
+    assert_clean(job.crash_run())
+    assert job.state() == {"a.dat": 1, "sub/b.dat": 1}
+
+
+def test_it_is_saved_during_the_run(job: Job) -> None:
+    job.make(*(f"{number:03}" for number in range(60)))
+    job.proxy.add_fault(Fault(delay(0.1), operation="PutObject"))
+    process = job.start("--max-concurrency", "1")
+    wait_until(
+        lambda: job.state_path.exists() and 0 < sum(job.state().values()) < 60,
+        60,
+        "a state with some of the files uploaded",
+    )
+    assert_clean(finish(process))
+
+
+def test_it_never_says_uploaded_before_the_server_has(job: Job) -> None:
+    job.make(*(f"{number:03}" for number in range(40)))
+    wrong: list[tuple[str, int]] = []
+
+    def check(key: str) -> None:
+        if uploaded := job.state()[key]:
+            wrong.append((key, uploaded))
+
+    job.proxy.add_fault(Fault(delay(0.1), operation="PutObject", one_in=2))
+    job.proxy.add_fault(Fault(call(lambda request: check(request.key)), operation="PutObject"))
+    assert_clean(job("--max-concurrency", "2"))
+    assert wrong == []
+
+
+def test_a_reader_never_sees_half_of_it(job: Job) -> None:
+    job.make(*(f"{number:03}" for number in range(150)))
+    assert_clean(job())
+    job.proxy.add_fault(Fault(delay(0.05), operation="PutObject"))
+    ended = threading.Event()
+    sizes: set[int] = set()
+    broken: list[bytes] = []
+
+    def read() -> None:
+        while not ended.is_set():
+            content = job.state_path.read_bytes()
+            try:
+                sizes.add(len(json.loads(content)))
+            except ValueError:
+                broken.append(content)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        completed = job("--max-concurrency", "2")
+    finally:
+        ended.set()
+        reader.join()
+    assert_clean(completed)
+    # The folder alone during the walk, or else all of its files.
+    assert (broken, sizes | {1}) == ([], {1, 150})
+
+
+def test_an_open_state_stays_as_it_was(job: Job) -> None:
+    files = job.make("a.dat", "b.dat")
+    assert_clean(job())
+    before = job.state_path.read_bytes()
+    with job.state_path.open("rb") as held:
+        job.make("c.dat")
+        assert_clean(job())
+        assert held.read() == before
+    assert job.state() == dict.fromkeys([*files, "c.dat"], 1)
+
+
+def test_no_temporary_file_is_left(job: Job) -> None:
+    job.make("a.dat")
+    (job.state_path.parent / "state.json.tmp").write_text("left by a kill")
+    assert_clean(job())
+    names = {path.name for path in job.state_path.parent.iterdir()}
+    assert names == {"state.json", "state.json.lock"}
+
+
+def test_a_link_to_the_state_stays_a_link(job: Job, tmp_path: Path) -> None:
+    job.make("a.dat")
+    target = tmp_path / "kept.json"
+    job.state_path.symlink_to(target)
+    for _ in range(2):
+        assert_clean(job())
+    assert job.state_path.is_symlink()
+    assert job.state() == {"a.dat": 1}
+    assert not target.is_symlink()
+
+
+def test_its_mode_stays(job: Job) -> None:
+    job.make("a.dat")
+    job.state_path.write_text("[]")
+    job.state_path.chmod(0o640)
+    assert_clean(job())
+    assert job.state_path.stat().st_mode & 0o777 == 0o640
+
+
+# --- The lock --------------------------------------------------------------------------------
+
+
+def test_a_second_run_is_refused_until_the_first_is_gone(job: Job) -> None:
+    job.make("a.dat")
+    job.proxy.add_fault(Fault(delay(600), operation="PutObject"))
+    first = job.start()
+    wait_until(lambda: job.proxy.count("PutObject"), 60, "the first run's upload")
+    before, requests = job.state_path.read_bytes(), len(job.proxy.requests)
+    for arguments in ((), ("--crashrun", "1")):
+        assert_stopped(job(*arguments), f"process {first.pid}", "--statefile")
+    assert job.state_path.read_bytes() == before
+    assert len(job.proxy.requests) == requests
+
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    job.proxy.clear_faults()
+    assert_clean(job.crash_run())
+    assert job.state() == {"a.dat": 1}
+
+
+def test_a_lock_left_by_a_dead_run_is_no_lock(job: Job) -> None:
+    job.make("a.dat")
+    (job.state_path.parent / "state.json.lock").write_text(str(os.getpid()))
+    assert_clean(job())
+
+
+def test_two_links_to_one_state_are_one_lock(job: Job, tmp_path: Path) -> None:
+    job.make("a.dat")
+    job.proxy.add_fault(Fault(delay(600), operation="PutObject"))
+    link = tmp_path / "link.json"
+    link.symlink_to(job.state_path)
+    first = job.start()
+    wait_until(lambda: job.proxy.count("PutObject"), 60, "the first run's upload")
+    assert_stopped(job("--statefile", link, timeout=60), f"process {first.pid}")
+
+
+def test_runs_with_states_of_their_own_go_side_by_side(job: Job, tmp_path: Path) -> None:
+    job.make("a.dat")
+    held = job.proxy.add_fault(Fault(delay(600), operation="PutObject", times=1))
+    job.start()
+    wait_until(lambda: held.hits, 60, "the first run's upload")
+    assert_clean(job("--statefile", tmp_path / "other.json"))
+
+
+# --- Whose it is -----------------------------------------------------------------------------
+
+
+def other_bucket(job: Job) -> dict[str, object]:
+    return job.pending_entry("b.dat", bucket="another-bucket")
+
+
+def other_folder(job: Job) -> dict[str, object]:
+    path = str(job.folder.parent / "elsewhere" / "b.dat")
+    return job.pending_entry("b.dat", filepath=path, bucket=job.bucket)
+
+
+def folder_with_the_same_start(job: Job) -> dict[str, object]:
+    return job.pending_entry("b.dat", filepath=f"{job.folder}-2/b.dat", bucket=job.bucket)
+
+
+OTHER_JOBS = [other_bucket, other_folder, folder_with_the_same_start]
+
+
+@pytest.mark.parametrize("other", OTHER_JOBS)
+def test_failures_of_another_job_are_not_buried(job: Job, other: Any) -> None:
+    job.make("a.dat")
+    entry = other(job)
+    state = write_state(job, {**entry, "uploadedSuccess": 1}, entry)
+    assert_refused(job, state, "--crashrun 1", "--statefile")
+
+
+@pytest.mark.parametrize("other", OTHER_JOBS)
+def test_a_crash_run_of_another_job_is_refused(job: Job, other: Any) -> None:
+    job.make("a.dat", "b.dat")
+    state = write_state(job, job.pending_entry("a.dat", bucket=job.bucket), other(job))
+    assert_refused(job, state, "--statefile", arguments=("--crashrun", "1"))
+
+
+@pytest.mark.parametrize("other", OTHER_JOBS)
+def test_another_job_that_is_done_may_be_replaced(job: Job, other: Any) -> None:
+    job.make("a.dat")
+    write_state(job, {**other(job), "uploadedSuccess": 1})
+    assert_clean(job())
+    assert job.state() == {"a.dat": 1}
+
+
+@pytest.mark.parametrize(
+    ("key", "arguments"),
+    [("gone.dat", ()), ("a.tmp", ("--exclude", "*.tmp")), ("old-prefix/a.dat", ())],
+)
+def test_own_failures_do_not_stop_the_next_run(
+    job: Job, key: str, arguments: tuple[str, ...]
+) -> None:
+    job.make("a.dat", "a.tmp")
+    write_state(job, job.pending_entry(key, bucket=job.bucket))
+    completed = job(*arguments)
+    assert completed.returncode == 0
+    assert job.state()["a.dat"] == 1
+
+
+# --- Crash runs ------------------------------------------------------------------------------
+
+
+def test_crash_run_sends_what_is_marked_as_missing(job: Job) -> None:
+    files = job.make("a.dat", "b.dat", "sub/c.dat", "new.dat")
+    write_state(
+        job,
+        job.pending_entry("a.dat", uploadedSuccess=1),
+        job.pending_entry("b.dat"),
+        job.pending_entry("sub/c.dat"),
+    )
+    assert_clean(job.crash_run())
+    assert job.objects() == {key: files[key] for key in ("b.dat", "sub/c.dat")}
+    assert job.state() == {"a.dat": 1, "b.dat": 1, "sub/c.dat": 1}
+
+
+def test_crash_run_keeps_the_keys_of_the_state(job: Job) -> None:
+    job.make("a.dat")
+    write_state(job, job.pending_entry("a.dat", filename="daily/a.dat"))
+    assert_clean(job.crash_run())
+    assert set(job.objects()) == {"daily/a.dat"}
+
+
+def test_crash_run_says_of_a_file_that_it_is_gone(job: Job) -> None:
+    job.make("a.dat")
+    write_state(job, job.pending_entry("a.dat"), job.pending_entry("gone.dat"))
+    assert_failed(job.crash_run(), [job.folder / "gone.dat"])
+    assert job.state() == {"a.dat": 1, "gone.dat": 0}
+    assert "no such file" in job.errors()["gone.dat"]
+
+
+def test_crash_run_sends_a_file_as_it_is_now(job: Job) -> None:
+    job.make("a.dat")
+    write_state(job, job.pending_entry("a.dat", size=1, mtime_ns=1, error="an old reason"))
+    (job.folder / "a.dat").write_bytes(b"changed since")
+    assert_clean(job.crash_run())
+    assert job.objects() == {"a.dat": b"changed since"}
+    (entry,) = job.entries()
+    assert (entry["size"], entry["uploadedSuccess"]) == (len(b"changed since"), 1)
+    assert "error" not in entry
+
+
+def test_crash_run_with_nothing_to_do(job: Job) -> None:
+    files = job.make("a.dat")
+    assert_clean(job())
+    before = job.state_path.read_bytes()
+    job.proxy  # noqa: B018
+    assert_clean(job.crash_run())
+    assert job.puts() == []
+    assert job.objects() == files
+    assert job.state_path.read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [None, b""])
+def test_crash_run_without_a_state_is_refused(job: Job, content: bytes | None) -> None:
+    job.make("a.dat")
+    if content is not None:
+        job.state_path.write_bytes(content)
+    job.proxy  # noqa: B018
+    assert_stopped(job.crash_run(), "--crashrun", "state")
+    assert job.proxy.requests == []
+    assert content is None or job.state_path.read_bytes() == content
+
+
+def test_crash_run_with_an_empty_list_has_nothing_to_do(job: Job) -> None:
+    job.make("a.dat")
+    write_state(job)
+    assert job.crash_run().returncode == 0
+    assert job.state() == {}
+
+
+def test_crash_run_creates_a_missing_bucket(job: Job) -> None:
+    files = job.make("a.dat")
+    write_state(job, job.pending_entry("a.dat"))
+    assert_clean(job.crash_run())
+    assert job.objects() == files
+
+
+# --- Damaged states --------------------------------------------------------------------------
+
+FIELDS = '"filepath": "/backup/a", "filename": "a", "uploadedSuccess": 0'
+DAMAGED = [
+    b"[",
+    b"[\n{" + FIELDS.encode() + b"},\n{",
+    b"not JSON",
+    b"\xff\xfe[]",
+    b"\x00" * 100,
+    b"null",
+    b"1",
+    b'"text"',
+    b"{}",
+    b"{" + FIELDS.encode() + b"}",
+    b"[1]",
+    b"[[]]",
+    b"[null]",
+    b"[{}]",
+    b'[{"filepath": "/backup/a", "uploadedSuccess": 0}]',
+    b'[{"filename": "a", "uploadedSuccess": 0}]',
+    b'[{"filepath": "/backup/a", "filename": "a"}]',
+    b'[{"filepath": "", "filename": "a", "uploadedSuccess": 0}]',
+    b'[{"filepath": 1, "filename": "a", "uploadedSuccess": 0}]',
+    b'[{"filepath": "/backup/a", "filename": 1, "uploadedSuccess": 0}]',
+    b'[{"filepath": "/backup/a", "filename": "a", "uploadedSuccess": 2}]',
+    b'[{"filepath": "/backup/a", "filename": "a", "uploadedSuccess": "0"}]',
+    b'[{"filepath": "/backup/a", "filename": "a", "uploadedSuccess": null}]',
+    b"[{" + FIELDS.encode() + b', "bucket": 1}]',
+    b"[" * 100_000,
+]
+
+
+@pytest.mark.parametrize("content", DAMAGED, ids=lambda content: content[:60].decode("latin-1"))
+def test_damaged_state_is_refused(job: Job, content: bytes) -> None:
+    job.make("a.dat")
+    job.state_path.write_bytes(content)
+    assert_refused(job, content, str(job.state_path), "--statefile")
+
+
+def test_damaged_state_is_refused_by_a_crash_run(job: Job) -> None:
+    job.make("a.dat")
+    content = DAMAGED[1]
+    job.state_path.write_bytes(content)
+    assert_refused(job, content, str(job.state_path), arguments=("--crashrun", "1"))
+
+
+@pytest.mark.parametrize("name", ["a\0b", "a\ud800b"])
+def test_path_that_cannot_be_is_a_failure_or_a_refusal(job: Job, name: str) -> None:
+    job.make("a.dat")
+    write_state(job, job.pending_entry("a.dat"), job.pending_entry(name))
+    assert job.crash_run().returncode in (1, 2)
+
+
+def test_state_that_is_a_folder_is_refused(job: Job) -> None:
+    job.make("a.dat")
+    job.state_path.mkdir()
+    job.proxy  # noqa: B018
+    assert_stopped(job(), str(job.state_path))
+    assert job.proxy.requests == []
+
+
+def test_unreadable_state_is_refused(job: Job) -> None:
+    job.make("a.dat")
+    state = write_state(job)
+    job.state_path.chmod(0)
+    job.proxy  # noqa: B018
+    assert_stopped(job(user=NOBODY), str(job.state_path))
+    assert job.proxy.requests == []
+    assert job.state_path.read_bytes() == state
+
+
+# --- Where it cannot be written --------------------------------------------------------------
+
+
+@pytest.fixture
+def old_state(job: Job) -> bytes:
+    """The state of an earlier run of the job, after which a file came."""
+    job.make(*(f"{number:03}" for number in range(50)))
+    assert_clean(job())
+    job.make("new.dat")
+    job.proxy  # noqa: B018
+    return job.state_path.read_bytes()
+
+
+def file_size_limit(size_bytes: int) -> list[str]:
+    """Python flags under which a file of the script cannot grow further: a full disk."""
+    limit = f"({size_bytes}, {size_bytes})"
+    return prelude(f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, {limit})")
+
+
+@pytest.mark.parametrize("size_bytes", [0, 100])  # no room for the lock's text, or for an entry
+def test_full_disk_keeps_the_old_state(job: Job, old_state: bytes, size_bytes: int) -> None:
+    assert_stopped(job(python_flags=file_size_limit(size_bytes)), str(job.state_path))
+    assert job.state_path.read_bytes() == old_state
+    assert job.puts() == []
+    assert not Path(f"{job.state_path}.tmp").exists()
+
+
+def test_full_disk_keeps_the_old_state_in_a_crash_run(job: Job) -> None:
+    job.make("a.dat")
+    state = write_state(job, job.pending_entry("a.dat", error="a long reason" * 10))
+    assert_stopped(job.crash_run(python_flags=file_size_limit(100)), str(job.state_path))
+    assert job.state_path.read_bytes() == state
+
+
+def test_disk_that_is_full_after_the_walk_leaves_enough_for_a_crash_run(job: Job) -> None:
+    files = job.make(*(f"{number:03}" for number in range(50)))
+    # Room for the folder's entry, and not for those of its files.
+    assert_stopped(job(python_flags=file_size_limit(1000)), str(job.state_path))
+    assert_clean(job.crash_run())
+    assert job.objects() == files
+
+
+def test_disk_that_fills_during_the_run_keeps_the_last_state(job: Job) -> None:
+    files = job.make(*(f"{number:03}" for number in range(50)))
+    pids: list[int] = []
+    at_first: list[bytes] = []
+
+    def fill(_: object) -> None:
+        wait_until(lambda: pids, 60, "the process")
+        resource.prlimit(pids[0], resource.RLIMIT_FSIZE, (100, 100))
+        at_first.append(job.state_path.read_bytes())
+
+    job.proxy.add_fault(Fault(call(fill), operation="PutObject", times=1))
+    process = job.start("--max-concurrency", "1")
+    pids.append(process.pid)
+    completed = finish(process)
+    assert completed.returncode == 2
+    assert len([line for line in completed.stderr.splitlines() if "cannot save" in line]) == 1
+    assert str(job.state_path) in completed.stderr
+    assert job.state_path.read_bytes() == at_first[0]
+    assert job.objects() == files
+    # It lags behind, and that is all: the crash run sends again what it knows nothing of.
+    assert_clean(job.crash_run())
+    assert job.state() == dict.fromkeys(files, 1)
+
+
+@pytest.mark.parametrize("name", ["locked/state.json", "missing/state.json", "a.dat/state.json"])
+def test_folder_of_the_state_that_cannot_be_written(job: Job, name: str) -> None:
+    job.make("a.dat")
+    (job.folder / "locked").mkdir(mode=0o755)
+    job.proxy  # noqa: B018
+    completed = job("--statefile", job.folder / name, user=NOBODY)
+    assert_stopped(completed, str(job.folder / name), "--statefile")
+    assert job.proxy.requests == []
+
+
+def test_first_run_keeps_what_it_knows_when_the_bucket_refuses(job: Job) -> None:
+    files = job.make("a.dat", "b.dat")
+    job.proxy.add_fault(Fault(answer(403, "AccessDenied")))
+    assert job().returncode == 2
+    assert job.state() == dict.fromkeys(files, 0)
+    job.proxy.clear_faults()
+    assert_clean(job.crash_run())
+    assert job.objects() == files
