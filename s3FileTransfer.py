@@ -39,6 +39,7 @@ import json
 import math
 import mimetypes
 import multiprocessing
+import multiprocessing.resource_tracker
 import os
 import queue
 import random
@@ -1851,13 +1852,8 @@ class WorkerProcess:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         process = context.Process(target=serve, args=(number, theirs, options, region), daemon=True)
-        # A signal to the whole process group is for the main process to answer.
-        mask = getattr(signal, "pthread_sigmask", lambda how, signals: ())
-        before = mask(signal.SIG_BLOCK, Interruption.SIGNALS)
-        try:
+        with signals_held_back():
             process.start()
-        finally:
-            mask(signal.SIG_SETMASK, before)
         theirs.close()
         self._number, self._tell = number, tell
         threading.Thread(target=self._listen, daemon=True).start()
@@ -1884,6 +1880,21 @@ class WorkerProcess:
                 for event in self._pipe.recv():
                     self._tell(event)
         self._tell(WorkerEnded(self._number))
+
+
+@contextlib.contextmanager
+def signals_held_back() -> Iterator[None]:
+    """Hold signals back, also in processes started meanwhile: they are the main process's."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    # It is started with the first process, and lets the signals through again.
+    multiprocessing.resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, Interruption.SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def serve(number: int, pipe: Any, options: Namespace, region: str) -> None:

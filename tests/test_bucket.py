@@ -169,7 +169,7 @@ def many_files(job: Job) -> dict[str, bytes]:
 def test_bucket_of_someone_else(job: Job) -> None:
     files = many_files(job)
     job.proxy.add_fault(Fault(answer(403, "AccessDenied")))
-    completed = job()
+    completed = job("--max-concurrency", "8")
     assert_stopped(completed, "AccessDenied", "s3:PutObject")
     assert lines_with(completed.stderr, "failed: ") == []
     assert job.state() == dict.fromkeys(files, 0)
