@@ -1,0 +1,116 @@
+"""The README's tables say what the program does, and every line of them is tested."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from script_runner import SCRIPT_PATH, run_script
+
+TESTS = Path(__file__).parent
+README = SCRIPT_PATH.with_name("README.md").read_text(encoding="utf-8")
+
+# What stands in the first column of "What happens when…", and the tests that show the second.
+TESTED = {
+    "the process is killed, at any moment": [
+        "test_one_crash_run_finishes_what_was_killed_anywhere",
+        "test_a_kill_while_the_state_is_saved",
+        "test_a_kill_during_the_walk_leads_the_crash_run_to_every_file",
+    ],
+    "…in the middle of a large file": [
+        "test_only_missing_parts_are_sent",
+        "test_a_part_damaged_on_the_server_is_sent_again",
+    ],
+    "the power fails": [
+        "test_a_kill_while_the_state_is_saved",
+        "test_a_reader_never_sees_half_of_it",
+    ],
+    "SIGINT, SIGTERM, SIGHUP": [
+        "test_a_signal_among_small_files_ends_the_run",
+        "test_a_slow_upload_is_cut_off",
+        "test_a_second_signal_ends_the_run_at_once",
+    ],
+    "a worker process is killed (out of memory)": ["test_a_killed_worker_costs_no_file"],
+    "the state's disk is full": [
+        "test_full_disk_keeps_the_old_state",
+        "test_disk_that_fills_during_the_run_keeps_the_last_state",
+    ],
+    "the network is away for a while": [
+        "test_an_endpoint_that_is_away_for_ten_seconds_is_waited_for",
+        "test_a_server_that_stalls_once_is_ridden_out",
+    ],
+    "…or for good": ["test_an_endpoint_that_goes_away_for_good_stops_the_run_with_one_message"],
+    "the endpoint is not there at the start": [
+        "test_closed_port_is_given_up",
+        "test_server_that_says_nothing_is_given_up",
+    ],
+    "S3 throttles (503 SlowDown)": ["test_a_fifth_refused_and_a_twentieth_dropped_loses_nothing"],
+    "the answer's ETag is wrong, or S3 got damaged bytes": [
+        "test_a_wrong_etag_is_tried_three_times",
+        "test_a_body_damaged_on_the_way_fails",
+    ],
+    "a file changes while it is sent": [
+        "test_a_file_rewritten_once_is_sent_again",
+        "test_a_file_rewritten_all_the_time_is_tried_three_times",
+        "test_a_file_changed_between_parts_is_never_completed",
+    ],
+    "a file grows at its end while it is sent (a log)": [
+        "test_a_growing_file_is_sent_as_long_as_it_was"
+    ],
+    "a folder or file is unreadable": [
+        "test_unreadable_folder_fails_and_the_crash_run_walks_it",
+        "test_unreadable_file_fails",
+    ],
+    "the token expires, the clock is wrong, the bucket is gone": [
+        "test_a_token_that_expires_in_the_middle_stops_the_run",
+        "test_what_every_file_would_meet_stops_the_run_with_one_message",
+    ],
+    "a second run of the same job starts": ["test_a_second_run_is_refused_until_the_first_is_gone"],
+    "the state file is damaged, or of another job": [
+        "test_damaged_state_is_refused",
+        "test_failures_of_another_job_are_not_buried",
+        "test_a_crash_run_of_another_job_is_refused",
+    ],
+    "the backup folder is empty (its disk is not mounted)": [
+        "test_empty_folder_is_said",
+        "test_empty_folder_of_which_files_were_uploaded_is_refused",
+    ],
+}
+
+
+def first_column(heading: str) -> list[str]:
+    """The first column of the table under a heading, without the table's own head."""
+    section = README.split(f"## {heading}\n")[1].split("\n## ")[0]
+    rows = [line.split("|")[1].strip() for line in section.splitlines() if line.startswith("|")]
+    return rows[2:]
+
+
+def all_tests() -> Iterator[str]:
+    """The names of all tests."""
+    for path in TESTS.glob("test_*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef):
+                yield node.name
+
+
+def test_every_line_of_what_happens_when_has_its_tests() -> None:
+    assert first_column("What happens when…") == list(TESTED)
+    missing = {name for names in TESTED.values() for name in names} - set(all_tests())
+    assert missing == set()
+
+
+def test_options_are_those_of_the_help(tmp_path: Path) -> None:
+    shown = run_script("--help", cwd=tmp_path).stdout
+    in_help = re.findall(r"^  (?:-h, )?(--[a-z-]+)", shown, flags=re.MULTILINE)
+    in_readme = [name for row in first_column("Options") for name in re.findall(r"--[a-z-]+", row)]
+    assert sorted(in_readme) == sorted(in_help)
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, 130, 143])
+def test_exit_codes_are_those_of_the_help(tmp_path: Path, code: int) -> None:
+    shown = run_script("--help", cwd=tmp_path).stdout
+    assert re.search(rf"^  {code} ", shown, flags=re.MULTILINE)
+    assert str(code) in " ".join(first_column("Exit codes"))
