@@ -112,7 +112,7 @@ PATIENCE_SECONDS, FIRST_PATIENCE_SECONDS, FIRST_REQUEST_SECONDS = 60, 9, 18
 BACKOFF_FIRST_SECONDS, BACKOFF_MAX_SECONDS = 0.5, 10
 DAMAGED_TRIES, CHANGED_TRIES, CHANGED_PAUSE_SECONDS = 3, 3, 2
 
-SAVE_INTERVAL_SECONDS, SAVE_SHARE = 1.0, 0.05
+SAVE_INTERVAL_SECONDS, SAVE_SHARE = 1.0, 0.03
 SIGNAL_GRACE_SECONDS = 8
 EXIT_SIGINT, EXIT_SIGTERM = 130, 143
 INTERRUPTED = "interrupted; the state is saved, send the rest with --crashrun 1"
@@ -831,6 +831,12 @@ def import_boto3() -> None:
         raise StopRun("boto3 is not installed; run: python3 -m pip install boto3") from error
 
 
+@functools.cache
+def session_of(profile: str | None) -> boto3.Session:
+    """Return the one boto3 session: each new one would read S3's model of some megabytes."""
+    return boto3.Session(profile_name=profile)
+
+
 def build_client(
     options: Namespace,
     region: str | None,
@@ -858,7 +864,7 @@ def build_client(
         read_timeout=read_timeout,
     )
     try:
-        session = boto3.Session(profile_name=options.profile)
+        session = session_of(options.profile)
         if session.get_credentials() is None:
             raise StopRun("no credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
                           "or run: aws configure")  # fmt: skip
@@ -1307,7 +1313,7 @@ def crt_problem(client: S3Client, options: Namespace) -> str | None:
         return "awscrt is too old; run: python3 -m pip install --upgrade 'boto3[crt]'"
     if botocore.utils.get_environ_proxies(client.meta.endpoint_url):
         return "it does not know the proxy of the environment"
-    config = boto3.Session(profile_name=options.profile)._session
+    config = session_of(options.profile)._session
     bundles = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
     has_bundle = config.get_config_variable("ca_bundle") or any(map(os.environ.get, bundles))
     if has_bundle and client.meta.endpoint_url.startswith("https:"):
@@ -1380,7 +1386,7 @@ class CrtPut:
         """Return a provider of the credentials that the boto3 session has and refreshes."""
         from awscrt.auth import AwsCredentials, AwsCredentialsProvider
 
-        session = boto3.Session(profile_name=options.profile).get_credentials()
+        session = session_of(options.profile).get_credentials()
         known: list[Any] = [None, None]
 
         def current() -> AwsCredentials:
