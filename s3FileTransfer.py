@@ -55,7 +55,7 @@ from argparse import ArgumentTypeError, Namespace
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import IO, TYPE_CHECKING, Any, BinaryIO, TextIO, TypeVar
 
@@ -179,10 +179,7 @@ class Entry:
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Entry:
-        """Return the entry that a JSON object of a state file describes.
-
-        Raises ValueError when the object is not such an entry.
-        """
+        """Return the entry that a JSON object of a state file is; raise ValueError if none."""
         path, key, done = (fields.get(k) for k in ("filepath", "filename", "uploadedSuccess"))
         if not (isinstance(path, str) and path and isinstance(key, str) and done in (0, 1)):
             raise ValueError("an entry lacks filepath, filename or an uploadedSuccess of 0 or 1")
@@ -197,11 +194,7 @@ class Entry:
         return cls(os.path.abspath(path), key, done == 1, **known)
 
     def to_json(self) -> str:
-        """Return the entry as one line of JSON, the three original fields first.
-
-        A file name that is no valid UTF-8 (in Python it has lone surrogates) is escaped,
-        so that the state file is valid UTF-8 and the name survives.
-        """
+        """Return the entry as one line of JSON, the three original fields first."""
         fields: dict[str, Any] = {
             "filepath": self.filepath,
             "uploadedSuccess": int(self.uploaded),
@@ -210,6 +203,7 @@ class Entry:
         for name in OPTIONAL_FIELDS:
             if (value := getattr(self, name)) is not None:
                 fields[name] = value
+        # A name that is no valid UTF-8 (here it has lone surrogates) survives as escapes.
         text = READABLE_JSON.encode(fields)
         return text if text.isprintable() else json.dumps(fields)
 
@@ -223,7 +217,13 @@ OPTIONAL_FIELDS = {
 
 @dataclass(slots=True)
 class Task:
-    """What a worker needs to send one file: its entry's place, path, key and open upload."""
+    """One file for a worker, which returns a copy that says how the sending went.
+
+    `outcome` is then "started" (a multipart upload has its id; no part is sent before the
+    state holds it), "uploaded", "failed", "changed" (try again later), "fatal" (the run
+    must stop) or "stopped" (the run stopped first). `upload_id` is that of a multipart
+    upload that is still open.
+    """
 
     index: int
     filepath: str
@@ -233,36 +233,10 @@ class Task:
     upload_id: str | None = None
     part_size: int | None = None
     tries: int = 1
-
-
-@dataclass(slots=True)
-class UploadStarted:
-    """A multipart upload has its id; no part is sent before the state holds it."""
-
-    index: int
-    upload_id: str
-    part_size: int
-    size: int
-    mtime_ns: int
-
-
-@dataclass(slots=True)
-class Result:
-    """How the sending of one file ended; `error` says why in a sentence.
-
-    `outcome` is "uploaded", "failed", "changed" (try again later), "fatal" (the run must
-    stop) or "stopped" (the run stopped first). `upload_id` is that of a multipart upload
-    that is left open for a later run.
-    """
-
-    index: int
-    outcome: str
-    size: int | None = None
+    outcome: str = ""
     mtime_ns: int | None = None
     etag: str | None = None
     error: str | None = None
-    upload_id: str | None = None
-    part_size: int | None = None
     seconds: float = 0.0
 
 
@@ -274,7 +248,7 @@ class WorkerEnded:
     error: str | None = None
 
 
-Event = Result | UploadStarted | WorkerEnded
+Event = Task | WorkerEnded
 
 
 class StopRun(Exception):
@@ -286,11 +260,15 @@ class Stopped(Exception):
 
 
 class UploadError(Exception):
-    """One file could not be sent; the text says what happened and what to do."""
+    """One file could not be sent; the text says what happened and what to do.
 
-    def __init__(self, message: str, code: str = "") -> None:
+    `kind` is "passing" (try again), "damaged" (try again, a few times), "permanent" (of
+    this file), "stops" (the run) or "stops at first" (unless something was accepted).
+    """
+
+    def __init__(self, message: str, code: str = "", kind: str = "permanent") -> None:
         super().__init__(message)
-        self.code = code
+        self.code, self.kind = code, kind
 
 
 class FileChanged(UploadError):
@@ -325,10 +303,7 @@ def one_line(error: object) -> str:
 
 
 def size_bytes(low: int, high: int, limits: str) -> Callable[[str], int]:
-    """Return an argparse type for a size of `low` to `high` bytes: 500, 64MiB, 1GB, 1.5G.
-
-    KB, MB, GB and TB are powers of 1000; KiB, MiB, GiB and TiB powers of 1024.
-    """
+    """Return an argparse type for a size of `low` to `high` bytes: 500, 64MiB, 1GB, 1.5G."""
 
     def parse(text: str) -> int:
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?|[KMGT]I)B?", text.strip().upper())
@@ -349,11 +324,7 @@ def positive(text: str) -> int:
 
 
 def bucket_name(text: str) -> str:
-    """Return `text` if S3 or a compatible server could have a bucket of that name.
-
-    Old buckets and other servers have names that S3 no longer creates. Access point
-    ARNs pass.
-    """
+    """Return `text` if it can be a bucket's name (some have one that S3 no longer creates)."""
     if not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9._-]{1,254}|arn:[\w:/.+=,@-]+", text):
         raise ArgumentTypeError(f"{text!r} is not a bucket name, which has {BUCKET_NAME_RULES}")
     return text
@@ -418,10 +389,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse_arguments(argv: list[str] | None) -> Namespace:
-    """Return the parsed command line, the backup folder as an absolute path.
-
-    Raises SystemExit (2) with a sentence on stderr when it is not valid.
-    """
+    """Return the parsed command line, or raise SystemExit (2) after a sentence on stderr."""
     parser = build_parser()
     options = parser.parse_args(argv)
     if options.sse_kms_key_id and not (options.sse or "").startswith("aws:kms"):
@@ -495,10 +463,9 @@ class Walk:
         self._own_files = state.own_files()
 
     def folder(self, path: str, *, key_prefix: str) -> Iterator[Entry]:
-        """Yield an entry for every file below `path`, and for all that cannot be sent.
+        """Yield an entry for every file below `path`, and one with an `error` for the rest.
 
-        An entry with an `error` cannot be sent; an unreadable folder is such an entry,
-        and its `filename` is the prefix of the keys below it.
+        The `filename` of an unreadable folder is the prefix of the keys below it.
         """
         open_folders = [self._list(Subfolder(path, key_prefix))]
         while open_folders:
@@ -510,17 +477,28 @@ class Walk:
             else:
                 yield found
 
-    def again(self, entry: Entry) -> Iterator[Entry]:
-        """Yield what is now at the path of `entry`: a file, all below a folder, or why not."""
-        path, key = entry.filepath, entry.filename
-        if path == self._root:
-            yield from self.folder(path, key_prefix=key)
-        elif not self._excludes_file(path):
-            found = self._examine(path, key.rstrip("/"), is_link=os.path.islink(path))
-            if isinstance(found, Subfolder):
-                yield from self.folder(path, key_prefix=found.key_prefix)
-            elif found:
-                yield found
+    def again(self, previous: list[Entry]) -> Iterator[Entry]:
+        """Yield the uploaded entries of a state as they are, and find the others anew.
+
+        One whose path is a folder (it was unreadable, or is the whole backup folder after
+        a kill during the walk) is walked again: what is found replaces the entries below it.
+        """
+        pending = (entry.filepath for entry in previous if not entry.uploaded)
+        pending_folders = tuple(os.path.join(path, "") for path in pending if os.path.isdir(path))
+        for entry in previous:
+            path, key = entry.filepath, entry.filename
+            if pending_folders and path.startswith(pending_folders):
+                continue
+            if entry.uploaded:
+                yield entry
+            elif path == self._root:
+                yield from self.folder(path, key_prefix=key)
+            elif not self._excludes_file(path):
+                found = self._examine(path, key.rstrip("/"), is_link=os.path.islink(path))
+                if isinstance(found, Subfolder):
+                    yield from self.folder(path, key_prefix=found.key_prefix)
+                elif found:
+                    yield found
 
     def _list(self, folder: Subfolder) -> Iterator[Entry | Subfolder]:
         self._interruption.check()
@@ -532,7 +510,7 @@ class Walk:
                 names = sorted((child.name, child.is_symlink()) for child in children)
         except OSError as error:
             why = f"cannot read the folder: {reason(error)}; check its permissions"
-            yield self._failed(folder.path, folder.key_prefix, why)
+            yield Entry(folder.path, folder.key_prefix, bucket=self._bucket, error=why)
             return
         identity = (status.st_dev, status.st_ino)
         if identity in folder.ancestors:
@@ -563,24 +541,22 @@ class Walk:
         if is_link and not self._follow_symlinks:
             self._report.notice("symbolic link, skipped", path)
             return None
+        entry = Entry(path, key, bucket=self._bucket)
         try:
             status = os.stat(path)
         except OSError as error:
             what = "its link is broken" if os.path.islink(path) else "cannot read it"
-            return self._failed(path, key, f"{what}: {reason(error)}")
+            entry.error = f"{what}: {reason(error)}"
+            return entry
         if stat.S_ISDIR(status.st_mode):
             return Subfolder(path, key + "/")
         if not stat.S_ISREG(status.st_mode):
             self._report.notice("socket, FIFO or device, skipped", path)
             return None
-        if problem := key_problem(key):
-            return self._failed(path, key, problem)
-        return Entry(
-            path, key, bucket=self._bucket, size=status.st_size, mtime_ns=status.st_mtime_ns
-        )
-
-    def _failed(self, path: str, key: str, error: str) -> Entry:
-        return Entry(path, key, bucket=self._bucket, error=error)
+        entry.error = key_problem(key)
+        if not entry.error:
+            entry.size, entry.mtime_ns = status.st_size, status.st_mtime_ns
+        return entry
 
 
 def globs_matcher(globs: list[str]) -> Callable[[str], object]:
@@ -599,32 +575,34 @@ def key_problem(key: str) -> str | None:
     return None
 
 
-def find_files(options: Namespace, walk: Walk, previous: list[Entry] | None) -> Iterator[Entry]:
+def find_files(
+    options: Namespace, previous: list[Entry] | None, walk: Walk, report: Report
+) -> Iterator[Entry]:
     """Yield the entries of this run: all of the folder, or in a crash run the state's.
 
-    A crash run keeps uploaded entries as they are and finds the others anew. One whose
-    path is a folder (it was unreadable, or is the whole backup folder after a kill
-    during the walk) is walked again, and what is found replaces the entries below it.
+    When that is nothing, its disk may not be mounted. Raises StopRun then, if the state
+    lists uploads of the folder, or the folder itself: that must not be forgotten.
     """
-    if not options.crashrun or previous is None:
-        yield from walk.folder(options.backupfolder, key_prefix=options.prefix)
+    root, found = options.backupfolder, None
+    if options.crashrun:
+        entries = walk.again(previous or [])
+    else:
+        entries = walk.folder(root, key_prefix=options.prefix)
+    for found in entries:
+        yield found
+    if found:
         return
-    pending = (entry.filepath for entry in previous if not entry.uploaded)
-    pending_folders = tuple(os.path.join(path, "") for path in pending if os.path.isdir(path))
-    for entry in previous:
-        if pending_folders and entry.filepath.startswith(pending_folders):
-            continue
-        if entry.uploaded:
-            yield entry
-        else:
-            yield from walk.again(entry)
+    for entry in previous or ():
+        if is_within(entry.filepath, root) and (entry.uploaded or entry.filepath == root):
+            what = "uploaded files of it" if entry.uploaded else "it as still to be sent"
+            raise StopRun(f"there is nothing in {shown(root)}, but the state lists {what}; is its "
+                          "disk mounted?")  # fmt: skip
+    if not options.crashrun:
+        report.error(f"there is nothing to send in {shown(root)}; is its disk mounted?")
 
 
 def carry_uploads(entries: list[Entry], recorded: dict[str, Entry]) -> list[Entry]:
-    """Hand each recorded multipart upload, by path, to the entry of the same, unchanged file.
-
-    Returns the recorded entries whose upload nothing can go on with: it is to be aborted.
-    """
+    """Hand each recorded multipart upload to the entry of its file, and return the others."""
     abandoned = dict(recorded)
     for entry in entries if recorded else ():
         old = abandoned.get(entry.filepath)
@@ -649,7 +627,6 @@ class StateFile:
         self._given_path = os.path.abspath(path)
         # os.replace would put a plain file in the place of a symbolic link.
         self.path = os.path.realpath(path)
-        self._folder = os.path.dirname(self.path)
         self._temporary, self._lock_path = self.path + ".tmp", self.path + ".lock"
         self._lock: IO[str] | None = None
         self._save_seconds = 0.0
@@ -670,10 +647,7 @@ class StateFile:
         return own
 
     def lock(self) -> None:
-        """Take the lock, which the operating system drops when this process ends.
-
-        Raises StopRun when another run holds it or the folder takes no lock.
-        """
+        """Take the lock, until this process ends, or raise StopRun if that cannot be."""
         try:
             handle = open(self._lock_path, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115
         except OSError as error:
@@ -697,10 +671,7 @@ class StateFile:
             os.unlink(self._temporary)  # a killed run may have left it
 
     def read(self) -> list[Entry] | None:
-        """Return the entries, or None when there is no state file or an empty one.
-
-        Raises StopRun when it cannot be read or is no state file.
-        """
+        """Return the entries, or None without a state; raise StopRun for a damaged one."""
         try:
             with open(self.path, encoding="utf-8") as handle:
                 text = handle.read()
@@ -717,15 +688,11 @@ class StateFile:
         return entries
 
     def save(self, entries: Iterable[Entry]) -> None:
-        """Replace the state file with `entries`; a reader sees the old or the new one, whole.
-
-        Raises OSError when that fails; the old state is then intact.
-        """
+        """Replace the state file, all or nothing; raise OSError when that fails."""
         started = time.monotonic()
         try:
             self._write(entries)
             os.replace(self._temporary, self.path)
-            sync_folder(self._folder)
         except OSError:
             with contextlib.suppress(OSError):
                 os.unlink(self._temporary)
@@ -733,6 +700,13 @@ class StateFile:
         finally:
             self._saved_at = time.monotonic()
             self._save_seconds = self._saved_at - started
+        # The new name lasts through a power cut then; Windows and some file systems cannot.
+        with contextlib.suppress(OSError):
+            descriptor = os.open(os.path.dirname(self.path), os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
     def _write(self, entries: Iterable[Entry]) -> None:
         with contextlib.suppress(FileNotFoundError):
@@ -768,21 +742,8 @@ def lock_handle(handle: IO[str]) -> None:
         fcntl.flock(handle.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def sync_folder(path: str) -> None:
-    """Make a rename in the folder `path` last through a power cut, where that can be done."""
-    if sys.platform != "win32":
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 def check_previous(previous: list[Entry] | None, options: Namespace) -> None:
-    """Refuse a run that would bury another job's failures, or a crash run of another job.
-
-    Raises StopRun that names the ways out.
-    """
+    """Raise StopRun for a run that would bury another job's failures, and name the ways out."""
     if options.crashrun and previous is None:
         raise StopRun("--crashrun 1 needs the state file of an earlier run, and there is none; "
                       "run without --crashrun, or name it with --statefile")  # fmt: skip
@@ -811,10 +772,7 @@ def is_within(path: str, folder: str) -> bool:
 
 
 def import_boto3() -> None:
-    """Import boto3 for the functions below; it takes most of a second, so not for --help.
-
-    Raises StopRun when it is not installed.
-    """
+    """Import boto3 for the functions below; it takes most of a second, so not for --help."""
     global boto3, botocore, s3transfer  # noqa: PLW0603
     # botocore's CRT signer reads every body through Python: three times slower.
     os.environ.setdefault("BOTO_DISABLE_CRT", "true")
@@ -844,10 +802,7 @@ def build_client(
     connect_timeout: int = CONNECT_TIMEOUT_SECONDS,
     read_timeout: int = READ_TIMEOUT_SECONDS,
 ) -> S3Client:
-    """Return boto3's S3 client for the run; the timeouts are in seconds.
-
-    Raises StopRun when profile, endpoint or credentials are not valid or not there.
-    """
+    """Return boto3's S3 client, or raise StopRun when it cannot be had."""
     config = botocore.config.Config(
         # The one retry loop is Retries: botocore's own has a quota per client, which many
         # threads spend within a second on a dead endpoint.
@@ -876,16 +831,21 @@ def build_client(
         why = f"cannot start S3: {one_line(error)}"
         raise StopRun(f"{why}; check profile, credentials and endpoint") from error
     client.meta.events.register_last("before-call.s3.PutObject", send_small_body_at_once)
+
+    def name_owner(params: dict[str, Any], model: Any, **_: object) -> None:
+        if "ExpectedBucketOwner" in model.input_shape.members:  # CreateBucket lacks it
+            params["ExpectedBucketOwner"] = options.expected_bucket_owner
+
+    if options.expected_bucket_owner:
+        client.meta.events.register("provide-client-params.s3", name_owner)
     return client
 
 
 def send_small_body_at_once(params: dict[str, Any], **_: object) -> None:
-    """Spare small puts the `Expect: 100-continue` round trip (a botocore event handler).
-
-    A body as bytes also leaves in the same packets as the headers.
-    """
+    """Spare small puts the `Expect: 100-continue` round trip (a botocore event handler)."""
     if isinstance(params["body"], io.BytesIO):
         params["headers"].pop("Expect", None)
+        # As bytes it leaves in the same packets as the headers.
         params["body"] = params["body"].getvalue()
 
 
@@ -894,51 +854,29 @@ def is_aws(client: S3Client) -> bool:
     return ".amazonaws." in client.meta.endpoint_url.split("/")[2]
 
 
-def owner_parameter(options: Namespace) -> Any:
-    """Return the parameter that makes S3 refuse another account's bucket, if it is wanted."""
-    owner = options.expected_bucket_owner
-    return {"ExpectedBucketOwner": owner} if owner else {}
-
-
-@dataclass(slots=True)
-class Trouble:
-    """What an exception from a request means, as a sentence.
-
-    `kind` is "passing" (try again), "damaged" (try again, a few times), "permanent" (of
-    this file), "stops" (the run) or "stops at first" (unless something was accepted).
-    """
-
-    kind: str
-    message: str
-    code: str = ""
-
-
-def trouble_of(error: Exception) -> Trouble:
+def trouble_of(error: Exception) -> UploadError:
     """Return what `error`, raised by boto3 or by a proof, means."""
     exceptions, text = botocore.exceptions, one_line(error)
     if isinstance(error, DigestMismatch):
-        return Trouble("damaged", f"{text}; the network or the server damages data", "BadDigest")
+        what = f"{text}; the network or the server damages data"
+        return UploadError(what, code="BadDigest", kind="damaged")
     if isinstance(error, exceptions.ClientError):
         return trouble_of_answer(error.response)
     if isinstance(error, exceptions.SSLError) and "CERTIFICATE" in text.upper():
         what = f"the server's certificate is not trusted ({text})"
-        return Trouble("stops", f"{what}; set AWS_CA_BUNDLE to its CA file")
-    if isinstance(
-        error,
-        exceptions.ConnectionError
-        | exceptions.HTTPClientError
-        | botocore.parsers.ResponseParserError,
-    ):
+        return UploadError(f"{what}; set AWS_CA_BUNDLE to its CA file", kind="stops")
+    broken = exceptions.ConnectionError, exceptions.HTTPClientError
+    if isinstance(error, (*broken, botocore.parsers.ResponseParserError)):
         what = f"the server could not be reached or broke off ({text})"
-        return Trouble("passing", f"{what}; check network and endpoint")
+        return UploadError(f"{what}; check network and endpoint", kind="passing")
     if isinstance(error, exceptions.CredentialRetrievalError):
-        return Trouble("passing", f"{text}; check the source of the credentials")
+        return UploadError(f"{text}; check the source of the credentials", kind="passing")
     if isinstance(error, exceptions.ParamValidationError):
-        return Trouble("permanent", text)
-    return Trouble("stops", f"{text}; check the credentials and the configuration")
+        return UploadError(text)
+    return UploadError(f"{text}; check the credentials and the configuration", kind="stops")
 
 
-def trouble_of_answer(response: Any) -> Trouble:
+def trouble_of_answer(response: Any) -> UploadError:
     """Return what an error answer of S3 means; the code decides, then the HTTP status.
 
     https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html
@@ -952,12 +890,12 @@ def trouble_of_answer(response: Any) -> Trouble:
     for kind, codes in (("stops", STOPPING_CODES), ("stops at first", STOPPING_AT_FIRST_CODES)):
         for advice, names in codes.items():
             if code in names.split():
-                return Trouble(kind, f"{said}; {advice}", code)
+                return UploadError(f"{said}; {advice}", code, kind)
     if code in DAMAGED_CODES:
-        return Trouble("damaged", f"{said}; the network or the server damages data", code)
+        return UploadError(f"{said}; the network or the server damages data", code, "damaged")
     if code in PASSING_CODES or status in PASSING_CODES:
-        return Trouble("passing", f"{said}; try again later", code)
-    return Trouble("permanent", said, code)
+        return UploadError(f"{said}; try again later", code, "passing")
+    return UploadError(said, code)
 
 
 class Retries:
@@ -978,9 +916,8 @@ class Retries:
     def run(self, attempt: Callable[[], T], *, may_stop_run: bool = True) -> T:
         """Return what `attempt` returns, trying again while the trouble is a passing one.
 
-        Raises UploadError when this file cannot be sent, StopRun when no file can, and
-        Stopped when the run is being stopped. With `may_stop_run` false, for requests
-        that a tight policy may refuse, what would stop the run is an UploadError.
+        Raises UploadError when this file cannot be sent, StopRun when no file can (an
+        UploadError too with `may_stop_run` false: for what a tight policy may refuse).
         """
         give_up_at, damaged = math.inf, 0
         for tries in itertools.count():
@@ -1009,12 +946,12 @@ class Retries:
                 longest = min(BACKOFF_MAX_SECONDS, BACKOFF_FIRST_SECONDS * 2 ** min(tries, 10))
                 self.stop.wait(random.uniform(longest / 2, longest))
             elif may_stop_run and self._meets_every_file(trouble):
-                raise StopRun(trouble.message)
+                raise StopRun(str(trouble))
             else:
-                raise UploadError(trouble.message, trouble.code)
+                raise trouble
         raise AssertionError("unreachable")
 
-    def _meets_every_file(self, trouble: Trouble) -> bool:
+    def _meets_every_file(self, trouble: UploadError) -> bool:
         if trouble.kind == "stops at first":
             return not self._has_accepted
         # A server that has long answered nobody is gone; one that answers others is not.
@@ -1048,10 +985,7 @@ def is_md5_etag(answer: Any) -> bool:
 
 
 def proven_etag(answer: Any, md5: bytes) -> str:
-    """Return the ETag of an answer to PutObject or UploadPart.
-
-    Raises DigestMismatch when it should be the MD5 of the bytes and is not.
-    """
+    """Return the ETag of a put; raise DigestMismatch if it should be the MD5 and is not."""
     etag = etag_of(answer)
     if is_md5_etag(answer) and etag != md5.hex():
         raise DigestMismatch(f"its ETag is {etag or 'missing'} and its MD5 {md5.hex()}")
@@ -1074,10 +1008,7 @@ class Part:
 
 
 def read_part(body: Any, size: int, *, with_crc32: bool = False) -> Part:
-    """Read `size` bytes from `body` and return their digests.
-
-    Raises FileChanged when there are fewer.
-    """
+    """Return the digests of `size` bytes of `body`; raise FileChanged if there are fewer."""
     md5, crc32, left = new_md5(), 0, size
     while left and (data := body.read(min(left, READ_BYTES))):
         md5.update(data)
@@ -1104,21 +1035,15 @@ class LargeReads:
         return len(self._body)
 
     def read(self, size: int = -1) -> bytes:
-        """Return the next bytes: more than `size`, if that is small.
-
-        Raises FileChanged when the file has become shorter: the server would wait for the rest.
-        """
+        """Return the next bytes: more than `size`, if that is small."""
         data = bytes(self._body.read(max(size, LARGE_READ_BYTES) if size >= 0 else size))
         if not data and self._body.tell() < len(self._body):
-            raise FileChanged
+            raise FileChanged  # it is shorter now, and the server would wait for the rest
         return data
 
 
 def open_regular(path: str) -> BinaryIO:
-    """Open the regular file `path` for reading; never hang on a FIFO put in its place.
-
-    Raises OSError, or UploadError when it is no regular file.
-    """
+    """Open `path`, or raise UploadError for what is no regular file (a FIFO never hangs)."""
     flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
     handle = os.fdopen(os.open(path, flags), "rb")
     if not stat.S_ISREG(os.fstat(handle.fileno()).st_mode):
@@ -1158,9 +1083,7 @@ class Uploader:
     `tell(event)` hands an event to the main thread.
     """
 
-    def __init__(
-        self, client: S3Client, options: Namespace, tell: Callable[[UploadStarted], None]
-    ) -> None:
+    def __init__(self, client: S3Client, options: Namespace, tell: Callable[[Task], None]) -> None:
         self.client = client
         self.options = options
         self._tell = tell
@@ -1168,46 +1091,45 @@ class Uploader:
         self._put_object: Callable[..., Any] = client.put_object
         self._put_small_object: Callable[..., Any] = client.put_object
         if options.preferred_transfer_client == "crt":
-            parameters = {"Bucket": options.bucketname, **self._run_parameters()}
-            self._put_small_object = CrtPut(client, options, parameters).put_object
+            self._put_small_object = CrtPut(client, options, self._run_parameters()).put_object
         self.retries = Retries(slots=options.max_concurrency or 1)
         # Other servers may not know CRC32; Content-MD5 proves the parts everywhere.
         self.sends_crc32 = is_aws(client)
 
-    def upload(self, task: Task) -> Result:
-        """Send one file and return how that ended; raises only for a bug."""
-        started, result = time.monotonic(), Result(task.index, "failed")
+    def upload(self, task: Task) -> Task:
+        """Send one file and return the task with how that ended; raises only for a bug."""
+        # A copy: the main thread counts by its own, whose size stays what was planned.
+        task, started = replace(task, outcome="failed"), time.monotonic()
         try:
-            self._upload(task, result)
-            result.outcome = "uploaded"
+            self._upload(task)
+            task.outcome = "uploaded"
         except FileChanged as error:
-            result.outcome, result.error = "changed", str(error)
+            task.outcome, task.error = "changed", str(error)
         except UploadError as error:
-            result.error = str(error)
+            task.error = str(error)
         except StopRun as error:
-            result.outcome, result.error = "fatal", str(error)
+            task.outcome, task.error = "fatal", str(error)
         except Stopped:
-            result.outcome = "stopped"
+            task.outcome = "stopped"
         except FileNotFoundError:
-            result.error = "it vanished before it was sent; restore it"
+            task.error = "it vanished before it was sent; restore it"
         except OSError as error:
             advice = "its permissions" if isinstance(error, PermissionError) else "the disk"
-            result.error = f"cannot read it: {reason(error)}; check {advice}"
-        result.upload_id, result.part_size = task.upload_id, task.part_size
-        result.seconds = time.monotonic() - started
-        return result
+            task.error = f"cannot read it: {reason(error)}; check {advice}"
+        task.seconds = time.monotonic() - started
+        return task
 
-    def _upload(self, task: Task, result: Result) -> None:
+    def _upload(self, task: Task) -> None:
         self.retries.check_stopped()
         with open_regular(task.filepath) as handle:
             before = os.fstat(handle.fileno())
-            result.size, result.mtime_ns = before.st_size, before.st_mtime_ns
+            task.size, task.mtime_ns = before.st_size, before.st_mtime_ns
             if is_multipart(before.st_size, self.options):
-                result.etag = MultipartUpload(self, task, before).send()
+                task.etag = MultipartUpload(self, task, before).send()
             else:
                 if task.upload_id:
                     self.abort(task)
-                result.etag = self._put(task, handle, before)
+                task.etag = self._put(task, handle, before)
 
     def _put(self, task: Task, handle: BinaryIO, before: os.stat_result) -> str:
         """Send the file with PutObject and return the ETag."""
@@ -1246,20 +1168,16 @@ class Uploader:
 
     def location(self, task: Task) -> dict[str, Any]:
         """Return the parameters that every request for the object has."""
-        name = self.options.bucketname
-        return {"Bucket": name, "Key": task.key, **owner_parameter(self.options)}
+        return {"Bucket": self.options.bucketname, "Key": task.key}
 
     def object_parameters(self, task: Task, status: os.stat_result) -> dict[str, Any]:
         """Return the parameters that describe a new object."""
-        content_type = mimetypes.guess_type(task.filepath)[0]
-        return (
-            self._run_parameters()
-            | ({"ContentType": content_type} if content_type else {})
-            | {
-                # Seconds since 1970: the form in which rclone keeps and restores it.
-                "Metadata": {"mtime": f"{Decimal(status.st_mtime_ns).scaleb(-9):f}"}
-            }
-        )
+        parameters = self._run_parameters()
+        if content_type := mimetypes.guess_type(task.filepath)[0]:
+            parameters["ContentType"] = content_type
+        # Seconds since 1970: the form in which rclone keeps and restores it.
+        parameters["Metadata"] = {"mtime": f"{Decimal(status.st_mtime_ns).scaleb(-9):f}"}
+        return parameters
 
     def _run_parameters(self) -> dict[str, Any]:
         """Return the parameters that all new objects of the run have in common."""
@@ -1267,18 +1185,13 @@ class Uploader:
             "StorageClass": self.options.storage_class,
             "ServerSideEncryption": self.options.sse,
             "SSEKMSKeyId": self.options.sse_kms_key_id,
-            "ExpectedBucketOwner": self.options.expected_bucket_owner,
         }
         return {name: value for name, value in wanted.items() if value}
 
-    def announce(self, task: Task, before: os.stat_result) -> None:
-        """Have the id of a new multipart upload saved, and return when it is.
-
-        Raises Stopped when the run stops first.
-        """
+    def announce(self, task: Task) -> None:
+        """Have the id of a new multipart upload saved, and return when it is."""
         saved = self._unsaved[task.index] = threading.Event()
-        upload = (task.upload_id or "", task.part_size or 0)
-        self._tell(UploadStarted(task.index, *upload, before.st_size, before.st_mtime_ns))
+        self._tell(replace(task, outcome="started"))
         while not saved.wait(0.5):
             self.retries.check_stopped()
 
@@ -1286,21 +1199,20 @@ class Uploader:
         """Take note that the state holds the id that `announce` told."""
         self._unsaved.pop(index).set()
 
-    def abort(self, task: Task) -> bool:
-        """Abort the task's multipart upload, so that its parts are not paid for.
-
-        Returns whether it is gone.
-        https://docs.aws.amazon.com/AmazonS3/latest/API/API_AbortMultipartUpload.html
-        """
-        parameters = self.location(task) | {"UploadId": task.upload_id}
+    def abort(self, task: Task) -> None:
+        """Abort the task's multipart upload where that can be done; its parts are paid for."""
+        upload = self.location(task) | {"UploadId": task.upload_id}
         task.upload_id = task.part_size = None
-        try:
-            self.retries.run(
-                lambda: self.client.abort_multipart_upload(**parameters), may_stop_run=False
-            )
-        except UploadError as error:
-            return error.code in ("NoSuchUpload", "404")
-        return True
+        abort_upload(self.client, self.retries, upload)
+
+
+def abort_upload(client: S3Client, retries: Retries, upload: dict[str, Any]) -> bool:
+    """Abort the multipart upload and tell whether it is gone."""
+    try:
+        retries.run(lambda: client.abort_multipart_upload(**upload), may_stop_run=False)
+    except UploadError as error:
+        return error.code in ("NoSuchUpload", "404")
+    return True
 
 
 def crt_problem(client: S3Client, options: Namespace) -> str | None:
@@ -1335,9 +1247,10 @@ class CrtPut:
         import awscrt.http
         import awscrt.io
         import awscrt.s3
+        import s3transfer.crt
 
         self._crt = awscrt
-        request = self._serialised(client, parameters)
+        request = self._serialised(client, options.bucketname, parameters)
         url = urllib.parse.urlsplit(request.url)
         self._path = url.path.removesuffix("KEY")
         self._headers = [("Host", url.netloc)]
@@ -1348,12 +1261,15 @@ class CrtPut:
         region = client.meta.region_name
         modes = awscrt.s3.S3RequestTlsMode
         loops = awscrt.io.EventLoopGroup(1)
+        # Those of the boto3 session, which refreshes them.
+        credentials = boto3.Session(profile_name=options.profile).get_credentials()
+        wrapper = s3transfer.crt.BotocoreCRTCredentialsWrapper(credentials)
         self._client = awscrt.s3.S3Client(
             bootstrap=awscrt.io.ClientBootstrap(loops, awscrt.io.DefaultHostResolver(loops)),
             region=region,
             tls_mode=modes.ENABLED if url.scheme == "https" else modes.DISABLED,
             signing_config=awscrt.s3.create_default_s3_signing_config(
-                region=region, credential_provider=self._credentials_of(options)
+                region=region, credential_provider=wrapper.to_crt_credentials_provider()
             ),
             # Decides the number of connections: 250 of them, more than there are threads.
             throughput_target_gbps=100,
@@ -1365,7 +1281,7 @@ class CrtPut:
         self._shape: Any = client.meta.service_model.operation_model("PutObject").output_shape
 
     @staticmethod
-    def _serialised(client: S3Client, parameters: dict[str, Any]) -> Any:
+    def _serialised(client: S3Client, bucket: str, parameters: dict[str, Any]) -> Any:
         """Return the HTTP request that boto3 would send for a PutObject of the key KEY."""
         requests = []
 
@@ -1373,39 +1289,19 @@ class CrtPut:
             requests.append(request)
             return botocore.awsrequest.AWSResponse(request.url, 200, request.headers, io.BytesIO())
 
-        parameters = parameters | {"Key": "KEY", "Body": b""}
         client.meta.events.register_first("before-send.s3.PutObject", take)
         try:
             with contextlib.suppress(AttributeError):  # the answer has no body to parse
-                client.put_object(**parameters)
+                client.put_object(Bucket=bucket, Key="KEY", Body=b"", **parameters)
         finally:
             client.meta.events.unregister("before-send.s3.PutObject", take)
         return requests[0]
-
-    def _credentials_of(self, options: Namespace) -> Any:
-        """Return a provider of the credentials that the boto3 session has and refreshes."""
-        from awscrt.auth import AwsCredentials, AwsCredentialsProvider
-
-        session = session_of(options.profile).get_credentials()
-        known: list[Any] = [None, None]
-
-        def current() -> AwsCredentials:
-            frozen = session.get_frozen_credentials() if session else None
-            if frozen and frozen != known[0]:
-                known[:] = frozen, AwsCredentials(*frozen[:3])
-            return known[1]
-
-        return AwsCredentialsProvider.new_delegate(current)
 
     def put_object(
         self, *, Key: str, Body: Any, ContentMD5: str, Metadata: dict[str, str],
         ContentType: str | None = None, **_: Any,
     ) -> dict[str, Any]:  # fmt: skip
-        """Send one object as boto3's put_object would; the other parameters are the run's.
-
-        Returns what a proof needs of the answer. Raises botocore's ClientError and
-        HTTPClientError.
-        """
+        """Send one object as boto3's put_object would, and return what a proof needs."""
         headers = [
             *self._headers,
             ("Content-MD5", ContentMD5),
@@ -1476,8 +1372,7 @@ class MultipartUpload:
     def send(self) -> str:
         """Send the file and return the object's proven ETag.
 
-        Raises UploadError, FileChanged, StopRun or Stopped; `task.upload_id` is then
-        that of the multipart upload that a later run can go on with, if there is one.
+        On an error, `task.upload_id` is the upload that a later run can go on with, if any.
         """
         if self._before.st_size > PARTS_MAX * PART_MAX_BYTES:
             raise UploadError("it is larger than the 48.8 TiB that S3 takes; split it")
@@ -1489,7 +1384,7 @@ class MultipartUpload:
                 raise
             except DigestMismatch as error:
                 if tries == DAMAGED_TRIES:
-                    raise UploadError(trouble_of(error).message) from error
+                    raise trouble_of(error) from error
             except UploadError as error:
                 # Somebody else aborted it: there is nothing left to go on with.
                 if error.code != "NoSuchUpload" or tries == DAMAGED_TRIES:
@@ -1543,15 +1438,14 @@ class MultipartUpload:
     def create_multipart_upload(self, **parameters: Any) -> dict[str, Any]:
         """Start the multipart upload, or answer with the one to go on with.
 
-        Returns only when its id is in the state file: no kill then leaves parts behind
-        that nobody knows of.
+        Returns only when the state holds its id: no kill leaves parts that nobody knows of.
         """
         task = self._task
         if not task.upload_id:
             answer = self._retries.run(lambda: self._client.create_multipart_upload(**parameters))
             task.part_size = self._part_size()
             task.upload_id = answer["UploadId"]
-            self._uploader.announce(task, self._before)
+            self._uploader.announce(task)
         return {"UploadId": task.upload_id}
 
     def upload_part(self, *, PartNumber: int, Body: Any, **parameters: Any) -> dict[str, Any]:
@@ -1620,11 +1514,7 @@ class MultipartUpload:
         return parts
 
     def _find_parts(self) -> None:
-        """Look up the parts that S3 has of the recorded multipart upload.
-
-        One that cannot be gone on with is aborted; if it turns out to be complete already,
-        `_etag` is set.
-        """
+        """Look up what S3 has of the recorded upload: parts, all of it (`_etag`), or nothing."""
         self._on_s3 = {}
         if not self._task.upload_id:
             return
@@ -1660,9 +1550,8 @@ class MultipartUpload:
     def _prove(self, answer: Any) -> None:
         """Set `_etag`; raise DigestMismatch when the object does not hold the bytes.
 
-        Where neither the answer nor HeadObject says anything of the bytes, or a tight
-        policy refuses HeadObject, the parts stand as proof: S3 has accepted each with its
-        Content-MD5.
+        Where neither the answer nor HeadObject tells, the parts stand as proof: S3 has
+        accepted each with its Content-MD5.
         """
         proven = self._compare(answer)
         if proven is None and (head := self._head()) is not None:
@@ -1715,10 +1604,9 @@ class MultipartUpload:
 
 
 def open_bucket(options: Namespace, interruption: Interruption) -> S3Client:
-    """Return a client for the bucket's region; create the bucket where it is missing.
+    """Return a client for the bucket, which is created where missing, or raise StopRun.
 
-    Raises StopRun when it cannot be used. A 403 does not say so: a write-only credential
-    may not look, and the first upload will tell.
+    A 403 does not stop: a write-only credential may not look, and the first upload will tell.
     https://docs.aws.amazon.com/AmazonS3/latest/API/API_HeadBucket.html
     """
     probe = build_client(options, None, connect_timeout=5, read_timeout=8)
@@ -1740,10 +1628,7 @@ def open_bucket(options: Namespace, interruption: Interruption) -> S3Client:
 
 
 def choose_transfer_client(client: S3Client, options: Namespace) -> None:
-    """Replace the option's "auto" by "crt" or "classic".
-
-    Raises StopRun when "crt" is asked for and cannot be had.
-    """
+    """Replace the option's "auto"; raise StopRun when "crt" is asked for and cannot be had."""
     if options.preferred_transfer_client != "classic":
         problem = crt_problem(client, options)
         if problem and options.preferred_transfer_client == "crt":
@@ -1757,7 +1642,7 @@ def look_at_bucket(client: S3Client, options: Namespace) -> tuple[int, str | Non
     def head() -> tuple[int, str | None]:
         answer: Any
         try:
-            answer = client.head_bucket(Bucket=options.bucketname, **owner_parameter(options))
+            answer = client.head_bucket(Bucket=options.bucketname)
         except botocore.exceptions.ClientError as error:
             if trouble_of(error).kind == "passing":
                 raise
@@ -1769,11 +1654,7 @@ def look_at_bucket(client: S3Client, options: Namespace) -> tuple[int, str | Non
 
 
 def create_bucket(client: S3Client, options: Namespace) -> str:
-    """Create the bucket, wait until it exists, and return the region to use for it.
-
-    Raises StopRun when that fails.
-    https://docs.aws.amazon.com/AmazonS3/latest/API/API_CreateBucket.html
-    """
+    """Create the bucket, wait until it exists, and return its region, or raise StopRun."""
     name, region = options.bucketname, options.region or DEFAULT_REGION
     if not re.fullmatch(r"(?![\d.]+$)(?!.*\.\.)[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", name):
         raise StopRun(f"there is no bucket {name}, and none can be created: the name of a bucket "
@@ -1798,9 +1679,7 @@ def create_bucket(client: S3Client, options: Namespace) -> str:
             if error.code not in LOCATION_CODES or creator is attempts[-1][0]:
                 raise StopRun(f"cannot create the bucket {name}: {error}") from error
     try:
-        creator.get_waiter("bucket_exists").wait(
-            Bucket=name, WaiterConfig={"Delay": 1}, **owner_parameter(options)
-        )
+        creator.get_waiter("bucket_exists").wait(Bucket=name, WaiterConfig={"Delay": 1})
     except botocore.exceptions.WaiterError as error:
         raise StopRun(f"the new bucket {name} does not appear; try again") from error
     return creator.meta.region_name
@@ -1813,7 +1692,7 @@ class Worker:
     """The threads that upload: some for small files and a few for large ones.
 
     Neither kind waits for the other, and large files do not multiply threads. `tell(event)`
-    hands events, a Result for each task among them, to the main thread.
+    hands events, each finished task among them, to the main thread.
     """
 
     def __init__(self, client: S3Client, options: Namespace, tell: Callable[[Event], None]) -> None:
@@ -1842,14 +1721,14 @@ class Worker:
         finally:
             # Only a bug gets here, and its traceback follows: the run must not hang.
             if task:
-                self._tell(Result(task.index, "fatal", error="this is a bug; please report it"))
+                self._tell(replace(task, outcome="fatal", error="this is a bug; please report it"))
 
 
 class WorkerProcess:
     """A Worker in a process of its own, so that several do not share one interpreter lock.
 
-    Spawned and not forked: a fork would hold the state file's lock beyond the main
-    process's death. The pipe's end, which that death brings, ends the worker.
+    Spawned: a fork would hold the state's lock beyond the death of the main process, which
+    ends the pipe and with it the worker.
     """
 
     def __init__(
@@ -1858,25 +1737,23 @@ class WorkerProcess:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         process = context.Process(target=serve, args=(number, theirs, options, region), daemon=True)
-        with signals_held_back():
+        if sys.platform == "win32":
             process.start()
+        else:
+            # Else the first start() starts it, which would unblock the signals again.
+            multiprocessing.resource_tracker.ensure_running()
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, Interruption.SIGNALS)
+            try:
+                process.start()
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
         self._number, self._tell = number, tell
+        # What a Worker takes, told apart by its type: tasks, the index of one, or nothing.
+        self.submit = self.saved = self.stop = self._send
         threading.Thread(target=self._listen, daemon=True).start()
 
-    def submit(self, tasks: list[Task]) -> None:
-        """Take tasks for the process's threads."""
-        self._send(tasks)
-
-    def saved(self, index: int) -> None:
-        """Pass on that the state holds the upload id of the task with this index."""
-        self._send(index)
-
-    def stop(self) -> None:
-        """Have no new request started."""
-        self._send(None)
-
-    def _send(self, message: list[Task] | int | None) -> None:
+    def _send(self, message: list[Task] | int | None = None) -> None:
         with contextlib.suppress(OSError):  # it has ended, and _listen says so
             self._pipe.send(message)
 
@@ -1888,38 +1765,28 @@ class WorkerProcess:
         self._tell(WorkerEnded(self._number))
 
 
-@contextlib.contextmanager
-def signals_held_back() -> Iterator[None]:
-    """Hold signals back, also in processes started meanwhile: they are the main process's."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    # It is started with the first process, and lets the signals through again.
-    multiprocessing.resource_tracker.ensure_running()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, Interruption.SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def serve(number: int, pipe: Any, options: Namespace, region: str) -> None:
     """Be a worker process: take tasks from the pipe and send events back, until it closes."""
+    # A signal to the whole process group is for the main process to answer.
+    for signum in Interruption.SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
     events: queue.SimpleQueue[Event] = queue.SimpleQueue()
     threading.Thread(target=send_events, args=(events, pipe), daemon=True).start()
-    try:
-        import_boto3()
-        worker = Worker(build_client(options, region), options, events.put)
-    except StopRun as error:
-        events.put(WorkerEnded(number, str(error)))
     with contextlib.suppress(EOFError, OSError):
-        while (message := pipe.recv()) is not None:
-            if isinstance(message, list):
+        try:
+            import_boto3()
+            worker = Worker(build_client(options, region), options, events.put)
+        except StopRun as error:
+            pipe.send([WorkerEnded(number, str(error))])
+            return
+        while True:
+            message = pipe.recv()
+            if message is None:
+                worker.stop()
+            elif isinstance(message, list):
                 worker.submit(message)
             else:
                 worker.saved(message)
-        worker.stop()
-        pipe.recv()
     os._exit(0)
 
 
@@ -1971,10 +1838,9 @@ class Transfer:
         self.stop_message: str | None = None
 
     def run(self) -> None:
-        """Send every pending entry, until all is done or the run must stop.
+        """Send every pending entry, until all is done or the run must stop (`stop_message`).
 
-        After a signal or a stop, what is under way has a few seconds to end;
-        `stop_message` says why the run stopped by itself, if it did.
+        What is under way then has a few seconds to end.
         """
         self._start_workers()
         stop_at = math.inf
@@ -2063,19 +1929,16 @@ class Transfer:
 
     def _take_events(self) -> None:
         """Record what the workers report; wait a moment for it if there is nothing."""
-        started: list[UploadStarted] = []
+        started: list[Task] = []
         with contextlib.suppress(queue.Empty):
             event = self._events.get(timeout=0.1)
             while True:
-                if isinstance(event, Result):
-                    self._record(event)
-                elif isinstance(event, UploadStarted):
-                    entry = self._entries[event.index]
-                    entry.upload_id, entry.part_size = event.upload_id, event.part_size
-                    entry.size, entry.mtime_ns = event.size, event.mtime_ns
-                    started.append(event)
-                else:
+                if isinstance(event, WorkerEnded):
                     self._replace_worker(event)
+                else:
+                    self._record(event)
+                    if event.outcome == "started":
+                        started.append(event)
                 event = self._events.get_nowait()
         if started or self._state.is_due():
             self.save()
@@ -2084,37 +1947,42 @@ class Transfer:
                 if event.index in tasks:
                     worker.saved(event.index)
 
-    def _record(self, result: Result) -> None:
-        task, entry = self._take_back(result.index), self._entries[result.index]
-        entry.upload_id, entry.part_size = result.upload_id, result.part_size
-        if result.outcome == "uploaded":
-            entry.uploaded = True
-            entry.size, entry.mtime_ns, entry.etag = result.size, result.mtime_ns, result.etag
-            self._report.uploaded(entry, result.seconds)
-        elif result.outcome == "changed" and task.tries < CHANGED_TRIES:
-            self._try_again(task, entry)
-        elif result.outcome == "fatal":
-            self.stop_message = self.stop_message or result.error
-        elif result.outcome != "stopped":
-            entry.error = result.error
-            self._report.failed(entry)
+    def _record(self, task: Task) -> None:
+        """Write down in the entry what a worker says of it."""
+        entry = self._entries[task.index]
+        entry.upload_id, entry.part_size = task.upload_id, task.part_size
+        if task.outcome in ("uploaded", "started"):
+            entry.size, entry.mtime_ns = task.size, task.mtime_ns
+        if task.outcome == "started":
+            return
+        self._take_back(task.index)
+        if task.outcome == "uploaded":
+            entry.uploaded, entry.etag = True, task.etag
+            self._report.uploaded(entry, task.seconds)
+        elif task.outcome == "fatal":
+            self.stop_message = self.stop_message or task.error
+        elif task.outcome != "stopped":
+            self._try_again(task, error=task.error, is_passing=task.outcome == "changed")
 
-    def _try_again(self, task: Task, entry: Entry) -> None:
-        task.tries += 1
-        task.upload_id, task.part_size = entry.upload_id, entry.part_size
-        self._again.append((time.monotonic() + CHANGED_PAUSE_SECONDS, task))
+    def _try_again(self, task: Task, *, error: str | None, is_passing: bool = True) -> None:
+        """Send the file of a task again later, or have it fail for good with `error`."""
+        entry = self._entries[task.index]
+        if is_passing and task.tries < CHANGED_TRIES:
+            again = replace(task, tries=task.tries + 1, upload_id=entry.upload_id)
+            again.part_size = entry.part_size
+            self._again.append((time.monotonic() + CHANGED_PAUSE_SECONDS, again))
+        else:
+            entry.error = error
+            self._report.failed(entry)
 
     def _replace_worker(self, ended: WorkerEnded) -> None:
         """Start another process for one that ended, and try its files again."""
         self.stop_message = self.stop_message or ended.error
+        error = "the process that sent it was killed, three times; check the memory"
         for index in list(self._tasks_of[ended.number]):
-            task, entry = self._take_back(index), self._entries[index]
-            if task.tries < CHANGED_TRIES:
-                self._try_again(task, entry)
-            else:
-                entry.error = "the process that sent it was killed, three times; check the memory"
-                self._report.failed(entry)
-        self._workers[ended.number] = self._new_process(ended.number, len(self._workers))
+            self._try_again(self._take_back(index), error=error)
+        if not (self._interruption.signum or self.stop_message):
+            self._workers[ended.number] = self._new_process(ended.number, len(self._workers))
 
     def save(self) -> bool:
         """Save the state and tell whether it worked; for the data's sake a run goes on without."""
@@ -2132,15 +2000,6 @@ class Transfer:
 def is_pending(entry: Entry) -> bool:
     """Tell whether an entry is to be sent."""
     return not (entry.uploaded or entry.error)
-
-
-def abort_upload(entry: Entry, client: S3Client, options: Namespace, report: Report) -> None:
-    """Abort a recorded multipart upload that no file of this run can go on with."""
-    task = Task(0, entry.filepath, entry.filename, upload_id=entry.upload_id)
-    options = Namespace(**vars(options) | {"preferred_transfer_client": "classic"})
-    if not Uploader(client, options, lambda event: None).abort(task):
-        what = f"multipart upload {entry.upload_id} could not be aborted"
-        report.notice(what, entry.filepath)
 
 
 # --- report -----------------------------------------------------------------------
@@ -2182,24 +2041,18 @@ class Report:
         self.failed_files += 1
         self._print(f"failed: {shown(entry.filepath)}: {entry.error}", sys.stderr)
 
-    def uploaded(self, entry: Entry, seconds: float) -> None:
-        """Count an uploaded file."""
-        self._count(entry)
-        if self._options.verbose:
-            self._print(f"uploaded: {self._line(entry)}, {seconds:.1f} s)", sys.stderr)
-
-    def would_upload(self, entry: Entry) -> None:
-        """Count and list a file that a run without --dryrun would send."""
-        self._count(entry)
-        self._print(f"would upload: {self._line(entry)})", sys.stdout)
-
-    def _count(self, entry: Entry) -> None:
+    def uploaded(self, entry: Entry, seconds: float = 0.0) -> None:
+        """Count an uploaded file (or one that a run without --dryrun would send), and list it."""
         self.files += 1
         self.bytes += entry.size or 0
-
-    def _line(self, entry: Entry) -> str:
+        if not (self._options.dryrun or self._options.verbose):
+            return
         size = human_size(entry.size or 0)
-        return f"{shown(entry.filepath)} -> {self._url(entry.filename)} ({size}"
+        line = f"{shown(entry.filepath)} -> {self._url(entry.filename)} ({size}"
+        if self._options.dryrun:
+            self._print(f"would upload: {line})", sys.stdout)
+        else:
+            self._print(f"uploaded: {line}, {seconds:.1f} s)", sys.stderr)
 
     def _url(self, key: str) -> str:
         return shown(f"s3://{self._options.bucketname}/{key}")
@@ -2238,11 +2091,7 @@ def human_size(size: float) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the program with the given arguments (default: the command line's).
-
-    Returns the exit code, as the module's docstring lists them. Raises SystemExit for
-    --help, --version and a command line that is not valid.
-    """
+    """Run the program with the given arguments, and return the exit code (see above)."""
     interruption = Interruption()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -2271,12 +2120,12 @@ def show_plan(
     """List what a run would send and return the exit code; nothing is changed."""
     previous = state.read()
     check_previous(previous, options)
-    found = find_files(options, Walk(options, report, interruption, state), previous)
-    for entry in check_not_empty(found, previous, options, report):
+    walk = Walk(options, report, interruption, state)
+    for entry in find_files(options, previous, walk, report):
         if entry.error:
             report.failed(entry)
         elif not entry.uploaded:
-            report.would_upload(entry)
+            report.uploaded(entry)
     report.end_of_notices()
     report.summary(state.path)
     return 1 if report.failed_files else 0
@@ -2285,19 +2134,28 @@ def show_plan(
 def back_up(
     options: Namespace, report: Report, interruption: Interruption, state: StateFile
 ) -> int:
-    """Plan, send and record; return the exit code.
-
-    Raises StopRun when the run cannot start, and Stopped when a signal comes before the plan.
-    """
+    """Plan, send and record; return the exit code."""
     previous = state.read()
     check_previous(previous, options)
     import_boto3()
     client = open_bucket(options, interruption)
     walk = Walk(options, report, interruption, state)
-    entries, abandoned = plan(options, walk, previous, state, report)
+    found = find_files(options, previous, walk, report)
+    uploads = {e.filepath: e for e in previous or () if e.upload_id and not e.uploaded}
+    first = next(found, None)
+    if first and not options.crashrun:
+        # A crash run after a kill during the walk finds this, and walks the folder.
+        folder = Entry(options.backupfolder, options.prefix, bucket=options.bucketname)
+        save_or_stop(state, [folder, *uploads.values()])
+    entries = [first, *found] if first else []
+    del previous  # of a million files: half a gigabyte
+    report.end_of_notices()
     # Before the state forgets their ids.
-    for entry in abandoned:
-        abort_upload(entry, client, options, report)
+    for entry in carry_uploads(entries, uploads):
+        upload = {"Bucket": options.bucketname, "Key": entry.filename, "UploadId": entry.upload_id}
+        if not abort_upload(client, Retries(), upload):
+            what = f"multipart upload {entry.upload_id} could not be aborted"
+            report.notice(what, entry.filepath)
     save_or_stop(state, entries)
     for entry in entries:
         if entry.error:
@@ -2320,51 +2178,6 @@ def back_up(
         report.error("some files are not in the bucket; send them with --crashrun 1")
         return 1
     return 0
-
-
-def plan(
-    options: Namespace, walk: Walk, previous: list[Entry] | None, state: StateFile, report: Report
-) -> tuple[list[Entry], list[Entry]]:
-    """Find what is to be sent.
-
-    Returns the entries, and the recorded ones whose multipart upload is to be aborted.
-    Until the plan is complete, the state on disk lists the folder itself as not
-    uploaded, so that a crash run after a kill walks it. Raises StopRun for an empty
-    folder of which the state lists uploads.
-    """
-    found = check_not_empty(find_files(options, walk, previous), previous, options, report)
-    uploads = {e.filepath: e for e in previous or () if e.upload_id and not e.uploaded}
-    first = next(found, None)
-    if first and not options.crashrun:
-        folder = Entry(options.backupfolder, options.prefix, bucket=options.bucketname)
-        save_or_stop(state, [folder, *uploads.values()])
-    found = itertools.chain([first] if first else [], found)
-    entries = list(found)
-    report.end_of_notices()
-    return entries, carry_uploads(entries, uploads)
-
-
-def check_not_empty(
-    found: Iterator[Entry], previous: list[Entry] | None, options: Namespace, report: Report
-) -> Iterator[Entry]:
-    """Yield what was found, and say so when that is nothing: a disk may not be mounted.
-
-    Raises StopRun when the state lists uploads of the folder, or the folder itself as one
-    that is still to be walked: that must not be forgotten.
-    """
-    first = next(found, None)
-    if first:
-        yield first
-        yield from found
-        return
-    root = options.backupfolder
-    for entry in previous or ():
-        if is_within(entry.filepath, root) and (entry.uploaded or entry.filepath == root):
-            what = "uploaded files of it" if entry.uploaded else "it as still to be sent"
-            raise StopRun(f"there is nothing in {shown(root)}, but the state lists {what}; is its "
-                          "disk mounted?")  # fmt: skip
-    if not options.crashrun:
-        report.error(f"there is nothing to send in {shown(root)}; is its disk mounted?")
 
 
 def save_or_stop(state: StateFile, entries: list[Entry]) -> None:
