@@ -96,7 +96,7 @@ READ_BYTES, LARGE_READ_BYTES = MIB, 256 * KIB
 # second one starts in a second, so it must have enough to do.
 THREADS_PER_PROCESS = {"classic": 16, "crt": 64}
 FILES_PER_PROCESS = {"classic": 400, "crt": 1500}
-LARGE_FILES_PER_PROCESS, PROCESSES_MAX = 1, 8
+PROCESSES_MAX, WORKERS_LOST_MAX = 8, 10
 LARGE_FILES_AT_ONCE, PART_THREADS = 2, 8
 # Files handed out per thread, so that none waits for the next; and the bytes of all
 # of them. A slow uplink with large files then has few connections, and each moves
@@ -113,9 +113,11 @@ BACKOFF_FIRST_SECONDS, BACKOFF_MAX_SECONDS = 0.5, 10
 DAMAGED_TRIES, CHANGED_TRIES, CHANGED_PAUSE_SECONDS = 3, 3, 2
 
 SAVE_INTERVAL_SECONDS, SAVE_SHARE = 1.0, 0.03
-SIGNAL_GRACE_SECONDS = 8
+SIGNAL_GRACE_SECONDS, SECOND_SIGNAL_SECONDS = 8, 0.3
 EXIT_SIGINT, EXIT_SIGTERM = 130, 143
 INTERRUPTED = "interrupted; the state is saved, send the rest with --crashrun 1"
+
+NOT_ABORTED = "could not be aborted, and its parts are paid for until it is"
 
 PASSING_CODES = frozenset(
     "SlowDown SlowDownRead SlowDownWrite Throttling ThrottlingException RequestThrottled "
@@ -191,6 +193,8 @@ class Entry:
                 raise ValueError(f"an entry's {name} is not valid")
         if "bucket" in known:
             known["bucket"] = sys.intern(known["bucket"])
+        if done:
+            known.pop("error", None)
         return cls(os.path.abspath(path), key, done == 1, **known)
 
     def to_json(self) -> str:
@@ -237,6 +241,7 @@ class Task:
     mtime_ns: int | None = None
     etag: str | None = None
     error: str | None = None
+    notice: str | None = None
     seconds: float = 0.0
 
 
@@ -278,6 +283,10 @@ class FileChanged(UploadError):
         super().__init__("it changed while it was sent; stop its writer or back up a snapshot")
 
 
+class NoAnswer(Exception):
+    """The very first request takes too long."""
+
+
 class DigestMismatch(Exception):
     """S3's answer does not prove that the object holds the bytes that were read."""
 
@@ -309,7 +318,7 @@ def size_bytes(low: int, high: int, limits: str) -> Callable[[str], int]:
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?|[KMGT]I)B?", text.strip().upper())
         if not match:
             raise ArgumentTypeError(f"{text!r} is not a size such as 64MiB or 1GB")
-        if not low <= (size := int(float(match[1]) * UNITS[match[2]])) <= high:
+        if not low <= (size := int(Decimal(match[1]) * UNITS[match[2]])) <= high:
             raise ArgumentTypeError(f"{text} is out of bounds: {limits}")
         return size
 
@@ -394,6 +403,10 @@ def parse_arguments(argv: list[str] | None) -> Namespace:
     options = parser.parse_args(argv)
     if options.sse_kms_key_id and not (options.sse or "").startswith("aws:kms"):
         parser.error("--sse-kms-key-id needs --sse aws:kms")
+    if problem := key_problem(options.prefix + "name"):
+        parser.error(f"--prefix {shown(options.prefix)}: {problem}")
+    if options.storage_class and not re.fullmatch(r"[A-Za-z0-9_-]+", options.storage_class):
+        parser.error(f"--storage-class {shown(options.storage_class)} is no name of a class")
     for name in ("backupfolder", "statefile"):
         if not getattr(options, name):  # an unset variable of a shell script
             parser.error(f"--{name} is empty")
@@ -415,16 +428,19 @@ class Interruption:
     SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
 
     def __init__(self) -> None:
-        self.signum = 0
+        self.signum, self._came_at = 0, 0.0
         for signum in self.SIGNALS:
             # A signal that is ignored at the start (SIGHUP under nohup) stays ignored.
             if signal.getsignal(signum) != signal.SIG_IGN:
                 signal.signal(signum, self._on_signal)
 
     def _on_signal(self, signum: int, _frame: object) -> None:
-        if self.signum:
+        now = time.monotonic()
+        # timeout(1), systemd and terminals send two at once.
+        if self.signum and now - self._came_at > SECOND_SIGNAL_SECONDS:
             os._exit(self.exit_code)
-        self.signum = signum
+        if not self.signum:
+            self.signum, self._came_at = signum, now
 
     @property
     def exit_code(self) -> int:
@@ -487,7 +503,7 @@ class Walk:
         pending_folders = tuple(os.path.join(path, "") for path in pending if os.path.isdir(path))
         for entry in previous:
             path, key = entry.filepath, entry.filename
-            if pending_folders and path.startswith(pending_folders):
+            if pending_folders and path.startswith(pending_folders) and path != self._root:
                 continue
             if entry.uploaded:
                 yield entry
@@ -496,7 +512,7 @@ class Walk:
             elif not self._excludes_file(path):
                 found = self._examine(path, key.rstrip("/"), is_link=os.path.islink(path))
                 if isinstance(found, Subfolder):
-                    yield from self.folder(path, key_prefix=found.key_prefix)
+                    yield from self.folder(path, key_prefix=found.key_prefix.lstrip("/"))
                 elif found:
                     yield found
 
@@ -566,6 +582,8 @@ def globs_matcher(globs: list[str]) -> Callable[[str], object]:
 
 def key_problem(key: str) -> str | None:
     """Return why S3 cannot have `key`, or None when it can."""
+    if not key:
+        return "its key is empty; it needs a name"
     try:
         length = len(key.encode())
     except UnicodeEncodeError:
@@ -593,8 +611,8 @@ def find_files(
     if found:
         return
     for entry in previous or ():
-        if is_within(entry.filepath, root) and (entry.uploaded or entry.filepath == root):
-            what = "uploaded files of it" if entry.uploaded else "it as still to be sent"
+        if is_within(entry.filepath, root) and not (options.crashrun and entry.filepath != root):
+            what = "uploaded files of it" if entry.uploaded else "files of it as still to be sent"
             raise StopRun(f"there is nothing in {shown(root)}, but the state lists {what}; is its "
                           "disk mounted?")  # fmt: skip
     if not options.crashrun:
@@ -648,6 +666,9 @@ class StateFile:
 
     def lock(self) -> None:
         """Take the lock, until this process ends, or raise StopRun if that cannot be."""
+        if os.path.lexists(self.path) and not os.path.isfile(self.path):
+            raise StopRun(f"the state file {shown(self.path)} is no regular file; choose another "
+                          "with --statefile")  # fmt: skip
         try:
             handle = open(self._lock_path, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115
         except OSError as error:
@@ -673,7 +694,7 @@ class StateFile:
     def read(self) -> list[Entry] | None:
         """Return the entries, or None without a state; raise StopRun for a damaged one."""
         try:
-            with open(self.path, encoding="utf-8") as handle:
+            with open(self.path, encoding="utf-8-sig") as handle:
                 text = handle.read()
             entries = json.loads(text, object_hook=Entry.from_json) if text else None
             if text and not (isinstance(entries, list) and all(type(e) is Entry for e in entries)):
@@ -820,9 +841,15 @@ def build_client(
     )
     try:
         session = session_of(options.profile)
-        if session.get_credentials() is None:
+        if (credentials := session.get_credentials()) is None:
             raise StopRun("no credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
                           "or run: aws configure")  # fmt: skip
+        # As headers that cannot be sent they would be shown in the error.
+        if any(
+            re.search(r"[^!-~]", text or "") for text in credentials.get_frozen_credentials()[:3]
+        ):
+            raise StopRun("the credentials have white space or other odd characters in them; set "
+                          "them again")  # fmt: skip
         region = region or options.region or session.region_name or DEFAULT_REGION
         client = session.client(
             "s3", region_name=region, endpoint_url=options.endpoint_url, config=config
@@ -865,6 +892,8 @@ def trouble_of(error: Exception) -> UploadError:
     if isinstance(error, exceptions.SSLError) and "CERTIFICATE" in text.upper():
         what = f"the server's certificate is not trusted ({text})"
         return UploadError(f"{what}; set AWS_CA_BUNDLE to its CA file", kind="stops")
+    if isinstance(getattr(error, "kwargs", {}).get("error"), FileNotFoundError):
+        return UploadError(f"{text}; check the CA file in AWS_CA_BUNDLE", kind="stops")
     broken = exceptions.ConnectionError, exceptions.HTTPClientError
     if isinstance(error, (*broken, botocore.parsers.ResponseParserError)):
         what = f"the server could not be reached or broke off ({text})"
@@ -901,12 +930,19 @@ def trouble_of_answer(response: Any) -> UploadError:
 class Retries:
     """The one retry loop around requests, shared by the threads of a client."""
 
-    def __init__(self, *, slots: int = 1, patience_seconds: float = PATIENCE_SECONDS) -> None:
+    def __init__(
+        self, *, slots: int = 1, patience_seconds: float = PATIENCE_SECONDS,
+        has_accepted: bool = False,
+    ) -> None:  # fmt: skip
         self.stop = threading.Event()
         self._slots = threading.BoundedSemaphore(slots)
         self._patience_seconds = patience_seconds
-        self._answered_at = -math.inf
-        self._has_accepted = False
+        self._alive_at = -math.inf
+        self._has_accepted = has_accepted
+
+    def note_life(self) -> None:
+        """Take note that the server takes bytes, or answers."""
+        self._alive_at = time.monotonic()
 
     def check_stopped(self) -> None:
         """Raise Stopped when the run is being stopped."""
@@ -936,7 +972,7 @@ class Retries:
                     raise cause from error
                 trouble = trouble_of(error)
             else:
-                self._answered_at = time.monotonic()
+                self.note_life()
                 self._has_accepted |= may_stop_run
                 return answer
             give_up_at = min(give_up_at, time.monotonic() + self._patience_seconds)
@@ -954,8 +990,8 @@ class Retries:
     def _meets_every_file(self, trouble: UploadError) -> bool:
         if trouble.kind == "stops at first":
             return not self._has_accepted
-        # A server that has long answered nobody is gone; one that answers others is not.
-        silent_seconds = time.monotonic() - self._answered_at
+        # A server that has long been silent to all is gone; one that serves others is not.
+        silent_seconds = time.monotonic() - self._alive_at
         gone = trouble.kind == "passing" and silent_seconds > self._patience_seconds / 2
         return gone or trouble.kind == "stops"
 
@@ -1027,8 +1063,8 @@ class LargeReads:
     the small reads would cost as much as the sending.
     """
 
-    def __init__(self, body: Any) -> None:
-        self._body = body
+    def __init__(self, body: Any, on_read: Callable[[], None]) -> None:
+        self._body, self._on_read = body, on_read
         self.seek, self.tell = body.seek, body.tell
 
     def __len__(self) -> int:
@@ -1039,6 +1075,7 @@ class LargeReads:
         data = bytes(self._body.read(max(size, LARGE_READ_BYTES) if size >= 0 else size))
         if not data and self._body.tell() < len(self._body):
             raise FileChanged  # it is shorter now, and the server would wait for the rest
+        self._on_read()
         return data
 
 
@@ -1092,7 +1129,7 @@ class Uploader:
         self._put_small_object: Callable[..., Any] = client.put_object
         if options.preferred_transfer_client == "crt":
             self._put_small_object = CrtPut(client, options, self._run_parameters()).put_object
-        self.retries = Retries(slots=options.max_concurrency or 1)
+        self.retries = Retries(slots=options.max_concurrency, has_accepted=options.has_accepted)
         # Other servers may not know CRC32; Content-MD5 proves the parts everywhere.
         self.sends_crc32 = is_aws(client)
 
@@ -1127,8 +1164,7 @@ class Uploader:
             if is_multipart(before.st_size, self.options):
                 task.etag = MultipartUpload(self, task, before).send()
             else:
-                if task.upload_id:
-                    self.abort(task)
+                self.abort(task)
                 task.etag = self._put(task, handle, before)
 
     def _put(self, task: Task, handle: BinaryIO, before: os.stat_result) -> str:
@@ -1141,11 +1177,16 @@ class Uploader:
             body, md5 = io.BytesIO(data), new_md5(data).digest()
             if len(data) < size:
                 raise FileChanged
+            if handle.read(1) and os.fstat(handle.fileno()).st_size == size:
+                raise UploadError("it holds more than its size says, as files of the kernel do; "
+                                  "leave it out with --exclude")  # fmt: skip
         else:
             put_object = self._put_object
             md5 = read_part(handle, size).md5
             handle.seek(0)
-            body = LargeReads(s3transfer.utils.ReadFileChunk(handle, size, size))
+            body = LargeReads(
+                s3transfer.utils.ReadFileChunk(handle, size, size), self.retries.note_life
+            )
 
         def put() -> str:
             body.seek(0)
@@ -1200,10 +1241,13 @@ class Uploader:
         self._unsaved.pop(index).set()
 
     def abort(self, task: Task) -> None:
-        """Abort the task's multipart upload where that can be done; its parts are paid for."""
-        upload = self.location(task) | {"UploadId": task.upload_id}
-        task.upload_id = task.part_size = None
-        abort_upload(self.client, self.retries, upload)
+        """Abort the task's multipart upload, whose parts are paid for; say so if that fails."""
+        if task.upload_id:
+            upload = self.location(task) | {"UploadId": task.upload_id}
+            if abort_upload(self.client, self.retries, upload):
+                task.upload_id = task.part_size = None
+            else:
+                task.notice = f"multipart upload {task.upload_id} {NOT_ABORTED}"
 
 
 def abort_upload(client: S3Client, retries: Retries, upload: dict[str, Any]) -> bool:
@@ -1442,9 +1486,15 @@ class MultipartUpload:
         """
         task = self._task
         if not task.upload_id:
-            answer = self._retries.run(lambda: self._client.create_multipart_upload(**parameters))
-            task.part_size = self._part_size()
-            task.upload_id = answer["UploadId"]
+
+            def create() -> str:
+                answer = self._client.create_multipart_upload(**parameters)
+                if not answer.get("UploadId"):
+                    raise DigestMismatch("the answer has no UploadId")
+                return answer["UploadId"]
+
+            upload_id, task.part_size = self._retries.run(create), self._part_size()
+            task.upload_id = upload_id
             self._uploader.announce(task)
         return {"UploadId": task.upload_id}
 
@@ -1453,8 +1503,10 @@ class MultipartUpload:
         self._retries.check_stopped()
         part = read_part(Body, len(Body), with_crc32=self._sends_crc32)
         parameters |= {
-            "PartNumber": PartNumber, "Body": LargeReads(Body), "ContentMD5": base64_of(part.md5)
-        }  # fmt: skip
+            "PartNumber": PartNumber,
+            "Body": LargeReads(Body, self._retries.note_life),
+            "ContentMD5": base64_of(part.md5),
+        }
         parameters.pop("ChecksumAlgorithm", None)
         if self._sends_crc32:
             parameters["ChecksumCRC32"] = base64_of(part.crc32)
@@ -1464,10 +1516,10 @@ class MultipartUpload:
             answer = self._client.upload_part(**parameters)
             self._etags_are_md5 &= is_md5_etag(answer)
             proven_etag(answer, part.md5)
-            return answer["ETag"]
+            return str(answer.get("ETag"))
 
         listed = self._on_s3.get(PartNumber)
-        if listed and listed["Size"] == len(Body) and part.is_same_as(listed):
+        if listed and listed.get("Size") == len(Body) and part.is_same_as(listed):
             part.etag = listed["ETag"]
         else:
             part.etag = self._retries.run(send)
@@ -1490,7 +1542,6 @@ class MultipartUpload:
             if error.code != "NoSuchUpload" or not self._is_in_place():
                 raise
         else:
-            self._forget_upload()
             self._prove(answer)
         self._forget_upload()
         return {}
@@ -1518,17 +1569,20 @@ class MultipartUpload:
         self._on_s3 = {}
         if not self._task.upload_id:
             return
+        found = None
         try:
             found = self._retries.run(self._list_parts, may_stop_run=False)
         except UploadError as error:
+            if error.kind == "passing":
+                raise
             if error.code == "NoSuchUpload":
-                self._parts = self._read_parts()
+                self._parts.clear()
                 self._is_in_place()
                 self._forget_upload()
                 return
-            found = None
         if found is None:
             self._uploader.abort(self._task)
+            self._forget_upload()
         else:
             self._on_s3 = found
 
@@ -1539,6 +1593,8 @@ class MultipartUpload:
         parameters = self._uploader.location(self._task) | {"UploadId": self._task.upload_id}
         for page in self._client.get_paginator("list_parts").paginate(**parameters):
             if wanted_class and page.get("StorageClass", wanted_class) != wanted_class:
+                return None
+            if page.get("Key", self._task.key) != self._task.key:
                 return None
             self._sends_crc32 = page.get("ChecksumAlgorithm") == "CRC32"
             parts |= {part["PartNumber"]: part for part in page.get("Parts", ())}
@@ -1556,19 +1612,23 @@ class MultipartUpload:
         proven = self._compare(answer)
         if proven is None and (head := self._head()) is not None:
             answer = head
-            proven = head["ContentLength"] == self._before.st_size and self._compare(head)
+            proven = head.get("ContentLength") == self._before.st_size and self._compare(head)
         self._etag = etag_of(answer)
         if proven is False:
             wrong, self._etag = self._etag, ""
-            raise DigestMismatch(f"its ETag is {wrong} and should be {self._expected_etag()}")
+            raise DigestMismatch(
+                f"its ETag is {wrong or 'missing'} and should be {self._expected_etag()}"
+            )
 
     def _is_in_place(self) -> bool:
         """Tell whether the object is there and provably holds the bytes; then set `_etag`."""
-        head = self._head()
-        if not head or head["ContentLength"] != self._before.st_size or not self._compare(head):
+        head = self._head() or {}
+        if head.get("ContentLength") != self._before.st_size:
             return False
-        self._etag = etag_of(head)
-        return True
+        self._parts = self._parts or self._read_parts()
+        if self._compare(head):
+            self._etag = etag_of(head)
+        return bool(self._etag)
 
     def _compare(self, answer: Any) -> bool | None:
         """Tell whether the object in `answer` holds the bytes; None when it does not say."""
@@ -1592,12 +1652,16 @@ class MultipartUpload:
         return f"{new_md5(md5s).hexdigest()}-{len(self._parts)}"
 
     def _head(self) -> Any:
+        """Return HeadObject's answer, empty for no object, or None where it is refused."""
         location = self._uploader.location(self._task)
-        with contextlib.suppress(UploadError):
+        try:
             return self._retries.run(
                 lambda: self._client.head_object(**location), may_stop_run=False
             )
-        return None
+        except UploadError as error:
+            if error.kind == "passing":
+                raise
+            return {} if error.code in ("404", "NoSuchKey", "NotFound") else None
 
 
 # --- the bucket -------------------------------------------------------------------
@@ -1610,21 +1674,37 @@ def open_bucket(options: Namespace, interruption: Interruption) -> S3Client:
     https://docs.aws.amazon.com/AmazonS3/latest/API/API_HeadBucket.html
     """
     probe = build_client(options, None, connect_timeout=5, read_timeout=8)
-    # A name server or a black hole may hang far longer than any timeout of ours.
-    answer = ThreadPoolExecutor(max_workers=1).submit(look_at_bucket, probe, options)
-    deadline = time.monotonic() + FIRST_REQUEST_SECONDS
-    while not wait([answer], timeout=0.1).done:
-        interruption.check()
-        if time.monotonic() > deadline:
-            raise StopRun(f"no answer from {probe.meta.endpoint_url}; check network and endpoint")
-    status, region = answer.result()
-    if status == 404:
-        region = create_bucket(probe, options)
+    try:
+        # A name server or a black hole may hang far longer than any timeout of ours.
+        look = functools.partial(look_at_bucket, probe, options)
+        status, region = interruptible(look, interruption, seconds=FIRST_REQUEST_SECONDS)
+    except NoAnswer as error:
+        where = probe.meta.endpoint_url
+        raise StopRun(f"no answer from {where}; check network and endpoint") from error
+    options.is_new_bucket = status == 404
+    if options.is_new_bucket:
+        region = interruptible(functools.partial(create_bucket, probe, options), interruption)
     elif status == 401 or (status == 400 and not region):
         raise StopRun("the server refuses these credentials; check keys, session token and clock")
     client = build_client(options, region)
     choose_transfer_client(client, options)
     return client
+
+
+def interruptible(
+    function: Callable[[], T], interruption: Interruption, *, seconds: float = math.inf
+) -> T:
+    """Return what `function` returns; it runs in a thread that a signal does not wait for.
+
+    Raises Stopped after a signal, and NoAnswer when it takes longer than `seconds`.
+    """
+    answer = ThreadPoolExecutor(max_workers=1).submit(function)
+    deadline = time.monotonic() + seconds
+    while not wait([answer], timeout=0.05).done:
+        interruption.check()
+        if time.monotonic() > deadline:
+            raise NoAnswer
+    return answer.result()
 
 
 def choose_transfer_client(client: S3Client, options: Namespace) -> None:
@@ -1800,14 +1880,13 @@ def send_events(events: queue.SimpleQueue[Event], pipe: Any) -> None:
             pipe.send(batch)
 
 
-def processes_for(small: int, large: int, options: Namespace) -> int:
-    """Return in how many processes so many small and large files are best sent."""
+def processes_for(small: int, options: Namespace) -> int:
+    """Return in how many processes so many small files are best sent."""
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
     else:
         cores = os.cpu_count() or 1
     paying = small // FILES_PER_PROCESS[options.preferred_transfer_client]
-    paying += large // LARGE_FILES_PER_PROCESS
     return max(1, min(cores, PROCESSES_MAX, paying, options.max_concurrency or cores))
 
 
@@ -1834,7 +1913,7 @@ class Transfer:
         self._workers: list[Worker | WorkerProcess] = []
         self._tasks_of: list[dict[int, Task]] = []
         self._under_way, self._bytes_under_way = {False: 0, True: 0}, 0
-        self._can_save = True
+        self._can_save, self._workers_lost = True, 0
         self.stop_message: str | None = None
 
     def run(self) -> None:
@@ -1862,7 +1941,9 @@ class Transfer:
             if is_pending(entry)
         )
         options = self._options
-        processes = processes_for(counts[False], counts[True], options)
+        # What the state says was uploaded shows that a refusal need not be of everything.
+        options.has_accepted = any(entry.uploaded for entry in self._entries)
+        processes = processes_for(counts[False], options)
         if not options.max_concurrency:
             threads = THREADS_PER_PROCESS[options.preferred_transfer_client]
             options.max_concurrency = processes * threads
@@ -1951,6 +2032,8 @@ class Transfer:
         """Write down in the entry what a worker says of it."""
         entry = self._entries[task.index]
         entry.upload_id, entry.part_size = task.upload_id, task.part_size
+        if task.notice:
+            self._report.notice(task.notice, entry.filepath)
         if task.outcome in ("uploaded", "started"):
             entry.size, entry.mtime_ns = task.size, task.mtime_ns
         if task.outcome == "started":
@@ -1978,6 +2061,9 @@ class Transfer:
     def _replace_worker(self, ended: WorkerEnded) -> None:
         """Start another process for one that ended, and try its files again."""
         self.stop_message = self.stop_message or ended.error
+        self._workers_lost += 1
+        if self._workers_lost == WORKERS_LOST_MAX and not self.stop_message:
+            self.stop_message = "worker processes are killed again and again; check the memory"
         error = "the process that sent it was killed, three times; check the memory"
         for index in list(self._tasks_of[ended.number]):
             self._try_again(self._take_back(index), error=error)
@@ -2139,9 +2225,13 @@ def back_up(
     check_previous(previous, options)
     import_boto3()
     client = open_bucket(options, interruption)
+    if options.is_new_bucket and any(entry.uploaded for entry in previous or ()):
+        report.error(f"the bucket {options.bucketname} was gone: all files are sent again")
+        for entry in previous or ():
+            entry.uploaded, entry.etag, entry.upload_id = False, None, None
     walk = Walk(options, report, interruption, state)
     found = find_files(options, previous, walk, report)
-    uploads = {e.filepath: e for e in previous or () if e.upload_id and not e.uploaded}
+    uploads = {e.filepath: e for e in previous or () if e.upload_id}
     first = next(found, None)
     if first and not options.crashrun:
         # A crash run after a kill during the walk finds this, and walks the folder.
@@ -2151,10 +2241,14 @@ def back_up(
     del previous  # of a million files: half a gigabyte
     report.end_of_notices()
     # Before the state forgets their ids.
+    retries = Retries(patience_seconds=FIRST_PATIENCE_SECONDS)
     for entry in carry_uploads(entries, uploads):
         upload = {"Bucket": options.bucketname, "Key": entry.filename, "UploadId": entry.upload_id}
-        if not abort_upload(client, Retries(), upload):
-            what = f"multipart upload {entry.upload_id} could not be aborted"
+        abort = functools.partial(abort_upload, client, retries, upload)
+        if interruptible(abort, interruption):
+            entry.upload_id = entry.part_size = None
+        else:
+            what = f"multipart upload {entry.upload_id} {NOT_ABORTED}"
             report.notice(what, entry.filepath)
     save_or_stop(state, entries)
     for entry in entries:
