@@ -968,7 +968,7 @@ class Retries:
                 botocore.parsers.ResponseParserError,
             ) as error:
                 cause = getattr(error, "kwargs", {}).get("error")
-                if isinstance(cause, FileChanged):  # raised by the body, while it was sent
+                if isinstance(cause, UploadError):  # raised by the body, while it was sent
                     raise cause from error
                 trouble = trouble_of(error)
             else:
@@ -1072,7 +1072,10 @@ class LargeReads:
 
     def read(self, size: int = -1) -> bytes:
         """Return the next bytes: more than `size`, if that is small."""
-        data = bytes(self._body.read(max(size, LARGE_READ_BYTES) if size >= 0 else size))
+        try:
+            data = bytes(self._body.read(max(size, LARGE_READ_BYTES) if size >= 0 else size))
+        except OSError as error:
+            raise unreadable(error) from error
         if not data and self._body.tell() < len(self._body):
             raise FileChanged  # it is shorter now, and the server would wait for the rest
         self._on_read()
@@ -1087,6 +1090,12 @@ def open_regular(path: str) -> BinaryIO:
         handle.close()
         raise UploadError("it is no longer a regular file")
     return handle
+
+
+def unreadable(error: OSError) -> UploadError:
+    """Return what to say of a file that cannot be read."""
+    advice = "its permissions" if isinstance(error, PermissionError) else "the disk"
+    return UploadError(f"cannot read it: {reason(error)}; check {advice}")
 
 
 def check_unchanged(
@@ -1151,8 +1160,7 @@ class Uploader:
         except FileNotFoundError:
             task.error = "it vanished before it was sent; restore it"
         except OSError as error:
-            advice = "its permissions" if isinstance(error, PermissionError) else "the disk"
-            task.error = f"cannot read it: {reason(error)}; check {advice}"
+            task.error = str(unreadable(error))
         task.seconds = time.monotonic() - started
         return task
 
@@ -1501,30 +1509,35 @@ class MultipartUpload:
     def upload_part(self, *, PartNumber: int, Body: Any, **parameters: Any) -> dict[str, Any]:
         """Send one part and prove it, unless S3 has the same bytes under its number."""
         self._retries.check_stopped()
-        part = read_part(Body, len(Body), with_crc32=self._sends_crc32)
-        parameters |= {
-            "PartNumber": PartNumber,
-            "Body": LargeReads(Body, self._retries.note_life),
-            "ContentMD5": base64_of(part.md5),
-        }
+        with open_regular(self._task.filepath) as handle:
+            handle.seek((PartNumber - 1) * self._part_size())
+            # Not Body itself, which breaks off in the middle once another part has failed.
+            body = s3transfer.utils.ReadFileChunk(handle, len(Body), self._before.st_size)
+            part = self._send_part(PartNumber, body, parameters)
+        self._parts[PartNumber] = part
+        return {"ETag": part.etag}
+
+    def _send_part(self, number: int, body: Any, parameters: dict[str, Any]) -> Part:
+        part = read_part(body, len(body), with_crc32=self._sends_crc32)
+        listed = self._on_s3.get(number)
+        if listed and listed.get("Size") == len(body) and part.is_same_as(listed):
+            part.etag = listed["ETag"]
+            return part
+        parameters |= {"PartNumber": number, "ContentMD5": base64_of(part.md5)}
         parameters.pop("ChecksumAlgorithm", None)
         if self._sends_crc32:
             parameters["ChecksumCRC32"] = base64_of(part.crc32)
+        parameters["Body"] = LargeReads(body, self._retries.note_life)
 
         def send() -> str:
-            Body.seek(0)
+            body.seek(0)
             answer = self._client.upload_part(**parameters)
             self._etags_are_md5 &= is_md5_etag(answer)
             proven_etag(answer, part.md5)
             return str(answer.get("ETag"))
 
-        listed = self._on_s3.get(PartNumber)
-        if listed and listed.get("Size") == len(Body) and part.is_same_as(listed):
-            part.etag = listed["ETag"]
-        else:
-            part.etag = self._retries.run(send)
-        self._parts[PartNumber] = part
-        return {"ETag": part.etag}
+        part.etag = self._retries.run(send)
+        return part
 
     def complete_multipart_upload(self, **parameters: Any) -> dict[str, Any]:
         """Make the parts one object, unless the file changed meanwhile, and prove it."""
@@ -1573,7 +1586,7 @@ class MultipartUpload:
         try:
             found = self._retries.run(self._list_parts, may_stop_run=False)
         except UploadError as error:
-            if error.kind == "passing":
+            if error.kind in ("passing", "stops"):
                 raise
             if error.code == "NoSuchUpload":
                 self._parts.clear()
@@ -1615,6 +1628,8 @@ class MultipartUpload:
             proven = head.get("ContentLength") == self._before.st_size and self._compare(head)
         self._etag = etag_of(answer)
         if proven is False:
+            if answer:  # not so when there is no object: the server has not completed it
+                self._forget_upload()
             wrong, self._etag = self._etag, ""
             raise DigestMismatch(
                 f"its ETag is {wrong or 'missing'} and should be {self._expected_etag()}"
@@ -1975,11 +1990,13 @@ class Transfer:
                 self._assign(task, batches)
                 self._next[large] = next(tasks, None)
         # Files that changed come after all others: their writer may have finished.
-        if self._again and not any(self._under_way.values()):
+        while self._again and not any(self._next.values()):
             due, task = self._again[0]
-            if time.monotonic() >= due:
-                self._again.popleft()
-                self._assign(task, batches)
+            # A last try is made alone: a file that kills its worker takes no other with it.
+            is_last = task.tries == CHANGED_TRIES and any(self._under_way.values())
+            if time.monotonic() < due or is_last or not self._has_room_for(task):
+                break
+            self._assign(self._again.popleft()[1], batches)
         for worker, batch in zip(self._workers, batches, strict=True):
             if batch:
                 worker.submit(batch)
@@ -2225,7 +2242,11 @@ def back_up(
     check_previous(previous, options)
     import_boto3()
     client = open_bucket(options, interruption)
-    if options.is_new_bucket and any(entry.uploaded for entry in previous or ()):
+    if (
+        options.crashrun
+        and options.is_new_bucket
+        and any(entry.uploaded for entry in previous or ())
+    ):
         report.error(f"the bucket {options.bucketname} was gone: all files are sent again")
         for entry in previous or ():
             entry.uploaded, entry.etag, entry.upload_id = False, None, None

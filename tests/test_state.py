@@ -7,6 +7,7 @@ import json
 import os
 import resource
 import signal
+import stat
 import threading
 from pathlib import Path
 from typing import Any
@@ -320,6 +321,7 @@ def test_own_failures_do_not_stop_the_next_run(
 
 
 def test_crash_run_sends_what_is_marked_as_missing(job: Job) -> None:
+    job.create_bucket()
     files = job.make("a.dat", "b.dat", "sub/c.dat", "new.dat")
     write_state(
         job,
@@ -330,6 +332,16 @@ def test_crash_run_sends_what_is_marked_as_missing(job: Job) -> None:
     assert_clean(job.crash_run())
     assert job.objects() == {key: files[key] for key in ("b.dat", "sub/c.dat")}
     assert job.state() == {"a.dat": 1, "b.dat": 1, "sub/c.dat": 1}
+
+
+def test_crash_run_sends_all_again_when_the_bucket_is_gone(job: Job) -> None:
+    files = job.make("a.dat", "b.dat")
+    write_state(job, job.pending_entry("a.dat", uploadedSuccess=1), job.pending_entry("b.dat"))
+    completed = job.crash_run()
+    assert completed.returncode == 0
+    assert "was gone" in completed.stderr
+    assert job.objects() == files
+    assert job.state() == {"a.dat": 1, "b.dat": 1}
 
 
 def test_crash_run_keeps_the_keys_of_the_state(job: Job) -> None:
@@ -549,3 +561,11 @@ def test_first_run_keeps_what_it_knows_when_the_bucket_refuses(job: Job) -> None
     job.proxy.clear_faults()
     assert_clean(job.crash_run())
     assert job.objects() == files
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may make a device")
+def test_device_is_no_state_file(job: Job) -> None:
+    job.make("a.dat")
+    os.mknod(job.state_path, 0o600 | stat.S_IFCHR, os.makedev(1, 3))
+    assert_stopped(job(), "regular file")
+    assert stat.S_ISCHR(job.state_path.stat().st_mode)

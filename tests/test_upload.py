@@ -13,6 +13,8 @@ import pytest
 from conftest import Proxied
 from fault_proxy import (
     Action,
+    Answer,
+    Exchange,
     Fault,
     Request,
     answer,
@@ -541,3 +543,43 @@ def test_an_upload_that_fails_for_good_can_be_gone_on_with(job: ProxiedJob) -> N
     assert job.crash_run(*IN_PARTS).returncode == 0
     assert job.sent_parts() == [1, 2, 2, 3]
     job.check_all_is_there()
+
+
+def test_a_complete_that_is_a_lie_is_a_failure_that_keeps_the_parts(job: ProxiedJob) -> None:
+    def lie(exchange: Exchange) -> None:
+        exchange.discard_body()
+        exchange.reply(Answer(200, "OK", [("Content-Length", "0")], (), 0))
+
+    job.make({"large": some_bytes(LARGE_BYTES)})
+    job.proxy.add_fault(Fault(lie, operation="CompleteMultipartUpload"))
+    completed = job.run(*IN_PARTS)
+    job.check_failed(completed, "large", said="ETag is missing")
+    assert job.entries()["large"]["upload_id"]
+    job.proxy.clear_faults()
+    sent = len(job.sent_parts())
+    assert job.crash_run(*IN_PARTS).returncode == 0
+    assert len(job.sent_parts()) == sent
+    job.check_all_is_there()
+
+
+def test_an_object_that_cannot_be_looked_at_for_a_while_is_not_taken_as_proven(
+    job: ProxiedJob,
+) -> None:
+    job.make({"large": some_bytes(LARGE_BYTES)})
+    job.proxy.add_fault(
+        Fault(replace_in_answer(lambda _: b""), operation="CompleteMultipartUpload")
+    )
+    job.proxy.add_fault(Fault(answer(503, "SlowDown"), operation="HeadObject", times=2))
+    assert job.run(*IN_PARTS).returncode == 0
+    assert len(job.requests("HeadObject")) > 2
+    job.check_all_is_there()
+
+
+@pytest.mark.skipif(not Path("/proc/version").exists(), reason="needs Linux's /proc")
+def test_a_file_that_holds_more_than_its_size_fails(job: ProxiedJob) -> None:
+    job.folder.mkdir()
+    (job.folder / "version").symlink_to("/proc/version")
+    completed = job.run()
+    assert completed.returncode == 1
+    assert "more than its size" in completed.stderr
+    assert job.in_bucket() == {}
