@@ -54,7 +54,7 @@ import zlib
 from argparse import ArgumentTypeError, Namespace
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import IO, TYPE_CHECKING, Any, BinaryIO, TextIO, TypeVar
@@ -94,7 +94,7 @@ READ_BYTES, LARGE_READ_BYTES = MIB, 256 * KIB
 
 # One process gains nothing from more threads: they share the interpreter lock. A
 # second one starts in a second, so it must have enough to do.
-THREADS_PER_PROCESS = {"classic": 16, "crt": 64}
+REQUESTS_PER_PROCESS = {"classic": 16, "crt": 128}
 FILES_PER_PROCESS = {"classic": 400, "crt": 1500}
 PROCESSES_MAX, WORKERS_LOST_MAX = 8, 10
 LARGE_FILES_AT_ONCE, PART_THREADS = 2, 8
@@ -927,6 +927,16 @@ def trouble_of_answer(response: Any) -> UploadError:
     return UploadError(said, code)
 
 
+def request_errors() -> tuple[type[Exception], ...]:
+    """Return what a request, or the proof of its answer, may raise."""
+    return (
+        DigestMismatch,
+        botocore.exceptions.ClientError,
+        botocore.exceptions.BotoCoreError,
+        botocore.parsers.ResponseParserError,
+    )
+
+
 class Retries:
     """The one retry loop around requests, shared by the threads of a client."""
 
@@ -949,32 +959,40 @@ class Retries:
         if self.stop.is_set():
             raise Stopped
 
-    def run(self, attempt: Callable[[], T], *, may_stop_run: bool = True) -> T:
+    def note_success(self) -> None:
+        """Take note that the server has accepted a file."""
+        self.note_life()
+        self._has_accepted = True
+
+    def run(
+        self,
+        attempt: Callable[[], T],
+        *,
+        may_stop_run: bool = True,
+        trouble: UploadError | None = None,
+    ) -> T:
         """Return what `attempt` returns, trying again while the trouble is a passing one.
 
-        Raises UploadError when this file cannot be sent, StopRun when no file can (an
-        UploadError too with `may_stop_run` false: for what a tight policy may refuse).
+        `trouble` is that of a try before. Raises UploadError when this file cannot be sent,
+        StopRun when no file can (an UploadError too with `may_stop_run` false: for what a
+        tight policy may refuse).
         """
         give_up_at, damaged = math.inf, 0
         for tries in itertools.count():
             self.check_stopped()
-            try:
-                with self._slots:
-                    answer = attempt()
-            except (
-                DigestMismatch,
-                botocore.exceptions.ClientError,
-                botocore.exceptions.BotoCoreError,
-                botocore.parsers.ResponseParserError,
-            ) as error:
-                cause = getattr(error, "kwargs", {}).get("error")
-                if isinstance(cause, UploadError):  # raised by the body, while it was sent
-                    raise cause from error
-                trouble = trouble_of(error)
-            else:
-                self.note_life()
-                self._has_accepted |= may_stop_run
-                return answer
+            if not trouble:
+                try:
+                    with self._slots:
+                        answer = attempt()
+                except request_errors() as error:
+                    cause = getattr(error, "kwargs", {}).get("error")
+                    if isinstance(cause, UploadError):  # raised by the body, while it was sent
+                        raise cause from error
+                    trouble = trouble_of(error)
+                else:
+                    self.note_life()
+                    self._has_accepted |= may_stop_run
+                    return answer
             give_up_at = min(give_up_at, time.monotonic() + self._patience_seconds)
             damaged += trouble.kind == "damaged"
             is_passing = trouble.kind == "passing" or 0 < damaged < DAMAGED_TRIES
@@ -985,6 +1003,7 @@ class Retries:
                 raise StopRun(str(trouble))
             else:
                 raise trouble
+            trouble = None
         raise AssertionError("unreachable")
 
     def _meets_every_file(self, trouble: UploadError) -> bool:
@@ -1111,6 +1130,16 @@ def check_unchanged(
         raise FileChanged
 
 
+def check_unchanged_handle(handle: BinaryIO, before: os.stat_result, md5: bytes) -> None:
+    """Raise FileChanged unless the open file still has the bytes with this MD5 at its start."""
+
+    def has_same_start() -> bool:
+        handle.seek(0)
+        return bool(read_part(handle, before.st_size).md5 == md5)
+
+    check_unchanged(os.fstat(handle.fileno()), before, has_same_start)
+
+
 def is_multipart(size: int, options: Namespace) -> bool:
     """Decide how a file of `size` bytes is sent: in parts, or else in one."""
     threshold: int = options.multipart_threshold
@@ -1121,6 +1150,29 @@ def part_size_for(size: int, wanted: int) -> int:
     """Return the part size in bytes for a file: `wanted`, or what S3's limits make of it."""
     needed = -(-size // PARTS_MAX)
     return min(max(wanted, PART_MIN_BYTES, -(-needed // MIB) * MIB), PART_MAX_BYTES)
+
+
+def read_small(handle: BinaryIO, size: int) -> bytes:
+    """Return the `size` bytes of a small file; raise UploadError for fewer or inexplicably more."""
+    data = handle.read(size)
+    if len(data) < size:
+        raise FileChanged
+    if handle.read(1) and os.fstat(handle.fileno()).st_size == size:
+        raise UploadError("it holds more than its size says, as files of the kernel do; leave it "
+                          "out with --exclude")  # fmt: skip
+    return data
+
+
+@dataclass(slots=True)
+class Sent:
+    """A small file whose request is under way."""
+
+    task: Task
+    handle: BinaryIO
+    before: os.stat_result
+    md5: bytes
+    future: Future[None]
+    answer: dict[str, Any]
 
 
 class Uploader:
@@ -1135,19 +1187,23 @@ class Uploader:
         self._tell = tell
         self._unsaved: dict[int, threading.Event] = {}
         self._put_object: Callable[..., Any] = client.put_object
-        self._put_small_object: Callable[..., Any] = client.put_object
+        self.crt: CrtPut | None = None
         if options.preferred_transfer_client == "crt":
-            self._put_small_object = CrtPut(client, options, self._run_parameters()).put_object
+            self.crt = CrtPut(client, options, self._run_parameters())
+        self._put_small_object = self.crt.put_object if self.crt else self._put_object
         self.retries = Retries(slots=options.max_concurrency, has_accepted=options.has_accepted)
         # Other servers may not know CRC32; Content-MD5 proves the parts everywhere.
         self.sends_crc32 = is_aws(client)
 
-    def upload(self, task: Task) -> Task:
-        """Send one file and return the task with how that ended; raises only for a bug."""
+    def upload(self, task: Task, trouble: UploadError | None = None) -> Task:
+        """Send one file and return the task with how that ended; raises only for a bug.
+
+        `trouble` is what a first try has met, if there was one.
+        """
         # A copy: the main thread counts by its own, whose size stays what was planned.
         task, started = replace(task, outcome="failed"), time.monotonic()
         try:
-            self._upload(task)
+            self._upload(task, trouble)
             task.outcome = "uploaded"
         except FileChanged as error:
             task.outcome, task.error = "changed", str(error)
@@ -1164,7 +1220,7 @@ class Uploader:
         task.seconds = time.monotonic() - started
         return task
 
-    def _upload(self, task: Task) -> None:
+    def _upload(self, task: Task, trouble: UploadError | None) -> None:
         self.retries.check_stopped()
         with open_regular(task.filepath) as handle:
             before = os.fstat(handle.fileno())
@@ -1173,21 +1229,57 @@ class Uploader:
                 task.etag = MultipartUpload(self, task, before).send()
             else:
                 self.abort(task)
-                task.etag = self._put(task, handle, before)
+                task.etag = self._put(task, handle, before, trouble)
 
-    def _put(self, task: Task, handle: BinaryIO, before: os.stat_result) -> str:
+    def begin(self, task: Task) -> Sent | None:
+        """Send a small file in one request, for `end`; None when that is not to be tried."""
+        if not self.crt or self.retries.stop.is_set() or task.upload_id:
+            return None
+        handle = None
+        try:
+            handle = open_regular(task.filepath)
+            before = os.fstat(handle.fileno())
+            if before.st_size > min(IN_MEMORY_BYTES, self.options.multipart_threshold - 1):
+                raise UploadError("it is too large for this")
+            data = read_small(handle, before.st_size)
+        except (OSError, UploadError):  # upload() meets it too, and says so
+            if handle:
+                handle.close()
+            return None
+        md5 = new_md5(data).digest()
+        future, answer = self.crt.begin(
+            Body=io.BytesIO(data),
+            ContentMD5=base64_of(md5),
+            **self.object_parameters(task, before),
+            **self.location(task),
+        )
+        return Sent(task, handle, before, md5, future, answer)
+
+    def end(self, sent: Sent) -> Task | UploadError:
+        """Return the task of a request that has succeeded, or what is wrong for `upload`."""
+        with sent.handle:
+            try:
+                assert self.crt
+                etag = proven_etag(self.crt.end(sent.future, sent.answer), sent.md5)
+                self.retries.note_success()
+                check_unchanged_handle(sent.handle, sent.before, sent.md5)
+            except FileChanged as error:
+                return replace(sent.task, outcome="changed", error=str(error))
+            except request_errors() as error:
+                return trouble_of(error)
+        size, mtime_ns = sent.before.st_size, sent.before.st_mtime_ns
+        return replace(sent.task, outcome="uploaded", size=size, mtime_ns=mtime_ns, etag=etag)
+
+    def _put(
+        self, task: Task, handle: BinaryIO, before: os.stat_result, trouble: UploadError | None
+    ) -> str:
         """Send the file with PutObject and return the ETag."""
         size = before.st_size
         body: Any
         if size <= IN_MEMORY_BYTES:
             put_object = self._put_small_object
-            data = handle.read(size)
+            data = read_small(handle, size)
             body, md5 = io.BytesIO(data), new_md5(data).digest()
-            if len(data) < size:
-                raise FileChanged
-            if handle.read(1) and os.fstat(handle.fileno()).st_size == size:
-                raise UploadError("it holds more than its size says, as files of the kernel do; "
-                                  "leave it out with --exclude")  # fmt: skip
         else:
             put_object = self._put_object
             md5 = read_part(handle, size).md5
@@ -1202,17 +1294,13 @@ class Uploader:
             answer = put_object(Body=body, ContentMD5=base64_of(md5), **parameters)
             return proven_etag(answer, md5)
 
-        def has_same_start() -> bool:
-            handle.seek(0)
-            return bool(read_part(handle, size).md5 == md5)
-
         try:
-            etag = self.retries.run(put)
+            etag = self.retries.run(put, trouble=trouble)
         except UploadError:
             # A file that changes between hashing and sending is refused as damaged.
-            check_unchanged(os.fstat(handle.fileno()), before, has_same_start)
+            check_unchanged_handle(handle, before, md5)
             raise
-        check_unchanged(os.fstat(handle.fileno()), before, has_same_start)
+        check_unchanged_handle(handle, before, md5)
         return etag
 
     def location(self, task: Task) -> dict[str, Any]:
@@ -1349,11 +1437,15 @@ class CrtPut:
             client.meta.events.unregister("before-send.s3.PutObject", take)
         return requests[0]
 
-    def put_object(
+    def put_object(self, **parameters: Any) -> dict[str, Any]:
+        """Send one object as boto3's put_object would, and return what a proof needs."""
+        return self.end(*self.begin(**parameters))
+
+    def begin(
         self, *, Key: str, Body: Any, ContentMD5: str, Metadata: dict[str, str],
         ContentType: str | None = None, **_: Any,
-    ) -> dict[str, Any]:  # fmt: skip
-        """Send one object as boto3's put_object would, and return what a proof needs."""
+    ) -> tuple[Future[None], dict[str, Any]]:  # fmt: skip
+        """Send a request; the answer is filled when the future is done, and is for `end`."""
         headers = [
             *self._headers,
             ("Content-MD5", ContentMD5),
@@ -1369,13 +1461,18 @@ class CrtPut:
         def take(status_code: int, headers: list[tuple[str, str]], **_: object) -> None:
             answer.update((name.lower(), value) for name, value in headers)
 
+        request = self._client.make_request(
+            type=self._crt.s3.S3RequestType.DEFAULT,
+            operation_name="PutObject",
+            request=http.HttpRequest("PUT", path, http.HttpHeaders(headers), Body),
+            on_headers=take,
+        )
+        return request.finished_future, answer
+
+    def end(self, future: Future[None], answer: dict[str, Any]) -> dict[str, Any]:
+        """Return what a proof needs of an answer, or raise what boto3 would."""
         try:
-            self._client.make_request(
-                type=self._crt.s3.S3RequestType.DEFAULT,
-                operation_name="PutObject",
-                request=http.HttpRequest("PUT", path, http.HttpHeaders(headers), Body),
-                on_headers=take,
-            ).finished_future.result()
+            future.result()
         except self._crt.s3.S3ResponseError as error:
             parsed = self._parser.parse(
                 {
@@ -1795,24 +1892,54 @@ class Worker:
         self.saved = self.uploader.saved
         self.stop = self.uploader.retries.stop.set
         self._tell = tell
-        self._ready: dict[bool, queue.SimpleQueue[Task]] = {}
-        for large, threads in ((False, options.max_concurrency), (True, LARGE_FILES_AT_ONCE)):
+        self._ready: dict[bool, queue.SimpleQueue[tuple[Task, UploadError | None]]] = {}
+        self._begun: queue.SimpleQueue[Task | Sent] = queue.SimpleQueue()
+        small_threads = options.max_concurrency
+        if self.uploader.crt:
+            small_threads = min(small_threads, REQUESTS_PER_PROCESS["classic"])
+        for large, threads in ((False, small_threads), (True, LARGE_FILES_AT_ONCE)):
             self._ready[large] = queue.SimpleQueue()
             for _ in range(threads):
                 # Daemons: a thread that is stuck in a socket must not hold up the exit.
                 threading.Thread(target=self._work, args=(large,), daemon=True).start()
+        if self.uploader.crt:
+            threading.Thread(target=self._pump, daemon=True).start()
 
     def submit(self, tasks: list[Task]) -> None:
         """Take tasks for the threads."""
         for task in tasks:
-            self._ready[task.large].put(task)
+            if self.uploader.crt and not task.large:
+                self._begun.put(task)
+            else:
+                self._ready[task.large].put((task, None))
+
+    def _pump(self) -> None:
+        """Have many small files under way from one thread, which many threads would slow down.
+
+        It makes the first try of each; what does not succeed at once goes to the threads.
+        """
+        while True:
+            item = self._begun.get()
+            if isinstance(item, Sent):
+                ended = self.uploader.end(item)
+                if isinstance(ended, Task):
+                    self._tell(ended)
+                else:
+                    self._ready[False].put((item.task, ended))
+            elif sent := self.uploader.begin(item):
+                sent.future.add_done_callback(functools.partial(self._note_done, sent))
+            else:
+                self._ready[False].put((item, None))
+
+    def _note_done(self, sent: Sent, _future: Future[None]) -> None:
+        self._begun.put(sent)
 
     def _work(self, large: bool) -> None:
         task = None
         try:
             while True:
-                task = self._ready[large].get()
-                self._tell(self.uploader.upload(task))
+                task, trouble = self._ready[large].get()
+                self._tell(self.uploader.upload(task, trouble))
         finally:
             # Only a bug gets here, and its traceback follows: the run must not hang.
             if task:
@@ -1960,7 +2087,7 @@ class Transfer:
         options.has_accepted = any(entry.uploaded for entry in self._entries)
         processes = processes_for(counts[False], options)
         if not options.max_concurrency:
-            threads = THREADS_PER_PROCESS[options.preferred_transfer_client]
+            threads = REQUESTS_PER_PROCESS[options.preferred_transfer_client]
             options.max_concurrency = processes * threads
         if processes == 1:
             client = build_client(options, self._region)
@@ -2007,8 +2134,9 @@ class Transfer:
             return under_way < LARGE_FILES_AT_ONCE
         if under_way < min(ALWAYS_UNDER_WAY, self._options.max_concurrency):
             return True
+        queued = 1 if self._options.preferred_transfer_client == "crt" else QUEUED_PER_THREAD
         return (
-            under_way < self._options.max_concurrency * QUEUED_PER_THREAD
+            under_way < self._options.max_concurrency * queued
             and self._bytes_under_way + task.size <= BYTES_UNDER_WAY
         )
 
