@@ -90,13 +90,13 @@ DEFAULT_THRESHOLD_BYTES = 10**9
 DEFAULT_PART_BYTES = 16 * MIB
 # Files up to this size are read once: the bytes that are hashed are the bytes sent.
 IN_MEMORY_BYTES = 8 * MIB
-READ_BYTES, LARGE_READ_BYTES = MIB, 256 * KIB
+READ_BYTES, LARGE_READ_BYTES, PUMPED_BYTES = MIB, 256 * KIB, 256 * KIB
 
 # One process gains nothing from more threads: they share the interpreter lock. A
 # second one starts in a second, so it must have enough to do.
 REQUESTS_PER_PROCESS = {"classic": 16, "crt": 128}
 FILES_PER_PROCESS = {"classic": 400, "crt": 1500}
-PROCESSES_MAX, WORKERS_LOST_MAX = 8, 10
+PROCESSES_MAX, WORKERS_LOST_MAX, FILES_OPEN_MAX = 8, 10, 4096
 LARGE_FILES_AT_ONCE, PART_THREADS = 2, 8
 # Files handed out per thread, so that none waits for the next; and the bytes of all
 # of them. A slow uplink with large files then has few connections, and each moves
@@ -1239,8 +1239,8 @@ class Uploader:
         try:
             handle = open_regular(task.filepath)
             before = os.fstat(handle.fileno())
-            if before.st_size > min(IN_MEMORY_BYTES, self.options.multipart_threshold - 1):
-                raise UploadError("it is too large for this")
+            if before.st_size > min(PUMPED_BYTES, self.options.multipart_threshold - 1):
+                raise UploadError("it is too large for one thread to read along with others")
             data = read_small(handle, before.st_size)
         except (OSError, UploadError):  # upload() meets it too, and says so
             if handle:
@@ -1363,6 +1363,8 @@ def crt_problem(client: S3Client, options: Namespace) -> str | None:
         return "awscrt is not installed; run: python3 -m pip install 'boto3[crt]'"
     if not hasattr(awscrt.s3, "S3RetryConfig"):
         return "awscrt is too old; run: python3 -m pip install --upgrade 'boto3[crt]'"
+    if options.bucketname.startswith("arn:") or options.bucketname.endswith("--x-s3"):
+        return "it does not know access points and directory buckets"
     if botocore.utils.get_environ_proxies(client.meta.endpoint_url):
         return "it does not know the proxy of the environment"
     config = session_of(options.profile)._session
@@ -1880,6 +1882,18 @@ def create_bucket(client: S3Client, options: Namespace) -> str:
 # --- transfer: the main thread's side ---------------------------------------------
 
 
+def raise_file_limit() -> None:
+    """Let this process open as many files as it will have under way: macOS gives 256."""
+    if sys.platform != "win32":
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = FILES_OPEN_MAX if hard == resource.RLIM_INFINITY else min(FILES_OPEN_MAX, hard)
+        if soft < wanted:
+            with contextlib.suppress(OSError, ValueError):
+                resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 class Worker:
     """The threads that upload: some for small files and a few for large ones.
 
@@ -1888,6 +1902,7 @@ class Worker:
     """
 
     def __init__(self, client: S3Client, options: Namespace, tell: Callable[[Event], None]) -> None:
+        raise_file_limit()
         self.uploader = Uploader(client, options, tell)
         self.saved = self.uploader.saved
         self.stop = self.uploader.retries.stop.set
@@ -1918,18 +1933,25 @@ class Worker:
 
         It makes the first try of each; what does not succeed at once goes to the threads.
         """
-        while True:
-            item = self._begun.get()
-            if isinstance(item, Sent):
-                ended = self.uploader.end(item)
-                if isinstance(ended, Task):
-                    self._tell(ended)
+        item = None
+        try:
+            while True:
+                item = self._begun.get()
+                if isinstance(item, Sent):
+                    self._take_answer(item)
+                elif sent := self.uploader.begin(item):
+                    sent.future.add_done_callback(functools.partial(self._note_done, sent))
                 else:
-                    self._ready[False].put((item.task, ended))
-            elif sent := self.uploader.begin(item):
-                sent.future.add_done_callback(functools.partial(self._note_done, sent))
-            else:
-                self._ready[False].put((item, None))
+                    self._ready[False].put((item, None))
+        finally:
+            self._tell_bug(item.task if isinstance(item, Sent) else item)
+
+    def _take_answer(self, sent: Sent) -> None:
+        ended = self.uploader.end(sent)
+        if isinstance(ended, Task):
+            self._tell(ended)
+        else:
+            self._ready[False].put((sent.task, ended))
 
     def _note_done(self, sent: Sent, _future: Future[None]) -> None:
         self._begun.put(sent)
@@ -1941,9 +1963,12 @@ class Worker:
                 task, trouble = self._ready[large].get()
                 self._tell(self.uploader.upload(task, trouble))
         finally:
-            # Only a bug gets here, and its traceback follows: the run must not hang.
-            if task:
-                self._tell(replace(task, outcome="fatal", error="this is a bug; please report it"))
+            self._tell_bug(task)
+
+    def _tell_bug(self, task: Task | None) -> None:
+        # Only a bug ends a thread, and its traceback follows: the run must not hang.
+        if task:
+            self._tell(replace(task, outcome="fatal", error="this is a bug; please report it"))
 
 
 class WorkerProcess:

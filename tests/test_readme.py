@@ -68,6 +68,9 @@ TESTED = {
         "test_a_token_that_expires_in_the_middle_stops_the_run",
         "test_what_every_file_would_meet_stops_the_run_with_one_message",
     ],
+    "the bucket was deleted since the last run": [
+        "test_crash_run_sends_all_again_when_the_bucket_is_gone"
+    ],
     "a second run of the same job starts": ["test_a_second_run_is_refused_until_the_first_is_gone"],
     "the state file is damaged, or of another job": [
         "test_damaged_state_is_refused",
