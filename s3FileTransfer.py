@@ -346,6 +346,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line; its help has the module's docstring."""
     summary, _, details = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(
+        usage="%(prog)s --bucketname NAME --backupfolder DIR [--crashrun 1] [option ...]",
         description=summary,
         epilog="examples:\n" + details,
         formatter_class=argparse.RawDescriptionHelpFormatter,
