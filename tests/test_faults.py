@@ -110,7 +110,7 @@ def test_what_every_file_would_meet_stops_the_run_with_one_message(
     files = small_files(300)
     job.make(files)
     job.proxy.add_fault(Fault(answer(status, code), operation="PutObject"))
-    completed = job.run()
+    completed = job.run("--max-concurrency", "32")
     assert completed.returncode == 2
     (message,) = stop_messages(completed)
     assert code in message
