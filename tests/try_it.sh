@@ -16,7 +16,9 @@ clean_up() {
 trap clean_up EXIT
 trap 'exit 130' INT TERM
 
-say() { printf '\n\033[1m%s\033[0m\n' "$*"; }
+bold= plain=
+if [ -t 1 ]; then bold=$(printf '\033[1m') plain=$(printf '\033[0m'); fi
+say() { printf '\n%s\n' "$bold$*$plain"; }
 show() { # a command as it is typed, then what it prints
     printf '$ %s\n' "$*"
     "$@" || printf '(exit code %s)\n' "$?"
