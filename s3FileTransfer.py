@@ -2415,16 +2415,8 @@ def back_up(
     entries = [first, *found] if first else []
     del previous  # of a million files: half a gigabyte
     report.end_of_notices()
-    # Before the state forgets their ids.
-    retries = Retries(patience_seconds=FIRST_PATIENCE_SECONDS)
-    for entry in carry_uploads(entries, uploads):
-        upload = {"Bucket": options.bucketname, "Key": entry.filename, "UploadId": entry.upload_id}
-        abort = functools.partial(abort_upload, client, retries, upload)
-        if interruptible(abort, interruption):
-            entry.upload_id = entry.part_size = None
-        else:
-            what = f"multipart upload {entry.upload_id} {NOT_ABORTED}"
-            report.notice(what, entry.filepath)
+    abandoned = carry_uploads(entries, uploads)
+    abort_abandoned(abandoned, client, options, report=report, interruption=interruption)
     save_or_stop(state, entries)
     for entry in entries:
         if entry.error:
@@ -2436,6 +2428,28 @@ def back_up(
     saved = transfer.save()
     left = sum(not entry.uploaded for entry in entries) - report.failed_files
     report.summary(state.path, left=left)
+    return exit_code_of(transfer, report, interruption, saved=saved)
+
+
+def abort_abandoned(
+    abandoned: list[Entry], client: S3Client, options: Namespace, *,
+    report: Report, interruption: Interruption,
+) -> None:  # fmt: skip
+    """Abort recorded multipart uploads that no file goes on with, before the state forgets them."""
+    retries = Retries(patience_seconds=FIRST_PATIENCE_SECONDS)
+    for entry in abandoned:
+        upload = {"Bucket": options.bucketname, "Key": entry.filename, "UploadId": entry.upload_id}
+        abort = functools.partial(abort_upload, client, retries, upload)
+        if interruptible(abort, interruption):
+            entry.upload_id = entry.part_size = None
+        else:
+            report.notice(f"multipart upload {entry.upload_id} {NOT_ABORTED}", entry.filepath)
+
+
+def exit_code_of(
+    transfer: Transfer, report: Report, interruption: Interruption, *, saved: bool
+) -> int:
+    """Say why not all is in the bucket, if so, and return the exit code."""
     if transfer.stop_message:
         report.error(f"stopped: {transfer.stop_message}")
     if interruption.signum:
