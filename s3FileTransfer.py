@@ -90,7 +90,7 @@ DEFAULT_THRESHOLD_BYTES = 10**9
 DEFAULT_PART_BYTES = 16 * MIB
 # Files up to this size are read once: the bytes that are hashed are the bytes sent.
 IN_MEMORY_BYTES = 8 * MIB
-READ_BYTES, LARGE_READ_BYTES, PUMPED_BYTES = MIB, 256 * KIB, 256 * KIB
+READ_BYTES, LARGE_READ_BYTES, CRT_MAX_BYTES = MIB, 256 * KIB, 256 * KIB
 
 # One process gains nothing from more threads: they share the interpreter lock. A
 # second one starts in a second, so it must have enough to do.
@@ -1240,7 +1240,7 @@ class Uploader:
         try:
             handle = open_regular(task.filepath)
             before = os.fstat(handle.fileno())
-            if before.st_size > min(PUMPED_BYTES, self.options.multipart_threshold - 1):
+            if before.st_size > min(CRT_MAX_BYTES, self.options.multipart_threshold - 1):
                 raise UploadError("it is too large for one thread to read along with others")
             data = read_small(handle, before.st_size)
         except (OSError, UploadError):  # upload() meets it too, and says so
@@ -1278,7 +1278,9 @@ class Uploader:
         size = before.st_size
         body: Any
         if size <= IN_MEMORY_BYTES:
-            put_object = self._put_small_object
+            # For larger bodies the CRT is no faster, and keeps a copy of each.
+            is_small = size <= CRT_MAX_BYTES
+            put_object = self._put_small_object if is_small else self._put_object
             data = read_small(handle, size)
             body, md5 = io.BytesIO(data), new_md5(data).digest()
         else:
