@@ -92,8 +92,9 @@ DEFAULT_PART_BYTES = 16 * MIB
 IN_MEMORY_BYTES = 8 * MIB
 READ_BYTES, LARGE_READ_BYTES, CRT_MAX_BYTES = MIB, 256 * KIB, 256 * KIB
 
-# One process gains nothing from more threads: they share the interpreter lock. A
-# second one starts in a second, so it must have enough to do.
+# boto3 has a thread per request, and more threads than these only wait for the
+# interpreter lock; the CRT needs none. A second process takes about a second to start,
+# so it must have enough to do.
 REQUESTS_PER_PROCESS = {"classic": 16, "crt": 128}
 FILES_PER_PROCESS = {"classic": 400, "crt": 1500}
 PROCESSES_MAX, WORKERS_LOST_MAX, FILES_OPEN_MAX = 8, 10, 4096
@@ -1381,7 +1382,7 @@ def crt_problem(client: S3Client, options: Namespace) -> str | None:
 
 
 class CrtPut:
-    """PutObject of small bodies by the AWS Common Runtime, for a fifth of boto3's CPU time.
+    """PutObject of small bodies by the AWS Common Runtime, for a third of the CPU time.
 
     The request is boto3's: botocore serialises one, which gives the address and the headers,
     and per file only key, length, MD5, type and modification time change.
