@@ -29,10 +29,13 @@ from __future__ import annotations
 import argparse
 import base64
 import contextlib
+import ctypes
 import errno
 import fnmatch
 import functools
+import gc
 import hashlib
+import importlib.util
 import io
 import itertools
 import json
@@ -57,7 +60,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from decimal import Decimal
-from typing import IO, TYPE_CHECKING, Any, BinaryIO, TextIO, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TextIO, TypeVar
 
 if TYPE_CHECKING:
     import boto3
@@ -95,7 +98,7 @@ READ_BYTES, LARGE_READ_BYTES, CRT_MAX_BYTES = MIB, 256 * KIB, 256 * KIB
 # boto3 has a thread per request, and more threads than these only wait for the
 # interpreter lock; the CRT needs none. A second process takes about a second to start,
 # so it must have enough to do.
-REQUESTS_PER_PROCESS = {"classic": 16, "crt": 128}
+REQUESTS_PER_PROCESS = {"classic": 16, "crt": 256}
 FILES_PER_PROCESS = {"classic": 400, "crt": 1500}
 PROCESSES_MAX, WORKERS_LOST_MAX, FILES_OPEN_MAX = 8, 10, 4096
 LARGE_FILES_AT_ONCE, PART_THREADS = 2, 8
@@ -113,6 +116,7 @@ PATIENCE_SECONDS, FIRST_PATIENCE_SECONDS, FIRST_REQUEST_SECONDS = 60, 9, 18
 BACKOFF_FIRST_SECONDS, BACKOFF_MAX_SECONDS = 0.5, 10
 DAMAGED_TRIES, CHANGED_TRIES, CHANGED_PAUSE_SECONDS = 3, 3, 2
 
+BATCH_SECONDS = 0.003
 SAVE_INTERVAL_SECONDS, SAVE_SHARE = 1.0, 0.03
 SIGNAL_GRACE_SECONDS, SECOND_SIGNAL_SECONDS = 8, 0.3
 EXIT_SIGINT, EXIT_SIGTERM = 130, 143
@@ -220,7 +224,7 @@ OPTIONAL_FIELDS = {
 }  # fmt: skip
 
 
-@dataclass(slots=True)
+@dataclass  # without slots, which would make it slow to pickle
 class Task:
     """One file for a worker, which returns a copy that says how the sending went.
 
@@ -471,6 +475,8 @@ class Walk:
         self, options: Namespace, report: Report, interruption: Interruption, state: StateFile
     ) -> None:
         self._root = options.backupfolder
+        self._prefix = options.prefix
+        self._is_crash_run = options.crashrun == 1
         self._bucket = sys.intern(options.bucketname)
         self._follow_symlinks = options.follow_symlinks
         self._excludes = globs_matcher(options.exclude)
@@ -479,6 +485,12 @@ class Walk:
         self._report = report
         self._interruption = interruption
         self._own_files = state.own_files()
+
+    def entries(self, previous: list[Entry] | None) -> Iterator[Entry]:
+        """Yield the entries of the run: of the whole folder, or in a crash run of the state."""
+        if self._is_crash_run:
+            return self.again(previous or [])
+        return self.folder(self._root, key_prefix=self._prefix)
 
     def folder(self, path: str, *, key_prefix: str) -> Iterator[Entry]:
         """Yield an entry for every file below `path`, and one with an `error` for the rest.
@@ -604,11 +616,7 @@ def find_files(
     lists uploads of the folder, or the folder itself: that must not be forgotten.
     """
     root, found = options.backupfolder, None
-    if options.crashrun:
-        entries = walk.again(previous or [])
-    else:
-        entries = walk.folder(root, key_prefix=options.prefix)
-    for found in entries:
+    for found in walk.entries(previous):
         yield found
     if found:
         return
@@ -837,6 +845,8 @@ def build_client(
         # Content-MD5 is the checksum that every server understands.
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
+        # boto3 would put its own together anew for each request, a tenth of the CPU time.
+        user_agent=f"s3FileTransfer/{__version__}",
         tcp_keepalive=True,
         connect_timeout=connect_timeout,
         read_timeout=read_timeout,
@@ -1103,14 +1113,15 @@ class LargeReads:
         return data
 
 
-def open_regular(path: str) -> BinaryIO:
+def open_regular(path: str) -> tuple[io.FileIO, os.stat_result]:
     """Open `path`, or raise UploadError for what is no regular file (a FIFO never hangs)."""
     flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
-    handle = os.fdopen(os.open(path, flags), "rb")
-    if not stat.S_ISREG(os.fstat(handle.fileno()).st_mode):
+    handle = io.FileIO(os.open(path, flags))
+    status = os.fstat(handle.fileno())
+    if not stat.S_ISREG(status.st_mode):
         handle.close()
         raise UploadError("it is no longer a regular file")
-    return handle
+    return handle, status
 
 
 def unreadable(error: OSError) -> UploadError:
@@ -1132,7 +1143,7 @@ def check_unchanged(
         raise FileChanged
 
 
-def check_unchanged_handle(handle: BinaryIO, before: os.stat_result, md5: bytes) -> None:
+def check_unchanged_handle(handle: io.FileIO, before: os.stat_result, md5: bytes) -> None:
     """Raise FileChanged unless the open file still has the bytes with this MD5 at its start."""
 
     def has_same_start() -> bool:
@@ -1154,15 +1165,33 @@ def part_size_for(size: int, wanted: int) -> int:
     return min(max(wanted, PART_MIN_BYTES, -(-needed // MIB) * MIB), PART_MAX_BYTES)
 
 
-def read_small(handle: BinaryIO, size: int) -> bytes:
+def read_small(handle: io.FileIO, size: int) -> bytes:
     """Return the `size` bytes of a small file; raise UploadError for fewer or inexplicably more."""
-    data = handle.read(size)
+    data = handle.read(size + 1)
+    while len(data) < size and (more := handle.read(size + 1 - len(data))):
+        data += more
     if len(data) < size:
         raise FileChanged
-    if handle.read(1) and os.fstat(handle.fileno()).st_size == size:
+    if len(data) > size and os.fstat(handle.fileno()).st_size == size:
         raise UploadError("it holds more than its size says, as files of the kernel do; leave it "
                           "out with --exclude")  # fmt: skip
-    return data
+    return data[:size]
+
+
+def run_parameters(options: Namespace) -> dict[str, Any]:
+    """Return the parameters that all new objects of the run have in common."""
+    wanted = {
+        "StorageClass": options.storage_class,
+        "ServerSideEncryption": options.sse,
+        "SSEKMSKeyId": options.sse_kms_key_id,
+    }
+    return {name: value for name, value in wanted.items() if value}
+
+
+@functools.lru_cache(1024)
+def content_type_of(suffixes: str) -> str | None:
+    """Return the media type of a file whose name has such suffixes, as "tar.gz"."""
+    return mimetypes.guess_type(f"name.{suffixes}")[0]
 
 
 @dataclass(slots=True)
@@ -1170,10 +1199,9 @@ class Sent:
     """A small file whose request is under way."""
 
     task: Task
-    handle: BinaryIO
+    handle: io.FileIO
     before: os.stat_result
     md5: bytes
-    future: Future[None]
     answer: dict[str, Any]
 
 
@@ -1189,9 +1217,10 @@ class Uploader:
         self._tell = tell
         self._unsaved: dict[int, threading.Event] = {}
         self._put_object: Callable[..., Any] = client.put_object
+        self._run_parameters = run_parameters(options)
         self.crt: CrtPut | None = None
         if options.preferred_transfer_client == "crt":
-            self.crt = CrtPut(client, options, self._run_parameters())
+            self.crt = CrtPut(client, options, self._run_parameters)
         self._put_small_object = self.crt.put_object if self.crt else self._put_object
         self.retries = Retries(slots=options.max_concurrency, has_accepted=options.has_accepted)
         # Other servers may not know CRC32; Content-MD5 proves the parts everywhere.
@@ -1224,8 +1253,8 @@ class Uploader:
 
     def _upload(self, task: Task, trouble: UploadError | None) -> None:
         self.retries.check_stopped()
-        with open_regular(task.filepath) as handle:
-            before = os.fstat(handle.fileno())
+        handle, before = open_regular(task.filepath)
+        with handle:
             task.size, task.mtime_ns = before.st_size, before.st_mtime_ns
             if is_multipart(before.st_size, self.options):
                 task.etag = MultipartUpload(self, task, before).send()
@@ -1233,36 +1262,36 @@ class Uploader:
                 self.abort(task)
                 task.etag = self._put(task, handle, before, trouble)
 
-    def begin(self, task: Task) -> Sent | None:
+    def begin(self, task: Task) -> tuple[Sent, Future[None]] | None:
         """Send a small file in one request, for `end`; None when that is not to be tried."""
         if not self.crt or self.retries.stop.is_set() or task.upload_id:
             return None
         handle = None
+        trouble: tuple[type[Exception], ...] = (OSError, UploadError, *request_errors())
         try:
-            handle = open_regular(task.filepath)
-            before = os.fstat(handle.fileno())
+            handle, before = open_regular(task.filepath)
             if before.st_size > min(CRT_MAX_BYTES, self.options.multipart_threshold - 1):
                 raise UploadError("it is too large for one thread to read along with others")
             data = read_small(handle, before.st_size)
-        except (OSError, UploadError):  # upload() meets it too, and says so
+            md5 = new_md5(data).digest()
+            future, answer = self.crt.begin(
+                Body=io.BytesIO(data),
+                ContentMD5=base64_of(md5),
+                **self.object_parameters(task, before),
+                **self.location(task),
+            )
+        except trouble:  # upload() meets it too, and says so
             if handle:
                 handle.close()
             return None
-        md5 = new_md5(data).digest()
-        future, answer = self.crt.begin(
-            Body=io.BytesIO(data),
-            ContentMD5=base64_of(md5),
-            **self.object_parameters(task, before),
-            **self.location(task),
-        )
-        return Sent(task, handle, before, md5, future, answer)
+        return Sent(task, handle, before, md5, answer), future
 
-    def end(self, sent: Sent) -> Task | UploadError:
+    def end(self, sent: Sent, future: Future[None]) -> Task | UploadError:
         """Return the task of a request that has succeeded, or what is wrong for `upload`."""
         with sent.handle:
             try:
                 assert self.crt
-                etag = proven_etag(self.crt.end(sent.future, sent.answer), sent.md5)
+                etag = proven_etag(self.crt.end(future, sent.answer), sent.md5)
                 self.retries.note_success()
                 check_unchanged_handle(sent.handle, sent.before, sent.md5)
             except FileChanged as error:
@@ -1273,7 +1302,7 @@ class Uploader:
         return replace(sent.task, outcome="uploaded", size=size, mtime_ns=mtime_ns, etag=etag)
 
     def _put(
-        self, task: Task, handle: BinaryIO, before: os.stat_result, trouble: UploadError | None
+        self, task: Task, handle: io.FileIO, before: os.stat_result, trouble: UploadError | None
     ) -> str:
         """Send the file with PutObject and return the ETag."""
         size = before.st_size
@@ -1313,21 +1342,12 @@ class Uploader:
 
     def object_parameters(self, task: Task, status: os.stat_result) -> dict[str, Any]:
         """Return the parameters that describe a new object."""
-        parameters = self._run_parameters()
-        if content_type := mimetypes.guess_type(task.filepath)[0]:
+        parameters = dict(self._run_parameters)
+        if content_type := content_type_of(os.path.basename(task.filepath).partition(".")[2]):
             parameters["ContentType"] = content_type
         # Seconds since 1970: the form in which rclone keeps and restores it.
         parameters["Metadata"] = {"mtime": f"{Decimal(status.st_mtime_ns).scaleb(-9):f}"}
         return parameters
-
-    def _run_parameters(self) -> dict[str, Any]:
-        """Return the parameters that all new objects of the run have in common."""
-        wanted = {
-            "StorageClass": self.options.storage_class,
-            "ServerSideEncryption": self.options.sse,
-            "SSEKMSKeyId": self.options.sse_kms_key_id,
-        }
-        return {name: value for name, value in wanted.items() if value}
 
     def announce(self, task: Task) -> None:
         """Have the id of a new multipart upload saved, and return when it is."""
@@ -1381,6 +1401,31 @@ def crt_problem(client: S3Client, options: Namespace) -> str | None:
     return None
 
 
+THREAD = threading.local()
+
+
+def keep_thread_state() -> None:
+    """Let a thread of the CRT keep its Python state from one callback to the next.
+
+    Python would make a new one for each callback, and map and unmap memory for it: a tenth
+    of all the time that a small file takes.
+    """
+    if not hasattr(THREAD, "state"):
+        THREAD.state = ctypes.pythonapi.PyGILState_Ensure()
+
+
+class CrtBody:
+    """A body as the CRT reads it."""
+
+    def __init__(self, body: io.BytesIO) -> None:
+        self.read, self.seek, self._readinto = body.read, body.seek, body.readinto
+
+    def readinto1(self, buffer: memoryview) -> int:
+        """Read into the buffer and return how many bytes; the CRT has a thread for this."""
+        keep_thread_state()
+        return self._readinto(buffer)
+
+
 class CrtPut:
     """PutObject of small bodies by the AWS Common Runtime, for a third of the CPU time.
 
@@ -1389,11 +1434,11 @@ class CrtPut:
     """
 
     def __init__(self, client: S3Client, options: Namespace, parameters: dict[str, Any]) -> None:
+        import awscrt.auth
         import awscrt.exceptions
         import awscrt.http
         import awscrt.io
         import awscrt.s3
-        import s3transfer.crt
 
         self._crt = awscrt
         request = self._serialised(client, options.bucketname, parameters)
@@ -1404,19 +1449,16 @@ class CrtPut:
             if name.lower() not in HEADERS_OF_ONE_PUT:
                 text = value.decode("ascii") if isinstance(value, bytes) else value
                 self._headers.append((name, text))
-        region = client.meta.region_name
+        self._region = client.meta.region_name
+        self._credentials: Any = session_of(options.profile).get_credentials()
+        self._signed_with: Any = None
         modes = awscrt.s3.S3RequestTlsMode
         loops = awscrt.io.EventLoopGroup(1)
-        # Those of the boto3 session, which refreshes them.
-        credentials = boto3.Session(profile_name=options.profile).get_credentials()
-        wrapper = s3transfer.crt.BotocoreCRTCredentialsWrapper(credentials)
         self._client = awscrt.s3.S3Client(
             bootstrap=awscrt.io.ClientBootstrap(loops, awscrt.io.DefaultHostResolver(loops)),
-            region=region,
+            region=self._region,
             tls_mode=modes.ENABLED if url.scheme == "https" else modes.DISABLED,
-            signing_config=awscrt.s3.create_default_s3_signing_config(
-                region=region, credential_provider=wrapper.to_crt_credentials_provider()
-            ),
+            signing_config=self._current_signing_config(),
             # Decides the number of connections: 250 of them, more than there are threads.
             throughput_target_gbps=100,
             connect_timeout_ms=CONNECT_TIMEOUT_SECONDS * 1000,
@@ -1425,6 +1467,18 @@ class CrtPut:
         )
         self._parser = botocore.parsers.create_parser("rest-xml")
         self._shape: Any = client.meta.service_model.operation_model("PutObject").output_shape
+
+    def _current_signing_config(self) -> Any:
+        """Return how to sign a request now: the boto3 session refreshes the credentials."""
+        credentials = self._credentials.get_frozen_credentials()[:3]
+        # The CRT would otherwise ask Python for them with each request, from another thread.
+        if credentials != self._signed_with:
+            provider = self._crt.auth.AwsCredentialsProvider.new_static(*credentials)
+            self._signing_config = self._crt.s3.create_default_s3_signing_config(
+                region=self._region, credential_provider=provider
+            )
+            self._signed_with = credentials
+        return self._signing_config
 
     @staticmethod
     def _serialised(client: S3Client, bucket: str, parameters: dict[str, Any]) -> Any:
@@ -1465,12 +1519,14 @@ class CrtPut:
         answer: dict[str, Any] = {}
 
         def take(status_code: int, headers: list[tuple[str, str]], **_: object) -> None:
+            keep_thread_state()
             answer.update((name.lower(), value) for name, value in headers)
 
         request = self._client.make_request(
             type=self._crt.s3.S3RequestType.DEFAULT,
             operation_name="PutObject",
-            request=http.HttpRequest("PUT", path, http.HttpHeaders(headers), Body),
+            signing_config=self._current_signing_config(),
+            request=http.HttpRequest("PUT", path, http.HttpHeaders(headers), CrtBody(Body)),
             on_headers=take,
         )
         return request.finished_future, answer
@@ -1612,7 +1668,8 @@ class MultipartUpload:
     def upload_part(self, *, PartNumber: int, Body: Any, **parameters: Any) -> dict[str, Any]:
         """Send one part and prove it, unless S3 has the same bytes under its number."""
         self._retries.check_stopped()
-        with open_regular(self._task.filepath) as handle:
+        handle, _ = open_regular(self._task.filepath)
+        with handle:
             handle.seek((PartNumber - 1) * self._part_size())
             # Not Body itself, which breaks off in the middle once another part has failed.
             body = s3transfer.utils.ReadFileChunk(handle, len(Body), self._before.st_size)
@@ -1673,7 +1730,8 @@ class MultipartUpload:
     def _read_parts(self) -> dict[int, Part]:
         """Return the digests of all parts, read from the file anew."""
         size, part_size, parts = self._before.st_size, self._part_size(), {}
-        with open_regular(self._task.filepath) as handle:
+        handle, _ = open_regular(self._task.filepath)
+        with handle:
             for number, start in enumerate(range(0, size, part_size), start=1):
                 self._retries.check_stopped()
                 length = min(part_size, size - start)
@@ -1760,7 +1818,8 @@ class MultipartUpload:
         if not self._etags_are_md5 or not is_md5_etag(answer):
             return None
         if re.fullmatch(r"[0-9a-f]{32}", etag):
-            with open_regular(self._task.filepath) as handle:
+            handle, _ = open_regular(self._task.filepath)
+            with handle:
                 return read_part(handle, self._before.st_size).md5.hex() == etag
         # Another number of parts: the server has put them together in its own way.
         return False if re.fullmatch(rf"[0-9a-f]{{32}}-{len(self._parts)}", etag) else None
@@ -1804,9 +1863,10 @@ def open_bucket(options: Namespace, interruption: Interruption) -> S3Client:
         region = interruptible(functools.partial(create_bucket, probe, options), interruption)
     elif status == 401 or (status == 400 and not region):
         raise StopRun("the server refuses these credentials; check keys, session token and clock")
-    client = build_client(options, region)
-    choose_transfer_client(client, options)
-    return client
+    if region not in (None, probe.meta.region_name):
+        probe = build_client(options, region)
+    choose_transfer_client(probe, options)
+    return probe
 
 
 def interruptible(
@@ -1912,7 +1972,7 @@ class Worker:
         self.stop = self.uploader.retries.stop.set
         self._tell = tell
         self._ready: dict[bool, queue.SimpleQueue[tuple[Task, UploadError | None]]] = {}
-        self._begun: queue.SimpleQueue[Task | Sent] = queue.SimpleQueue()
+        self._begun: queue.SimpleQueue[tuple[Sent, Future[None]] | Task] = queue.SimpleQueue()
         small_threads = options.max_concurrency
         if self.uploader.crt:
             small_threads = min(small_threads, REQUESTS_PER_PROCESS["classic"])
@@ -1937,28 +1997,30 @@ class Worker:
 
         It makes the first try of each; what does not succeed at once goes to the threads.
         """
-        item = None
+        task = None
         try:
             while True:
                 item = self._begun.get()
-                if isinstance(item, Sent):
-                    self._take_answer(item)
-                elif sent := self.uploader.begin(item):
-                    sent.future.add_done_callback(functools.partial(self._note_done, sent))
+                if isinstance(item, tuple):
+                    task = item[0].task
+                    self._take_answer(*item)
+                elif begun := self.uploader.begin(task := item):
+                    sent, future = begun
+                    future.add_done_callback(functools.partial(self._note_done, sent))
                 else:
                     self._ready[False].put((item, None))
         finally:
-            self._tell_bug(item.task if isinstance(item, Sent) else item)
+            self._tell_bug(task)
 
-    def _take_answer(self, sent: Sent) -> None:
-        ended = self.uploader.end(sent)
+    def _take_answer(self, sent: Sent, future: Future[None]) -> None:
+        ended = self.uploader.end(sent, future)
         if isinstance(ended, Task):
             self._tell(ended)
         else:
             self._ready[False].put((sent.task, ended))
 
-    def _note_done(self, sent: Sent, _future: Future[None]) -> None:
-        self._begun.put(sent)
+    def _note_done(self, sent: Sent, future: Future[None]) -> None:
+        self._begun.put((sent, future))
 
     def _work(self, large: bool) -> None:
         task = None
@@ -1978,16 +2040,16 @@ class Worker:
 class WorkerProcess:
     """A Worker in a process of its own, so that several do not share one interpreter lock.
 
-    Spawned: a fork would hold the state's lock beyond the death of the main process, which
-    ends the pipe and with it the worker.
+    It imports boto3 while the main process plans, and then waits for work(). Spawned: a fork
+    would hold the state's lock beyond the death of the main process, which ends the pipe and
+    with it the worker.
     """
 
-    def __init__(
-        self, number: int, options: Namespace, region: str, tell: Callable[[Event], None]
-    ) -> None:
+    def __init__(self, number: int, options: Namespace) -> None:
         context = multiprocessing.get_context("spawn")
+        self._number = number
         self._pipe, theirs = context.Pipe()
-        process = context.Process(target=serve, args=(number, theirs, options, region), daemon=True)
+        process = context.Process(target=serve, args=(number, theirs, options), daemon=True)
         if sys.platform == "win32":
             process.start()
         else:
@@ -1999,12 +2061,16 @@ class WorkerProcess:
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
-        self._number, self._tell = number, tell
         # What a Worker takes, told apart by its type: tasks, the index of one, or nothing.
         self.submit = self.saved = self.stop = self._send
+
+    def work(self, options: Namespace, region: str, tell: Callable[[Event], None]) -> None:
+        """Let it take tasks, now that the options and the bucket's region are known."""
+        self._tell = tell
+        self._send((options, region))
         threading.Thread(target=self._listen, daemon=True).start()
 
-    def _send(self, message: list[Task] | int | None = None) -> None:
+    def _send(self, message: tuple[Namespace, str] | list[Task] | int | None = None) -> None:
         with contextlib.suppress(OSError):  # it has ended, and _listen says so
             self._pipe.send(message)
 
@@ -2016,8 +2082,9 @@ class WorkerProcess:
         self._tell(WorkerEnded(self._number))
 
 
-def serve(number: int, pipe: Any, options: Namespace, region: str) -> None:
+def serve(number: int, pipe: Any, options: Namespace) -> None:
     """Be a worker process: take tasks from the pipe and send events back, until it closes."""
+    gc.disable()  # as in main()
     # A signal to the whole process group is for the main process to answer.
     for signum in Interruption.SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
@@ -2026,10 +2093,14 @@ def serve(number: int, pipe: Any, options: Namespace, region: str) -> None:
     with contextlib.suppress(EOFError, OSError):
         try:
             import_boto3()
+            build_client(options, None)  # fills the caches of boto3, of which the next one profits
+            options, region = pipe.recv()
             worker = Worker(build_client(options, region), options, events.put)
         except StopRun as error:
             pipe.send([WorkerEnded(number, str(error))])
             return
+        gc.freeze()
+        gc.enable()
         while True:
             message = pipe.recv()
             if message is None:
@@ -2046,19 +2117,40 @@ def send_events(events: queue.SimpleQueue[Event], pipe: Any) -> None:
     with contextlib.suppress(OSError):
         while True:
             batch = [events.get()]
+            time.sleep(BATCH_SECONDS)  # each message wakes the main process
             while not events.empty():
                 batch.append(events.get())
             pipe.send(batch)
 
 
-def processes_for(small: int, options: Namespace) -> int:
-    """Return in how many processes so many small files are best sent."""
+def processes_for(small: Iterable[Entry], options: Namespace) -> int:
+    """Return in how many processes so many small files are best sent; reads no more than needed."""
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
     else:
         cores = os.cpu_count() or 1
-    paying = small // FILES_PER_PROCESS[options.preferred_transfer_client]
-    return max(1, min(cores, PROCESSES_MAX, paying, options.max_concurrency or cores))
+    most = min(cores, PROCESSES_MAX, options.max_concurrency or cores)
+    client = options.preferred_transfer_client
+    if client == "auto":
+        client = "crt" if importlib.util.find_spec("awscrt") else "classic"
+    per_process = FILES_PER_PROCESS[client]
+    count = sum(1 for _ in itertools.islice(small, most * per_process))
+    return max(1, min(most, count // per_process))
+
+
+def is_small(entry: Entry, options: Namespace) -> bool:
+    """Tell whether an entry is a file that is to be sent in one part."""
+    return is_pending(entry) and not is_multipart(entry.size or 0, options)
+
+
+def start_processes(
+    options: Namespace, previous: list[Entry] | None, interruption: Interruption, state: StateFile
+) -> list[WorkerProcess]:
+    """Start worker processes if there is work for them; they get ready while the run is planned."""
+    walk = Walk(options, Report(Namespace(quiet=True, verbose=False)), interruption, state)
+    small = (entry for entry in walk.entries(previous) if is_small(entry, options))
+    processes = processes_for(small, options)
+    return [WorkerProcess(number, options) for number in range(processes)] if processes > 1 else []
 
 
 class Transfer:
@@ -2069,7 +2161,8 @@ class Transfer:
 
     def __init__(
         self, entries: list[Entry], client: S3Client, options: Namespace, *,
-        state: StateFile, report: Report, interruption: Interruption,
+        processes: list[WorkerProcess], state: StateFile, report: Report,
+        interruption: Interruption,
     ) -> None:  # fmt: skip
         self._entries = entries
         self._region = client.meta.region_name
@@ -2081,6 +2174,7 @@ class Transfer:
         self._waiting = {large: self._tasks(large=large) for large in (False, True)}
         self._next = {large: next(tasks, None) for large, tasks in self._waiting.items()}
         self._again: deque[tuple[float, Task]] = deque()
+        self._processes = processes
         self._workers: list[Worker | WorkerProcess] = []
         self._tasks_of: list[dict[int, Task]] = []
         self._under_way, self._bytes_under_way = {False: 0, True: 0}, 0
@@ -2106,15 +2200,11 @@ class Transfer:
             self._take_events()
 
     def _start_workers(self) -> None:
-        counts = Counter(
-            is_multipart(entry.size or 0, self._options)
-            for entry in self._entries
-            if is_pending(entry)
-        )
         options = self._options
         # What the state says was uploaded shows that a refusal need not be of everything.
         options.has_accepted = any(entry.uploaded for entry in self._entries)
-        processes = processes_for(counts[False], options)
+        small = (entry for entry in self._entries if is_small(entry, options))
+        processes = max(processes_for(small, options), len(self._processes))
         if not options.max_concurrency:
             threads = REQUESTS_PER_PROCESS[options.preferred_transfer_client]
             options.max_concurrency = processes * threads
@@ -2122,13 +2212,15 @@ class Transfer:
             client = build_client(options, self._region)
             self._workers = [Worker(client, options, self._events.put)]
         else:
-            self._workers = [self._new_process(number, processes) for number in range(processes)]
+            self._workers = [self._start_process(number, processes) for number in range(processes)]
         self._tasks_of = [{} for _ in self._workers]
 
-    def _new_process(self, number: int, processes: int) -> WorkerProcess:
+    def _start_process(self, number: int, processes: int) -> WorkerProcess:
         options = Namespace(**vars(self._options))
         options.max_concurrency = -(-options.max_concurrency // processes)
-        return WorkerProcess(number, options, self._region, self._events.put)
+        process = self._processes.pop(0) if self._processes else WorkerProcess(number, options)
+        process.work(options, self._region, self._events.put)
+        return process
 
     def _tasks(self, *, large: bool) -> Iterator[Task]:
         for index, entry in enumerate(self._entries):
@@ -2242,7 +2334,7 @@ class Transfer:
         for index in list(self._tasks_of[ended.number]):
             self._try_again(self._take_back(index), error=error)
         if not (self._interruption.signum or self.stop_message):
-            self._workers[ended.number] = self._new_process(ended.number, len(self._workers))
+            self._workers[ended.number] = self._start_process(ended.number, len(self._workers))
 
     def save(self) -> bool:
         """Save the state and tell whether it worked; for the data's sake a run goes on without."""
@@ -2352,6 +2444,8 @@ def human_size(size: float) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the program with the given arguments, and return the exit code (see above)."""
+    # Imports and plan make much and drop little: looking for garbage in it takes long.
+    gc.disable()
     interruption = Interruption()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -2397,6 +2491,7 @@ def back_up(
     """Plan, send and record; return the exit code."""
     previous = state.read()
     check_previous(previous, options)
+    processes = start_processes(options, previous, interruption, state)
     import_boto3()
     client = open_bucket(options, interruption)
     if (
@@ -2424,9 +2519,12 @@ def back_up(
     for entry in entries:
         if entry.error:
             report.failed(entry)
+    gc.freeze()
+    gc.enable()
     transfer = Transfer(
-        entries, client, options, state=state, report=report, interruption=interruption
-    )
+        entries, client, options, processes=processes,
+        state=state, report=report, interruption=interruption,
+    )  # fmt: skip
     transfer.run()
     saved = transfer.save()
     left = sum(not entry.uploaded for entry in entries) - report.failed_files

@@ -98,14 +98,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--script",
-        type=Path,
+        type=lambda path: Path(path).absolute(),
         default=ROOT / "s3FileTransfer.py",
         metavar="PATH",
         help="the s3FileTransfer.py to measure",
     )
     parser.add_argument(
         "--venvs",
-        type=Path,
+        type=lambda path: Path(path).absolute(),
         default=ROOT / ".venv-benchmark",
         metavar="DIR",
         help="the virtual environments that run.sh made",
