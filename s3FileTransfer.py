@@ -13,7 +13,7 @@ crash, sends what the state file marks as not uploaded.
 
 The state file is a JSON list with one entry a line: filepath (absolute),
 uploadedSuccess (0 or 1), filename (the object's key) and, where known, bucket,
-size, mtime_ns, etag, error, upload_id and part_size.
+size, mtime_ns, etag, shard, error, upload_id and part_size.
 
 exit codes:
   0    everything that should be in the bucket is there
@@ -117,6 +117,8 @@ BACKOFF_FIRST_SECONDS, BACKOFF_MAX_SECONDS = 0.5, 10
 DAMAGED_TRIES, CHANGED_TRIES, CHANGED_PAUSE_SECONDS = 3, 3, 2
 
 BATCH_SECONDS = 0.003
+# Of the progress line: how often it is drawn, and the time over which its rate is taken.
+DRAW_SECONDS, RATE_SECONDS = 0.1, 15
 SAVE_INTERVAL_SECONDS, SAVE_SHARE = 1.0, 0.03
 SIGNAL_GRACE_SECONDS, SECOND_SIGNAL_SECONDS = 8, 0.3
 EXIT_SIGINT, EXIT_SIGTERM = 130, 143
@@ -180,6 +182,7 @@ class Entry:
     size: int | None = None
     mtime_ns: int | None = None
     etag: str | None = None
+    shard: str | None = None
     error: str | None = None
     upload_id: str | None = None
     part_size: int | None = None
@@ -196,8 +199,8 @@ class Entry:
         for name, value in known.items():
             if type(value) is not OPTIONAL_FIELDS[name]:
                 raise ValueError(f"an entry's {name} is not valid")
-        if "bucket" in known:
-            known["bucket"] = sys.intern(known["bucket"])
+        for name in {"bucket", "shard"} & known.keys():
+            known[name] = sys.intern(known[name])
         if done:
             known.pop("error", None)
         return cls(os.path.abspath(path), key, done == 1, **known)
@@ -219,7 +222,7 @@ class Entry:
 
 READABLE_JSON = json.JSONEncoder(ensure_ascii=False)
 OPTIONAL_FIELDS = {
-    "bucket": str, "size": int, "mtime_ns": int, "etag": str,
+    "bucket": str, "size": int, "mtime_ns": int, "etag": str, "shard": str,
     "error": str, "upload_id": str, "part_size": int,
 }  # fmt: skip
 
@@ -229,9 +232,9 @@ class Task:
     """One file for a worker, which returns a copy that says how the sending went.
 
     `outcome` is then "started" (a multipart upload has its id; no part is sent before the
-    state holds it), "uploaded", "failed", "changed" (try again later), "fatal" (the run
-    must stop) or "stopped" (the run stopped first). `upload_id` is that of a multipart
-    upload that is still open.
+    state holds it), "uploaded", "failed", "refused" (as all may be), "changed" (try again
+    later), "fatal" (the run must stop) or "stopped" (the run stopped first). `upload_id` is
+    that of a multipart upload that is still open.
     """
 
     index: int
@@ -250,6 +253,14 @@ class Task:
     seconds: float = 0.0
 
 
+@dataclass
+class Moved:
+    """So many bytes of a large file have been sent so far."""
+
+    index: int
+    size: int
+
+
 @dataclass(slots=True)
 class WorkerEnded:
     """A worker process has ended, by itself or killed; `error` says why if it could."""
@@ -258,7 +269,7 @@ class WorkerEnded:
     error: str | None = None
 
 
-Event = Task | WorkerEnded
+Event = Task | Moved | WorkerEnded
 
 
 class StopRun(Exception):
@@ -330,6 +341,19 @@ def size_bytes(low: int, high: int, limits: str) -> Callable[[str], int]:
     return parse
 
 
+def rate(text: str) -> int:
+    """Return the bytes a second that `text` is: 10MB/s, 500kB (an argparse type)."""
+    return size_bytes(KIB, TIB, "1KiB/s to 1TiB/s")(re.sub(r"/s$", "", text.strip()))
+
+
+def shard_name(text: str) -> str:
+    """Return `text` if it is I/N, a part of the folder (an argparse type)."""
+    match = re.fullmatch(r"([1-9][0-9]{0,4})/([1-9][0-9]{0,4})", text)
+    if not match or int(match[1]) > int(match[2]):
+        raise ArgumentTypeError(f"{text!r} is not I/N with I from 1 to N, such as 1/4")
+    return text
+
+
 def positive(text: str) -> int:
     """Return the whole number of 1 or more that `text` is (an argparse type)."""
     if not re.fullmatch(r"[1-9][0-9]{0,3}", text):
@@ -364,6 +388,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="leave out paths relative to the folder; * matches / too; repeatable")
     add("--no-follow-symlinks", dest="follow_symlinks", action="store_false",
         help="skip symbolic links instead of following them")
+    add("--shard", metavar="I/N", type=shard_name,
+        help="only the I-th of N parts of the folder, for N tasks on several machines, each "
+        "with its own state file")
+    add("--skip-unchanged", action="store_true",
+        help="do not send again what the state and the bucket's listing show to be there")
     add = parser.add_argument_group("where to").add_argument
     add("--bucketname", metavar="NAME", required=True, type=bucket_name,
         help="bucket; created when it does not exist")
@@ -384,6 +413,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="where the state is kept (default: stateFile.json in the current directory)")
     add("--dryrun", action="store_true",
         help="show what would be sent; touch neither bucket nor state")
+    add("--verify", action="store_true",
+        help="send nothing; compare the bucket with the state file, for --crashrun 1 to repair")
+    add("--max-bandwidth", metavar="RATE", type=rate,
+        help="e.g. 10MB/s, over all uploads together (default: no limit)")
     add("--max-concurrency", metavar="N", type=positive,
         help="requests in flight (default: chosen for the machine)")
     add("--preferred-transfer-client", choices=["auto", "classic", "crt"], default="auto",
@@ -398,6 +431,8 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("output").add_argument
     add("--quiet", action="store_true", help="failures only")
     add("--verbose", action="store_true", help="one line a file on stderr")
+    add("--no-progress", dest="progress", action="store_false",
+        help="no progress line on a terminal")
     add("--version", action="version", version=f"s3FileTransfer {__version__}")
     # fmt: on
     return parser
@@ -407,8 +442,12 @@ def parse_arguments(argv: list[str] | None) -> Namespace:
     """Return the parsed command line, or raise SystemExit (2) after a sentence on stderr."""
     parser = build_parser()
     options = parser.parse_args(argv)
+    is_terminal = bool(sys.stderr and sys.stderr.isatty()) and os.environ.get("TERM") != "dumb"
+    options.shows_progress = options.progress and is_terminal and not options.quiet
     if options.sse_kms_key_id and not (options.sse or "").startswith("aws:kms"):
         parser.error("--sse-kms-key-id needs --sse aws:kms")
+    if options.verify and (options.crashrun or options.dryrun or options.skip_unchanged):
+        parser.error("--verify sends nothing: leave out --crashrun, --dryrun, --skip-unchanged")
     if problem := key_problem(options.prefix + "name"):
         parser.error(f"--prefix {shown(options.prefix)}: {problem}")
     if options.storage_class and not re.fullmatch(r"[A-Za-z0-9_-]+", options.storage_class):
@@ -478,6 +517,7 @@ class Walk:
         self._prefix = options.prefix
         self._is_crash_run = options.crashrun == 1
         self._bucket = sys.intern(options.bucketname)
+        self._shard = options.shard
         self._follow_symlinks = options.follow_symlinks
         self._excludes = globs_matcher(options.exclude)
         # Such a glob that matches "folder/" matches all below the folder too.
@@ -540,7 +580,7 @@ class Walk:
                 names = sorted((child.name, child.is_symlink()) for child in children)
         except OSError as error:
             why = f"cannot read the folder: {reason(error)}; check its permissions"
-            yield Entry(folder.path, folder.key_prefix, bucket=self._bucket, error=why)
+            yield self._entry(folder.path, folder.key_prefix, error=why)
             return
         identity = (status.st_dev, status.st_ino)
         if identity in folder.ancestors:
@@ -560,6 +600,9 @@ class Walk:
             if found:
                 yield found
 
+    def _entry(self, path: str, key: str, error: str | None = None) -> Entry:
+        return Entry(path, key, bucket=self._bucket, shard=self._shard, error=error)
+
     def _excludes_file(self, path: str) -> bool:
         # As for `aws s3`, a glob leaves out files: what a folder of such a name holds stays.
         return bool(self._excludes(self._relative(path))) and not os.path.isdir(path)
@@ -571,7 +614,7 @@ class Walk:
         if is_link and not self._follow_symlinks:
             self._report.notice("symbolic link, skipped", path)
             return None
-        entry = Entry(path, key, bucket=self._bucket)
+        entry = self._entry(path, key)
         try:
             status = os.stat(path)
         except OSError as error:
@@ -607,6 +650,18 @@ def key_problem(key: str) -> str | None:
     return None
 
 
+def is_in_shard(entry: Entry, options: Namespace) -> bool:
+    """Tell whether an entry is of this run's part of the folder.
+
+    One of a folder, which could not be read, is of every part: anything may be in it.
+    """
+    is_folder = entry.filename.endswith("/") or entry.filepath == options.backupfolder
+    if not options.shard or is_folder:
+        return True
+    part, parts = map(int, options.shard.split("/"))
+    return zlib.crc32(entry.filename.encode("utf-8", "surrogateescape")) % parts == part - 1
+
+
 def find_files(
     options: Namespace, previous: list[Entry] | None, walk: Walk, report: Report
 ) -> Iterator[Entry]:
@@ -616,8 +671,11 @@ def find_files(
     lists uploads of the folder, or the folder itself: that must not be forgotten.
     """
     root, found = options.backupfolder, None
-    for found in walk.entries(previous):
-        yield found
+    for count, found in enumerate(walk.entries(previous)):
+        if count % 1000 == 0:
+            report.planning(count)
+        if is_in_shard(found, options):
+            yield found
     if found:
         return
     for entry in previous or ():
@@ -775,19 +833,22 @@ def lock_handle(handle: IO[str]) -> None:
 
 def check_previous(previous: list[Entry] | None, options: Namespace) -> None:
     """Raise StopRun for a run that would bury another job's failures, and name the ways out."""
-    if options.crashrun and previous is None:
-        raise StopRun("--crashrun 1 needs the state file of an earlier run, and there is none; "
-                      "run without --crashrun, or name it with --statefile")  # fmt: skip
+    needs_state = "--crashrun 1" if options.crashrun else "--verify" if options.verify else None
+    if needs_state and previous is None:
+        why = f"{needs_state} needs the state file of an earlier run, and there is none"
+        raise StopRun(f"{why}; run without {needs_state.split()[0]}, or name it with --statefile")
     for entry in previous or ():
-        if entry.uploaded and not options.crashrun:
+        if entry.uploaded and not needs_state:
             continue
         if entry.bucket not in (None, options.bucketname):
             job = f"bucket {shown(entry.bucket or '')}"
+        elif entry.shard != options.shard:
+            job = f"shard {shown(entry.shard)}" if entry.shard else "the whole folder, no shard"
         elif not is_within(entry.filepath, options.backupfolder):
             job = f"another folder, with {shown(entry.filepath)}"
         else:
             continue
-        if options.crashrun:
+        if needs_state:
             raise StopRun(f"the state file is of {job}; give that job's options, or another "
                           "--statefile")  # fmt: skip
         raise StopRun(f"the state file lists files not yet uploaded, of {job}; finish that job "
@@ -952,15 +1013,11 @@ def request_errors() -> tuple[type[Exception], ...]:
 class Retries:
     """The one retry loop around requests, shared by the threads of a client."""
 
-    def __init__(
-        self, *, slots: int = 1, patience_seconds: float = PATIENCE_SECONDS,
-        has_accepted: bool = False,
-    ) -> None:  # fmt: skip
+    def __init__(self, *, slots: int = 1, patience_seconds: float = PATIENCE_SECONDS) -> None:
         self.stop = threading.Event()
         self._slots = threading.BoundedSemaphore(slots)
         self._patience_seconds = patience_seconds
         self._alive_at = -math.inf
-        self._has_accepted = has_accepted
 
     def note_life(self) -> None:
         """Take note that the server takes bytes, or answers."""
@@ -970,11 +1027,6 @@ class Retries:
         """Raise Stopped when the run is being stopped."""
         if self.stop.is_set():
             raise Stopped
-
-    def note_success(self) -> None:
-        """Take note that the server has accepted a file."""
-        self.note_life()
-        self._has_accepted = True
 
     def run(
         self,
@@ -1003,7 +1055,6 @@ class Retries:
                     trouble = trouble_of(error)
                 else:
                     self.note_life()
-                    self._has_accepted |= may_stop_run
                     return answer
             give_up_at = min(give_up_at, time.monotonic() + self._patience_seconds)
             damaged += trouble.kind == "damaged"
@@ -1019,8 +1070,6 @@ class Retries:
         raise AssertionError("unreachable")
 
     def _meets_every_file(self, trouble: UploadError) -> bool:
-        if trouble.kind == "stops at first":
-            return not self._has_accepted
         # A server that has long been silent to all is gone; one that serves others is not.
         silent_seconds = time.monotonic() - self._alive_at
         gone = trouble.kind == "passing" and silent_seconds > self._patience_seconds / 2
@@ -1087,29 +1136,56 @@ def read_part(body: Any, size: int, *, with_crc32: bool = False) -> Part:
     return Part(md5.digest(), crc32.to_bytes(4, "big"))
 
 
+class Bandwidth:
+    """Keeps what all threads send below a rate, in bytes a second."""
+
+    def __init__(self, rate: int) -> None:
+        self._rate = rate
+        # So small that even many connections at a low rate are never idle for long.
+        self.piece_bytes = min(LARGE_READ_BYTES, max(KIB, rate // 10))
+        self._lock = threading.Lock()
+        self._free_at = -math.inf
+
+    def wait_for(self, size: int) -> None:
+        """Return when it is the turn of so many bytes."""
+        with self._lock:
+            now = time.monotonic()
+            starts_at = max(now, self._free_at)
+            self._free_at = starts_at + size / self._rate
+        time.sleep(starts_at - now)
+
+
 class LargeReads:
-    """A body for boto3 that is read from `body` in large pieces.
+    """A body of `size` bytes for boto3 that is read in large pieces, or as bandwidth allows.
 
     urllib3 asks for 16 KiB at a time and sends whatever it gets: at a gigabyte a second
-    the small reads would cost as much as the sending.
+    the small reads would cost as much as the sending. `on_read(bytes_so_far)` is called for
+    each piece.
     """
 
-    def __init__(self, body: Any, on_read: Callable[[], None]) -> None:
-        self._body, self._on_read = body, on_read
+    def __init__(
+        self, body: Any, size: int, *, on_read: Callable[[int], None], bandwidth: Bandwidth | None
+    ) -> None:
+        self._body, self._size, self._on_read, self._bandwidth = body, size, on_read, bandwidth
+        self._piece_bytes = bandwidth.piece_bytes if bandwidth else LARGE_READ_BYTES
         self.seek, self.tell = body.seek, body.tell
 
     def __len__(self) -> int:
-        return len(self._body)
+        return self._size
 
     def read(self, size: int = -1) -> bytes:
-        """Return the next bytes: more than `size`, if that is small."""
+        """Return the next bytes: as many as are good, whatever `size` says."""
+        if size < 0:  # nothing but a hash would ask for all at once
+            return bytes(self._body.read())
         try:
-            data = bytes(self._body.read(max(size, LARGE_READ_BYTES) if size >= 0 else size))
+            data = bytes(self._body.read(self._piece_bytes))
         except OSError as error:
             raise unreadable(error) from error
-        if not data and self._body.tell() < len(self._body):
+        if not data and self._body.tell() < self._size:
             raise FileChanged  # it is shorter now, and the server would wait for the rest
-        self._on_read()
+        if self._bandwidth:
+            self._bandwidth.wait_for(len(data))
+        self._on_read(self._body.tell())
         return data
 
 
@@ -1211,7 +1287,7 @@ class Uploader:
     `tell(event)` hands an event to the main thread.
     """
 
-    def __init__(self, client: S3Client, options: Namespace, tell: Callable[[Task], None]) -> None:
+    def __init__(self, client: S3Client, options: Namespace, tell: Callable[[Event], None]) -> None:
         self.client = client
         self.options = options
         self._tell = tell
@@ -1222,7 +1298,9 @@ class Uploader:
         if options.preferred_transfer_client == "crt":
             self.crt = CrtPut(client, options, self._run_parameters)
         self._put_small_object = self.crt.put_object if self.crt else self._put_object
-        self.retries = Retries(slots=options.max_concurrency, has_accepted=options.has_accepted)
+        self.retries = Retries(slots=options.max_concurrency)
+        self.bandwidth = Bandwidth(options.max_bandwidth) if options.max_bandwidth else None
+        self._moved_at: dict[int, float] = {}
         # Other servers may not know CRC32; Content-MD5 proves the parts everywhere.
         self.sends_crc32 = is_aws(client)
 
@@ -1239,6 +1317,7 @@ class Uploader:
         except FileChanged as error:
             task.outcome, task.error = "changed", str(error)
         except UploadError as error:
+            task.outcome = "refused" if error.kind == "stops at first" else "failed"
             task.error = str(error)
         except StopRun as error:
             task.outcome, task.error = "fatal", str(error)
@@ -1292,7 +1371,7 @@ class Uploader:
             try:
                 assert self.crt
                 etag = proven_etag(self.crt.end(future, sent.answer), sent.md5)
-                self.retries.note_success()
+                self.retries.note_life()
                 check_unchanged_handle(sent.handle, sent.before, sent.md5)
             except FileChanged as error:
                 return replace(sent.task, outcome="changed", error=str(error))
@@ -1305,24 +1384,27 @@ class Uploader:
         self, task: Task, handle: io.FileIO, before: os.stat_result, trouble: UploadError | None
     ) -> str:
         """Send the file with PutObject and return the ETag."""
-        size = before.st_size
+        size, limit = before.st_size, self.bandwidth
         body: Any
+        # For larger bodies the CRT is no faster, and keeps a copy of each.
+        put_object = self._put_small_object if size <= CRT_MAX_BYTES else self._put_object
         if size <= IN_MEMORY_BYTES:
-            # For larger bodies the CRT is no faster, and keeps a copy of each.
-            is_small = size <= CRT_MAX_BYTES
-            put_object = self._put_small_object if is_small else self._put_object
             data = read_small(handle, size)
             body, md5 = io.BytesIO(data), new_md5(data).digest()
         else:
-            put_object = self._put_object
             md5 = read_part(handle, size).md5
             handle.seek(0)
+            body = s3transfer.utils.ReadFileChunk(handle, size, size)
+        if size > (limit.piece_bytes if limit else IN_MEMORY_BYTES):
             body = LargeReads(
-                s3transfer.utils.ReadFileChunk(handle, size, size), self.retries.note_life
-            )
+                body, size, on_read=lambda sent: self.note_moved(task.index, {1: sent}),
+                bandwidth=limit,
+            )  # fmt: skip
 
         def put() -> str:
             body.seek(0)
+            if limit and isinstance(body, io.BytesIO):
+                limit.wait_for(size)
             parameters = self.object_parameters(task, before) | self.location(task)
             answer = put_object(Body=body, ContentMD5=base64_of(md5), **parameters)
             return proven_etag(answer, md5)
@@ -1348,6 +1430,14 @@ class Uploader:
         # Seconds since 1970: the form in which rclone keeps and restores it.
         parameters["Metadata"] = {"mtime": f"{Decimal(status.st_mtime_ns).scaleb(-9):f}"}
         return parameters
+
+    def note_moved(self, index: int, sizes: dict[int, int]) -> None:
+        """Take note of how many bytes of a file have been sent, by part; tell it now and then."""
+        self.retries.note_life()
+        now = time.monotonic()
+        if self.options.shows_progress and now - self._moved_at.get(index, 0.0) > DRAW_SECONDS:
+            self._moved_at[index] = now
+            self._tell(Moved(index, sum(list(sizes.values()))))
 
     def announce(self, task: Task) -> None:
         """Have the id of a new multipart upload saved, and return when it is."""
@@ -1391,6 +1481,8 @@ def crt_problem(client: S3Client, options: Namespace) -> str | None:
         return "it does not know access points and directory buckets"
     if botocore.utils.get_environ_proxies(client.meta.endpoint_url):
         return "it does not know the proxy of the environment"
+    if options.max_bandwidth:
+        return "it does not know --max-bandwidth"
     config = session_of(options.profile)._session
     bundles = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
     has_bundle = config.get_config_variable("ca_bundle") or any(map(os.environ.get, bundles))
@@ -1578,6 +1670,7 @@ class MultipartUpload:
         self._etags_are_md5 = True
         self._on_s3: dict[int, Any] = {}
         self._parts: dict[int, Part] = {}
+        self._moved: dict[int, int] = {}
         self._etag = ""
 
     def send(self) -> str:
@@ -1682,12 +1775,16 @@ class MultipartUpload:
         listed = self._on_s3.get(number)
         if listed and listed.get("Size") == len(body) and part.is_same_as(listed):
             part.etag = listed["ETag"]
+            self._note_moved(number, len(body))
             return part
         parameters |= {"PartNumber": number, "ContentMD5": base64_of(part.md5)}
         parameters.pop("ChecksumAlgorithm", None)
         if self._sends_crc32:
             parameters["ChecksumCRC32"] = base64_of(part.crc32)
-        parameters["Body"] = LargeReads(body, self._retries.note_life)
+        parameters["Body"] = LargeReads(
+            body, len(body), on_read=functools.partial(self._note_moved, number),
+            bandwidth=self._uploader.bandwidth,
+        )  # fmt: skip
 
         def send() -> str:
             body.seek(0)
@@ -1698,6 +1795,10 @@ class MultipartUpload:
 
         part.etag = self._retries.run(send)
         return part
+
+    def _note_moved(self, number: int, size: int) -> None:
+        self._moved[number] = size
+        self._uploader.note_moved(self._task.index, self._moved)
 
     def complete_multipart_upload(self, **parameters: Any) -> dict[str, Any]:
         """Make the parts one object, unless the file changed meanwhile, and prove it."""
@@ -1845,7 +1946,18 @@ class MultipartUpload:
 
 
 def open_bucket(options: Namespace, interruption: Interruption) -> S3Client:
-    """Return a client for the bucket, which is created where missing, or raise StopRun.
+    """Return a client for the bucket, which is created where missing, or raise StopRun."""
+    client, exists = find_bucket(options, interruption)
+    options.is_new_bucket = not exists
+    if not exists:
+        create = functools.partial(create_bucket, client, options)
+        client = build_client(options, interruptible(create, interruption))
+    choose_transfer_client(client, options)
+    return client
+
+
+def find_bucket(options: Namespace, interruption: Interruption) -> tuple[S3Client, bool]:
+    """Return a client for the bucket, and whether it exists; raise StopRun if that is unclear.
 
     A 403 does not stop: a write-only credential may not look, and the first upload will tell.
     https://docs.aws.amazon.com/AmazonS3/latest/API/API_HeadBucket.html
@@ -1858,15 +1970,11 @@ def open_bucket(options: Namespace, interruption: Interruption) -> S3Client:
     except NoAnswer as error:
         where = probe.meta.endpoint_url
         raise StopRun(f"no answer from {where}; check network and endpoint") from error
-    options.is_new_bucket = status == 404
-    if options.is_new_bucket:
-        region = interruptible(functools.partial(create_bucket, probe, options), interruption)
-    elif status == 401 or (status == 400 and not region):
+    if status == 401 or (status == 400 and not region):
         raise StopRun("the server refuses these credentials; check keys, session token and clock")
-    if region not in (None, probe.meta.region_name):
+    if status != 404 and region not in (None, probe.meta.region_name):
         probe = build_client(options, region)
-    choose_transfer_client(probe, options)
-    return probe
+    return probe, status != 404
 
 
 def interruptible(
@@ -1941,6 +2049,105 @@ def create_bucket(client: S3Client, options: Namespace) -> str:
     except botocore.exceptions.WaiterError as error:
         raise StopRun(f"the new bucket {name} does not appear; try again") from error
     return creator.meta.region_name
+
+
+def list_objects(
+    client: S3Client, options: Namespace, keys: list[str], interruption: Interruption
+) -> Iterator[Any]:
+    """Yield what the bucket says of its objects that may have one of the keys: 1,000 a request.
+
+    Raises UploadError when they cannot be listed.
+    https://docs.aws.amazon.com/AmazonS3/latest/API/API_ListObjectsV2.html
+    """
+    prefix = os.path.commonprefix(keys)  # noqa: RUF071 (of strings, which keys are, not of paths)
+    parameters = {"Bucket": options.bucketname, "Prefix": prefix}
+    request = functools.partial(client.list_objects_v2, **parameters)
+    retries = Retries()
+    while True:
+        get_page = functools.partial(retries.run, request, may_stop_run=False)
+        page: Any = interruptible(get_page, interruption)
+        yield from page.get("Contents", ())
+        if not page.get("IsTruncated"):
+            return
+        token = page["NextContinuationToken"]
+        request = functools.partial(client.list_objects_v2, **parameters, ContinuationToken=token)
+
+
+def find_unchanged(
+    entries: list[Entry], previous: list[Entry] | None, client: S3Client, options: Namespace, *,
+    report: Report, interruption: Interruption,
+) -> None:  # fmt: skip
+    """Take as uploaded what has the size and time of the state, and size and ETag in the bucket."""
+    uploaded = {entry.filepath: entry for entry in previous or () if entry.uploaded and entry.etag}
+    candidates: dict[str, tuple[Entry, str | None]] = {}
+    for entry in filter(is_pending, entries):
+        old = uploaded.get(entry.filepath)
+        if old and (old.filename, old.size, old.mtime_ns) == (
+            entry.filename, entry.size, entry.mtime_ns,
+        ):  # fmt: skip
+            candidates[entry.filename] = entry, old.etag
+    if not candidates:
+        return
+    try:
+        for found in list_objects(client, options, list(candidates), interruption):
+            same, etag = candidates.get(found["Key"], (None, None))
+            if same and (found["Size"], etag_of(found)) == (same.size, etag):
+                same.uploaded, same.etag = True, etag
+                report.unchanged_files += 1
+    except UploadError as error:
+        report.error(f"cannot list the bucket, so what it has is sent again: {error}")
+
+
+def find_wrong(
+    entries: list[Entry], client: S3Client, options: Namespace, interruption: Interruption
+) -> list[Entry]:
+    """Mark the uploaded entries that the bucket lacks, or holds otherwise; return them."""
+    unseen = {entry.filename: entry for entry in entries if entry.uploaded}
+    wrong = []
+    try:
+        for found in list_objects(client, options, list(unseen), interruption) if unseen else ():
+            if entry := unseen.pop(found["Key"], None):
+                compare = functools.partial(difference, entry, found, client, options)
+                if entry.etag:
+                    entry.error = compare()
+                else:
+                    entry.error = interruptible(compare, interruption)
+                if entry.error:
+                    wrong.append(entry)
+    except UploadError as error:
+        raise StopRun(f"cannot list the bucket {options.bucketname}: {error}") from error
+    for entry in unseen.values():
+        entry.error = "it is not in the bucket"
+        wrong.append(entry)
+    for entry in wrong:
+        entry.uploaded, entry.etag = False, None
+    return wrong
+
+
+def difference(entry: Entry, found: Any, client: S3Client, options: Namespace) -> str | None:
+    """Return what is wrong with the object that a listing found, or None.
+
+    Without an ETag in the state, it is compared with the local file, if that is still there.
+    """
+    size, etag = found["Size"], etag_of(found)
+    if entry.size not in (None, size):
+        return f"it has {size:,} bytes there and not {entry.size:,}"
+    if entry.etag:
+        return None if entry.etag == etag else f"its ETag there is {etag} and not {entry.etag}"
+    try:
+        handle, status = open_regular(entry.filepath)
+        with handle:
+            if status.st_size != size:
+                return f"it has {size:,} bytes there and {status.st_size:,} here"
+            # Of a multipart ETag the part size is not known, and the size has to do.
+            if re.fullmatch(r"[0-9a-f]{32}", etag) and read_part(handle, size).md5.hex() != etag:
+                head = functools.partial(client.head_object, Bucket=options.bucketname)
+                answer = Retries().run(lambda: head(Key=entry.filename), may_stop_run=False)
+                if is_md5_etag(answer):
+                    return "it has other bytes there than here"
+    except (OSError, UploadError) as error:
+        return f"it cannot be compared: {one_line(error)}"
+    return None
 
 
 # --- transfer: the main thread's side ---------------------------------------------
@@ -2125,6 +2332,8 @@ def send_events(events: queue.SimpleQueue[Event], pipe: Any) -> None:
 
 def processes_for(small: Iterable[Entry], options: Namespace) -> int:
     """Return in how many processes so many small files are best sent; reads no more than needed."""
+    if options.max_bandwidth:  # which one process can share out among its threads
+        return 1
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
     else:
@@ -2147,8 +2356,12 @@ def start_processes(
     options: Namespace, previous: list[Entry] | None, interruption: Interruption, state: StateFile
 ) -> list[WorkerProcess]:
     """Start worker processes if there is work for them; they get ready while the run is planned."""
-    walk = Walk(options, Report(Namespace(quiet=True, verbose=False)), interruption, state)
-    small = (entry for entry in walk.entries(previous) if is_small(entry, options))
+    if options.skip_unchanged:  # how much there is to do is not known yet
+        return []
+    silent = Report(Namespace(quiet=True, verbose=False, shows_progress=False))
+    walk = Walk(options, silent, interruption, state)
+    found = (entry for entry in walk.entries(previous) if is_in_shard(entry, options))
+    small = (entry for entry in found if is_small(entry, options))
     processes = processes_for(small, options)
     return [WorkerProcess(number, options) for number in range(processes)] if processes > 1 else []
 
@@ -2179,6 +2392,10 @@ class Transfer:
         self._tasks_of: list[dict[int, Task]] = []
         self._under_way, self._bytes_under_way = {False: 0, True: 0}, 0
         self._can_save, self._workers_lost = True, 0
+        self._refused: list[Task] = []
+        # What a crash run's state says was uploaded shows that a refusal is not of everything.
+        is_uploaded = (entry.uploaded for entry in entries)
+        self._accepted = options.crashrun == 1 and any(is_uploaded)
         self.stop_message: str | None = None
 
     def run(self) -> None:
@@ -2186,23 +2403,35 @@ class Transfer:
 
         What is under way then has a few seconds to end.
         """
+        self._report.begin(filter(is_pending, self._entries))
         self._start_workers()
         stop_at = math.inf
         while time.monotonic() < stop_at:
             if not (self._interruption.signum or self.stop_message):
-                self._hand_out()
+                if not self._refused:
+                    self._hand_out()
             elif stop_at == math.inf:
                 stop_at = time.monotonic() + SIGNAL_GRACE_SECONDS
                 for worker in self._workers:
                     worker.stop()
-            if not any(self._under_way.values()) and (stop_at < math.inf or not self._again):
+            is_idle = not any(self._under_way.values())
+            if is_idle and (stop_at < math.inf or not (self._again or self._refused)):
                 break
             self._take_events()
+            self._settle_refused()
+            self._report.draw_progress()
+
+    def _settle_refused(self) -> None:
+        """Decide whether a refusal is of one key or of all; while nothing tells, wait."""
+        if self._accepted:
+            for task in self._refused:
+                self._try_again(task, error=task.error, is_passing=False)
+            self._refused.clear()
+        elif self._refused and not any(self._under_way.values()):
+            self.stop_message = self.stop_message or self._refused[0].error
 
     def _start_workers(self) -> None:
         options = self._options
-        # What the state says was uploaded shows that a refusal need not be of everything.
-        options.has_accepted = any(entry.uploaded for entry in self._entries)
         small = (entry for entry in self._entries if is_small(entry, options))
         processes = max(processes_for(small, options), len(self._processes))
         if not options.max_concurrency:
@@ -2282,6 +2511,8 @@ class Transfer:
             while True:
                 if isinstance(event, WorkerEnded):
                     self._replace_worker(event)
+                elif isinstance(event, Moved):
+                    self._report.moved(event)
                 else:
                     self._record(event)
                     if event.outcome == "started":
@@ -2305,11 +2536,15 @@ class Transfer:
         if task.outcome == "started":
             return
         self._take_back(task.index)
+        self._report.ended(task)
         if task.outcome == "uploaded":
             entry.uploaded, entry.etag = True, task.etag
+            self._accepted = True
             self._report.uploaded(entry, task.seconds)
         elif task.outcome == "fatal":
             self.stop_message = self.stop_message or task.error
+        elif task.outcome == "refused":
+            self._refused.append(task)
         elif task.outcome != "stopped":
             self._try_again(task, error=task.error, is_passing=task.outcome == "changed")
 
@@ -2366,7 +2601,8 @@ class Report:
         self._options = options
         self._started = time.monotonic()
         self._notices: Counter[str] = Counter()
-        self.files = self.bytes = self.failed_files = 0
+        self.files = self.bytes = self.failed_files = self.unchanged_files = 0
+        self._progress = Progress() if options.shows_progress else None
 
     def error(self, text: str) -> None:
         """Say what is wrong with the run."""
@@ -2388,9 +2624,36 @@ class Report:
         if not self._options.quiet:
             self._print(f"notice: {text}", sys.stderr)
 
+    def planning(self, found: int) -> None:
+        """Show how many files the walk has found so far."""
+        if self._progress:
+            self._progress.draw([(0, f"{found:,} files found")])
+
+    def begin(self, pending: Iterable[Entry]) -> None:
+        """Take note of what is to be sent."""
+        if self._progress:
+            self._progress.begin(pending)
+
+    def moved(self, moved: Moved) -> None:
+        """Take note of how far a large file is."""
+        if self._progress:
+            self._progress.moving[moved.index] = moved.size
+
+    def ended(self, task: Task) -> None:
+        """Take note that the sending of a file has ended, in one way or another."""
+        if self._progress:
+            self._progress.moving.pop(task.index, None)
+
+    def draw_progress(self) -> None:
+        """Show how far the run is, if it is time."""
+        if self._progress:
+            self._progress.draw_run(self.files, self.bytes)
+
     def failed(self, entry: Entry) -> None:
         """Say that an entry was not uploaded, and why."""
         self.failed_files += 1
+        if self._progress:
+            self._progress.failed(entry)
         self._print(f"failed: {shown(entry.filepath)}: {entry.error}", sys.stderr)
 
     def uploaded(self, entry: Entry, seconds: float = 0.0) -> None:
@@ -2416,6 +2679,8 @@ class Report:
         seconds = time.monotonic() - self._started
         what = f"{self.files:,} file{'' if self.files == 1 else 's'}, {human_size(self.bytes)}"
         failed = f"{self.failed_files:,} failed" + (f", {left:,} not yet sent" if left else "")
+        if self._options.skip_unchanged:
+            failed = f"{self.unchanged_files:,} unchanged, {failed}"
         text = f"dry run: would send {what}; {failed}"
         if not self._options.dryrun:
             rate = human_size(self.bytes / max(seconds, 0.001))
@@ -2423,11 +2688,126 @@ class Report:
             text += f"; {failed}; state: {shown(state_path)}"
         self._print(text, sys.stdout)
 
+    def wrong(self, entry: Entry) -> None:
+        """Say that the bucket does not hold what the state says of an entry."""
+        self.failed_files += 1
+        where = f"{self._url(entry.filename)} (of {shown(entry.filepath)})"
+        self._print(f"wrong: {where}: {entry.error}", sys.stdout)
+
+    def verified(self, entries: list[Entry], state_path: str, *, left: int) -> None:
+        """Say on stdout how a comparison of the bucket with the state ended."""
+        if not self._options.quiet:
+            right = [entry for entry in entries if entry.uploaded]
+            size = human_size(sum(entry.size or 0 for entry in right))
+            where = self._url(self._options.prefix)
+            text = f"verified in {where}: {len(right):,} files right, {size}; "
+            text += f"{self.failed_files:,} wrong, {left:,} not yet sent; state: "
+            self._print(text + shown(state_path), sys.stdout)
+
     def _print(self, text: str, stream: TextIO | None) -> None:
+        if self._progress:
+            self._progress.clear()
         # A closed pipe or a full disk behind a stream must not end a backup.
         with contextlib.suppress(OSError, ValueError):
             if stream:  # None when it was closed at the start
                 print(text, file=stream, flush=stream is sys.stderr)
+
+
+class Progress:
+    """The line on a terminal that says how far a run is."""
+
+    def __init__(self) -> None:
+        self.moving: dict[int, int] = {}
+        self._line, self._drawn_at = "", -math.inf
+        self._total_files = self._total_bytes = self._failed_files = self._failed_bytes = 0
+        self._is_begun = False
+        self._past: deque[tuple[float, int, int]] = deque()
+
+    def begin(self, pending: Iterable[Entry]) -> None:
+        """Take note of what is to be sent."""
+        self._is_begun = True
+        for entry in pending:
+            self._total_files += 1
+            self._total_bytes += entry.size or 0
+
+    def failed(self, entry: Entry) -> None:
+        """Take note that a file will not be sent."""
+        if self._is_begun:
+            self._failed_files += 1
+            self._failed_bytes += entry.size or 0
+
+    def draw_run(self, files: int, size: int) -> None:
+        """Draw how far the run is: so many files and bytes have been sent."""
+        now = time.monotonic()
+        if not self._is_due(now):
+            return
+        size += sum(self.moving.values())
+        self._past.append((now, files, size))
+        while now - self._past[0][0] > RATE_SECONDS:
+            self._past.popleft()
+        before, files_before, size_before = self._past[0]
+        seconds = max(now - before, 0.001)
+        bytes_left = max(self._total_bytes - self._failed_bytes - size, 0)
+        files_left = self._total_files - self._failed_files - files
+        parts = [
+            (0, f"{files:,}/{self._total_files:,} files"),
+            (4, f"{human_size(size)}/{human_size(self._total_bytes)}"),
+            (1, self._percent(files_left, bytes_left)),
+            (3, f"{human_size((size - size_before) / seconds)}/s"),
+        ]
+        rates = (files_left, files - files_before), (bytes_left, size - size_before)
+        if seconds > 1 and all(moved or not left for left, moved in rates):
+            # Small files take their time for each, large ones for their bytes.
+            left = max(left / max(moved, 1) * seconds for left, moved in rates)
+            parts.append((2, f"{human_time(left)} left"))
+        if self._failed_files:
+            parts.append((1, f"{self._failed_files:,} failed"))
+        self.draw(parts)
+
+    def _percent(self, files_left: int, bytes_left: int) -> str:
+        left, total = bytes_left, self._total_bytes
+        if not total:
+            left, total = files_left, max(self._total_files, 1)
+        return f"{100 * (total - left) // total}%"
+
+    def _is_due(self, now: float) -> bool:
+        return now - self._drawn_at >= DRAW_SECONDS
+
+    def draw(self, parts: list[tuple[int, str]]) -> None:
+        """Draw the texts if it is time, without those of the highest numbers if space is short."""
+        now = time.monotonic()
+        if not self._is_due(now):
+            return
+        try:
+            # The last column would make some terminals begin a new line.
+            room = (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1
+        except (OSError, ValueError):
+            room = 79
+        while len(parts) > 1 and len("  ".join(text for _, text in parts)) > room:
+            parts.remove(max(parts))
+        line = "  ".join(text for _, text in parts)[:room]
+        self._write(f"\r{line.ljust(len(self._line))[:room]}")
+        self._line, self._drawn_at = line, now
+
+    def clear(self) -> None:
+        """Take the line off the terminal, so that other text can be written."""
+        if self._line:
+            self._write(f"\r{' ' * len(self._line)}\r")
+            self._line = ""
+
+    @staticmethod
+    def _write(text: str) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.write(text)
+            sys.stderr.flush()
+
+
+def human_time(seconds: float) -> str:
+    """Return a time as clocks show it: 0:07, 12:34, 3:45:06."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes}:{rest:02}"
+    return f"{minutes // 60:,}:{minutes % 60:02}:{rest:02}"
 
 
 def human_size(size: float) -> str:
@@ -2459,6 +2839,8 @@ def main(argv: list[str] | None = None) -> int:
         if options.dryrun:
             return show_plan(options, report, interruption, state)
         state.lock()
+        if options.verify:
+            return verify(options, report, interruption, state)
         return back_up(options, report, interruption, state)
     except (StopRun, UploadError) as error:
         report.error(str(error))
@@ -2475,7 +2857,16 @@ def show_plan(
     previous = state.read()
     check_previous(previous, options)
     walk = Walk(options, report, interruption, state)
-    for entry in find_files(options, previous, walk, report):
+    found: Iterable[Entry] = find_files(options, previous, walk, report)
+    if options.skip_unchanged:
+        import_boto3()
+        client, exists = find_bucket(options, interruption)
+        found = list(found)
+        if exists:
+            find_unchanged(
+                found, previous, client, options, report=report, interruption=interruption
+            )
+    for entry in found:
         if entry.error:
             report.failed(entry)
         elif not entry.uploaded:
@@ -2483,6 +2874,26 @@ def show_plan(
     report.end_of_notices()
     report.summary(state.path)
     return 1 if report.failed_files else 0
+
+
+def verify(options: Namespace, report: Report, interruption: Interruption, state: StateFile) -> int:
+    """Compare the bucket with the state, mark there what is wrong, and return the exit code."""
+    previous = state.read()
+    check_previous(previous, options)
+    entries = previous or []
+    import_boto3()
+    client, exists = find_bucket(options, interruption)
+    if not exists:
+        raise StopRun(f"there is no bucket {options.bucketname}; check --bucketname and "
+                      "--endpoint-url, or create it and send all with --crashrun 1")  # fmt: skip
+    wrong = find_wrong(entries, client, options, interruption)
+    if wrong:
+        save_or_stop(state, entries)
+    for entry in wrong:
+        report.wrong(entry)
+    left = sum(not entry.uploaded for entry in entries) - len(wrong)
+    report.verified(entries, state.path, left=left)
+    return exit_code_for_files(report, left=left)
 
 
 def back_up(
@@ -2504,15 +2915,19 @@ def back_up(
             entry.uploaded, entry.etag, entry.upload_id = False, None, None
     walk = Walk(options, report, interruption, state)
     found = find_files(options, previous, walk, report)
+    kept = [e for e in previous or () if e.upload_id or (e.uploaded and options.skip_unchanged)]
     uploads = {e.filepath: e for e in previous or () if e.upload_id}
     first = next(found, None)
     if first and not options.crashrun:
         # A crash run after a kill during the walk finds this, and walks the folder.
         folder = Entry(options.backupfolder, options.prefix, bucket=options.bucketname)
-        save_or_stop(state, [folder, *uploads.values()])
+        folder.shard = options.shard
+        save_or_stop(state, [folder, *kept])
     entries = [first, *found] if first else []
-    del previous  # of a million files: half a gigabyte
     report.end_of_notices()
+    if options.skip_unchanged and not options.is_new_bucket:
+        find_unchanged(entries, previous, client, options, report=report, interruption=interruption)
+    del previous, kept  # of a million files: half a gigabyte
     abandoned = carry_uploads(entries, uploads)
     abort_abandoned(abandoned, client, options, report=report, interruption=interruption)
     save_or_stop(state, entries)
@@ -2558,7 +2973,12 @@ def exit_code_of(
         return interruption.exit_code
     if transfer.stop_message or not saved:
         return 2
-    if report.failed_files:
+    return exit_code_for_files(report)
+
+
+def exit_code_for_files(report: Report, *, left: int = 0) -> int:
+    """Return 1, and say what to do about it, if some files are not in the bucket; else 0."""
+    if report.failed_files or left:
         report.error("some files are not in the bucket; send them with --crashrun 1")
         return 1
     return 0
