@@ -116,6 +116,15 @@ def killing_call(
     return {"PYTHONPATH": str(folder)}
 
 
+def walks(name: str, job: ProxiedJob) -> str:
+    """A condition for `killing_call`: the walk is at that folder, and the state says so."""
+    # A first look at the folder, for the number of worker processes, comes before.
+    state = f"open({str(job.state_path)!r}).read()"
+    begun = f"""'"filepath": "{job.folder}", "uploadedSuccess": 0' in {state}"""
+    is_there = f"os.path.basename(os.fspath(args[0])) == {name!r}"
+    return f"({is_there} and os.path.exists({str(job.state_path)!r}) and {begun})"
+
+
 def test_nothing_goes_on_when_the_run_is_killed(job: ProxiedJob) -> None:
     job.make(small_files(400))
     job.proxy.add_fault(Fault(delay(0.2), operation="PutObject"))
@@ -152,7 +161,7 @@ def test_a_kill_during_the_walk_leads_the_crash_run_to_every_file(
     job: ProxiedJob, tmp_path: Path
 ) -> None:
     job.make(small_files(70))
-    walked = "os.path.basename(os.fspath(args[0])) == 'd4'"
+    walked = walks("d4", job)
     env = killing_call(tmp_path / "killer", "scandir", count=1, condition=walked)
     assert job.start(env=env).wait(60) == -9
     assert job.requests("PutObject") == []
@@ -164,7 +173,7 @@ def test_a_kill_during_the_walk_leads_the_crash_run_to_every_file(
 
 def test_a_kill_during_the_walk_keeps_the_prefix(job: ProxiedJob, tmp_path: Path) -> None:
     job.make({"a/f": b"f", "b/g": b"g"})
-    walked = "os.path.basename(os.fspath(args[0])) == 'b'"
+    walked = walks("b", job)
     env = killing_call(tmp_path / "killer", "scandir", count=1, condition=walked)
     assert job.start("--prefix", "daily/", env=env).wait(60) == -9
     assert job.crash_run("--prefix", "daily/").returncode == 0
@@ -175,7 +184,7 @@ def test_a_kill_during_the_walk_of_a_second_run_forgets_no_upload(
     job: ProxiedJob, tmp_path: Path
 ) -> None:
     upload_id = killed_in_parts(job, kept=[1, 3])
-    walked = "os.path.basename(os.fspath(args[0])) == 'sub'"
+    walked = walks("sub", job)
     job.make({"sub/f": b"f"})
     env = killing_call(tmp_path / "killer", "scandir", count=1, condition=walked)
     assert job.start(*IN_PARTS, env=env).wait(60) == -9

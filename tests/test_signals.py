@@ -42,7 +42,7 @@ def test_a_signal_among_small_files_ends_the_run(job: ProxiedJob, signum: int, c
     files = small_files(200)
     job.make(files)
     job.proxy.add_fault(Fault(delay(0.2), operation="PutObject"))
-    process = job.start()
+    process = job.start("--max-concurrency", "16")
     job.wait_for("PutObject", 40)
     returncode, stdout, stderr = ended_by(process, signum)
     assert returncode == code
