@@ -672,8 +672,8 @@ def find_files(
     """
     root, found = options.backupfolder, None
     for count, found in enumerate(walk.entries(previous)):
-        if count % 1000 == 0:
-            report.planning(count)
+        if count % 1000 == 999:
+            report.planning(count + 1)
         if is_in_shard(found, options):
             yield found
     if found:
@@ -2647,7 +2647,7 @@ class Report:
     def draw_progress(self) -> None:
         """Show how far the run is, if it is time."""
         if self._progress:
-            self._progress.draw_run(self.files, self.bytes)
+            self._progress.draw_run(self.files, self.bytes, failed_files=self.failed_files)
 
     def failed(self, entry: Entry) -> None:
         """Say that an entry was not uploaded, and why."""
@@ -2736,8 +2736,8 @@ class Progress:
             self._failed_files += 1
             self._failed_bytes += entry.size or 0
 
-    def draw_run(self, files: int, size: int) -> None:
-        """Draw how far the run is: so many files and bytes have been sent."""
+    def draw_run(self, files: int, size: int, *, failed_files: int) -> None:
+        """Draw how far the run is: so many files and bytes have been sent, so many failed."""
         now = time.monotonic()
         if not self._is_due(now):
             return
@@ -2760,8 +2760,8 @@ class Progress:
             # Small files take their time for each, large ones for their bytes.
             left = max(left / max(moved, 1) * seconds for left, moved in rates)
             parts.append((2, f"{human_time(left)} left"))
-        if self._failed_files:
-            parts.append((1, f"{self._failed_files:,} failed"))
+        if failed_files:
+            parts.append((1, f"{failed_files:,} failed"))
         self.draw(parts)
 
     def _percent(self, files_left: int, bytes_left: int) -> str:
