@@ -2756,10 +2756,10 @@ class Progress:
             (3, f"{human_size((size - size_before) / seconds)}/s"),
         ]
         rates = (files_left, files - files_before), (bytes_left, size - size_before)
-        if seconds > 1 and all(moved or not left for left, moved in rates):
-            # Small files take their time for each, large ones for their bytes.
-            left = max(left / max(moved, 1) * seconds for left, moved in rates)
-            parts.append((2, f"{human_time(left)} left"))
+        # Small files take their time for each, large ones for their bytes.
+        lefts = [left / moved * seconds for left, moved in rates if moved > 0]
+        if seconds > 1 and lefts:
+            parts.append((2, f"{human_time(max(lefts))} left"))
         if failed_files:
             parts.append((1, f"{failed_files:,} failed"))
         self.draw(parts)
