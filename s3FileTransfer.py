@@ -673,7 +673,7 @@ def find_files(
     root, found = options.backupfolder, None
     for count, found in enumerate(walk.entries(previous)):
         if count % 1000 == 999:
-            report.planning(count + 1)
+            report.progress.draw([(0, f"{count + 1:,} files found")])
         if is_in_shard(found, options):
             yield found
     if found:
@@ -1279,6 +1279,7 @@ class Sent:
     before: os.stat_result
     md5: bytes
     answer: dict[str, Any]
+    started_at: float
 
 
 class Uploader:
@@ -1345,7 +1346,7 @@ class Uploader:
         """Send a small file in one request, for `end`; None when that is not to be tried."""
         if not self.crt or self.retries.stop.is_set() or task.upload_id:
             return None
-        handle = None
+        handle, started_at = None, time.monotonic()
         trouble: tuple[type[Exception], ...] = (OSError, UploadError, *request_errors())
         try:
             handle, before = open_regular(task.filepath)
@@ -1363,7 +1364,7 @@ class Uploader:
             if handle:
                 handle.close()
             return None
-        return Sent(task, handle, before, md5, answer), future
+        return Sent(task, handle, before, md5, answer, started_at), future
 
     def end(self, sent: Sent, future: Future[None]) -> Task | UploadError:
         """Return the task of a request that has succeeded, or what is wrong for `upload`."""
@@ -1377,8 +1378,10 @@ class Uploader:
                 return replace(sent.task, outcome="changed", error=str(error))
             except request_errors() as error:
                 return trouble_of(error)
-        size, mtime_ns = sent.before.st_size, sent.before.st_mtime_ns
-        return replace(sent.task, outcome="uploaded", size=size, mtime_ns=mtime_ns, etag=etag)
+        return replace(
+            sent.task, outcome="uploaded", size=sent.before.st_size, etag=etag,
+            mtime_ns=sent.before.st_mtime_ns, seconds=time.monotonic() - sent.started_at,
+        )  # fmt: skip
 
     def _put(
         self, task: Task, handle: io.FileIO, before: os.stat_result, trouble: UploadError | None
@@ -2403,7 +2406,7 @@ class Transfer:
 
         What is under way then has a few seconds to end.
         """
-        self._report.begin(filter(is_pending, self._entries))
+        self._report.progress.begin(filter(is_pending, self._entries))
         self._start_workers()
         stop_at = math.inf
         while time.monotonic() < stop_at:
@@ -2512,7 +2515,7 @@ class Transfer:
                 if isinstance(event, WorkerEnded):
                     self._replace_worker(event)
                 elif isinstance(event, Moved):
-                    self._report.moved(event)
+                    self._report.progress.moving[event.index] = event.size
                 else:
                     self._record(event)
                     if event.outcome == "started":
@@ -2534,9 +2537,10 @@ class Transfer:
         if task.outcome in ("uploaded", "started"):
             entry.size, entry.mtime_ns = task.size, task.mtime_ns
         if task.outcome == "started":
+            self._accepted = True  # starting an upload takes the same permission
             return
         self._take_back(task.index)
-        self._report.ended(task)
+        self._report.progress.moving.pop(task.index, None)
         if task.outcome == "uploaded":
             entry.uploaded, entry.etag = True, task.etag
             self._accepted = True
@@ -2602,7 +2606,7 @@ class Report:
         self._started = time.monotonic()
         self._notices: Counter[str] = Counter()
         self.files = self.bytes = self.failed_files = self.unchanged_files = 0
-        self._progress = Progress() if options.shows_progress else None
+        self.progress = Progress(is_shown=options.shows_progress)
 
     def error(self, text: str) -> None:
         """Say what is wrong with the run."""
@@ -2624,36 +2628,14 @@ class Report:
         if not self._options.quiet:
             self._print(f"notice: {text}", sys.stderr)
 
-    def planning(self, found: int) -> None:
-        """Show how many files the walk has found so far."""
-        if self._progress:
-            self._progress.draw([(0, f"{found:,} files found")])
-
-    def begin(self, pending: Iterable[Entry]) -> None:
-        """Take note of what is to be sent."""
-        if self._progress:
-            self._progress.begin(pending)
-
-    def moved(self, moved: Moved) -> None:
-        """Take note of how far a large file is."""
-        if self._progress:
-            self._progress.moving[moved.index] = moved.size
-
-    def ended(self, task: Task) -> None:
-        """Take note that the sending of a file has ended, in one way or another."""
-        if self._progress:
-            self._progress.moving.pop(task.index, None)
-
     def draw_progress(self) -> None:
         """Show how far the run is, if it is time."""
-        if self._progress:
-            self._progress.draw_run(self.files, self.bytes, failed_files=self.failed_files)
+        self.progress.draw_run(self.files, self.bytes, failed_files=self.failed_files)
 
     def failed(self, entry: Entry) -> None:
         """Say that an entry was not uploaded, and why."""
         self.failed_files += 1
-        if self._progress:
-            self._progress.failed(entry)
+        self.progress.failed(entry)
         self._print(f"failed: {shown(entry.filepath)}: {entry.error}", sys.stderr)
 
     def uploaded(self, entry: Entry, seconds: float = 0.0) -> None:
@@ -2705,8 +2687,7 @@ class Report:
             self._print(text + shown(state_path), sys.stdout)
 
     def _print(self, text: str, stream: TextIO | None) -> None:
-        if self._progress:
-            self._progress.clear()
+        self.progress.clear()
         # A closed pipe or a full disk behind a stream must not end a backup.
         with contextlib.suppress(OSError, ValueError):
             if stream:  # None when it was closed at the start
@@ -2714,10 +2695,14 @@ class Report:
 
 
 class Progress:
-    """The line on a terminal that says how far a run is."""
+    """The line on a terminal that says how far a run is.
 
-    def __init__(self) -> None:
+    `moving` has the bytes sent of each large file that is under way.
+    """
+
+    def __init__(self, *, is_shown: bool) -> None:
         self.moving: dict[int, int] = {}
+        self._is_shown = is_shown
         self._line, self._drawn_at = "", -math.inf
         self._total_files = self._total_bytes = self._failed_files = self._failed_bytes = 0
         self._is_begun = False
@@ -2726,7 +2711,7 @@ class Progress:
     def begin(self, pending: Iterable[Entry]) -> None:
         """Take note of what is to be sent."""
         self._is_begun = True
-        for entry in pending:
+        for entry in pending if self._is_shown else ():
             self._total_files += 1
             self._total_bytes += entry.size or 0
 
@@ -2771,7 +2756,7 @@ class Progress:
         return f"{100 * (total - left) // total}%"
 
     def _is_due(self, now: float) -> bool:
-        return now - self._drawn_at >= DRAW_SECONDS
+        return self._is_shown and now - self._drawn_at >= DRAW_SECONDS
 
     def draw(self, parts: list[tuple[int, str]]) -> None:
         """Draw the texts if it is time, without those of the highest numbers if space is short."""

@@ -134,9 +134,9 @@ def test_a_token_that_expires_in_the_middle_stops_the_run(job: ProxiedJob) -> No
     job.check_all_is_there()
 
 
-def test_a_key_that_is_denied_later_is_one_failure(job: ProxiedJob) -> None:
+@pytest.mark.parametrize("denied", ["d0/0000.dat", "d6/0048.dat"], ids=["first", "late"])
+def test_a_key_that_is_denied_is_one_failure(job: ProxiedJob, denied: str) -> None:
     job.make(small_files(50))
-    denied = "d6/0048.dat"
     job.proxy.add_fault(Fault(answer(403, "AccessDenied"), operation="PutObject", key=denied))
     job.check_failed(job.run(), denied, said="AccessDenied")
 
