@@ -2072,7 +2072,8 @@ def list_objects(
         yield from page.get("Contents", ())
         if not page.get("IsTruncated"):
             return
-        token = page["NextContinuationToken"]
+        if not (token := page.get("NextContinuationToken")):
+            raise UploadError("the server breaks the listing off")
         request = functools.partial(client.list_objects_v2, **parameters, ContinuationToken=token)
 
 
@@ -2111,10 +2112,8 @@ def find_wrong(
         for found in list_objects(client, options, list(unseen), interruption) if unseen else ():
             if entry := unseen.pop(found["Key"], None):
                 compare = functools.partial(difference, entry, found, client, options)
-                if entry.etag:
-                    entry.error = compare()
-                else:
-                    entry.error = interruptible(compare, interruption)
+                # Only a comparison with the local file takes long.
+                entry.error = compare() if entry.etag else interruptible(compare, interruption)
                 if entry.error:
                     wrong.append(entry)
     except UploadError as error:
@@ -2135,7 +2134,7 @@ def difference(entry: Entry, found: Any, client: S3Client, options: Namespace) -
     size, etag = found["Size"], etag_of(found)
     if entry.size not in (None, size):
         return f"it has {size:,} bytes there and not {entry.size:,}"
-    if entry.etag:
+    if entry.etag and etag:
         return None if entry.etag == etag else f"its ETag there is {etag} and not {entry.etag}"
     try:
         handle, status = open_regular(entry.filepath)
