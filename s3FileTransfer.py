@@ -519,6 +519,7 @@ class Walk:
         self._bucket = sys.intern(options.bucketname)
         self._shard = options.shard
         self._follow_symlinks = options.follow_symlinks
+        self._has_excludes = bool(options.exclude)
         self._excludes = globs_matcher(options.exclude)
         # Such a glob that matches "folder/" matches all below the folder too.
         self._excludes_folder = globs_matcher([g for g in options.exclude if g.endswith("*")])
@@ -587,9 +588,10 @@ class Walk:
             self._report.notice("link to a folder above it, not followed", folder.path)
             return
         own_names = {name for folder_id, name in self._own_files if folder_id == identity}
+        path_prefix = os.path.join(folder.path, "")
         for name, is_link in names:
             self._interruption.check()
-            path = os.path.join(folder.path, name)
+            path = path_prefix + name
             if name in own_names or self._excludes_file(path):
                 continue
             found = self._examine(path, folder.key_prefix + name, is_link=is_link)
@@ -605,6 +607,8 @@ class Walk:
 
     def _excludes_file(self, path: str) -> bool:
         # As for `aws s3`, a glob leaves out files: what a folder of such a name holds stays.
+        if not self._has_excludes:
+            return False
         return bool(self._excludes(self._relative(path))) and not os.path.isdir(path)
 
     def _relative(self, path: str) -> str:
