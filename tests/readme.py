@@ -1,0 +1,19 @@
+"""The README's sections and code blocks, for tests that do what it says."""
+
+from __future__ import annotations
+
+import re
+
+from script_runner import SCRIPT_PATH
+
+README = SCRIPT_PATH.with_name("README.md").read_text(encoding="utf-8")
+
+
+def section(heading: str) -> str:
+    """The text under a heading of the second level."""
+    return README.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+
+
+def blocks(heading: str, language: str) -> list[str]:
+    """The code blocks of a language under a heading."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", section(heading), re.DOTALL | re.MULTILINE)
