@@ -16,4 +16,9 @@ def section(heading: str) -> str:
 
 def blocks(heading: str, language: str) -> list[str]:
     """The code blocks of a language under a heading."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", section(heading), re.DOTALL | re.MULTILINE)
+    return blocks_of(section(heading), language)
+
+
+def blocks_of(text: str, language: str) -> list[str]:
+    """The code blocks of a language in a text."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from readme import section
+from readme import README, blocks_of, section
 from script_runner import run_script
 
 TESTS = Path(__file__).parent
@@ -117,3 +120,14 @@ def test_exit_codes_are_those_of_the_help(tmp_path: Path, code: int) -> None:
     shown = run_script("--help", cwd=tmp_path).stdout
     assert re.search(rf"^  {code} ", shown, flags=re.MULTILINE)
     assert str(code) in " ".join(first_column("Exit codes"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no POSIX shell")
+@pytest.mark.parametrize("block", blocks_of(README, "sh"))
+def test_shell_blocks_are_valid(block: str) -> None:
+    subprocess.run(["sh", "-n"], input=block, encoding="utf-8", check=True)
+
+
+@pytest.mark.parametrize("block", blocks_of(README, "json"))
+def test_json_blocks_are_valid(block: str) -> None:
+    json.loads(block)
