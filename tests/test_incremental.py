@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from fault_proxy import Fault, answer, delay
 from jobs import MIB, Job, assert_clean, assert_stopped, lines_with
+from proxied_job import replace_in_answer
 from script_runner import Completed, finish, make_files, wait_until
 from servers import S3Server
 from test_backup import ODD_NAMES, PARTS
@@ -287,6 +288,20 @@ def test_a_listing_that_is_refused_is_said_and_all_is_sent(job: Job) -> None:
     assert sent_since(job, before) == ["a.dat", "b.dat"]
     assert unchanged(completed) == 0
     assert job.state() == dict.fromkeys(files, 1)
+
+
+def test_a_listing_that_breaks_off_is_said_and_the_rest_is_sent(moto_job: Job) -> None:
+    job = moto_job
+    make_files(job.folder, {f"{n:04}": b"%d" % n for n in range(1002)})
+    assert_clean(job())
+    token = re.compile(rb"<NextContinuationToken>.*</NextContinuationToken>")
+    change = replace_in_answer(lambda page: token.sub(b"", page))
+    job.proxy.add_fault(Fault(change, operation="ListObjectsV2"))
+    completed = job(SKIP)
+    assert completed.returncode == 0
+    assert "cannot list the bucket" in completed.stderr
+    assert sent_since(job, 0) == ["1000", "1001"]
+    assert set(job.state().values()) == {1}
 
 
 def test_a_listing_that_is_throttled_once_is_asked_for_again(job: Job) -> None:

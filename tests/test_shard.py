@@ -186,8 +186,9 @@ def test_a_crash_run_after_a_kill_during_the_walk_sends_its_shard(
     job: Job, tmp_path: Path, options: tuple[str, ...]
 ) -> None:
     job.make(*NAMES)
-    walked = "os.path.basename(os.fspath(args[0])) == 'sub'"
-    env = killing_call(tmp_path / "killer", "scandir", count=2 - len(options), condition=walked)
+    # In the walk for the plan, which the state precedes.
+    walked = f"(os.path.basename(args[0]) == 'sub' and os.path.exists({str(job.state_path)!r}))"
+    env = killing_call(tmp_path / "killer", "scandir", count=1, condition=walked)
     assert job.start("--shard", "2/3", *options, env=env).wait(60) == -9
     (folder,) = job.entries()
     assert (folder["filepath"], folder["shard"]) == (str(job.folder), "2/3")

@@ -355,6 +355,18 @@ def test_a_second_page_that_is_refused_stops_it(moto_job: Job) -> None:
     assert fault.hits == 1
 
 
+def test_a_listing_that_breaks_off_is_not_the_whole(job: Job) -> None:
+    backed_up(job, "a.dat", "b.dat")
+    job.proxy.add_fault(Fault(replace_in_answer(break_off), operation="ListObjectsV2"))
+    assert_refused(job, words=("cannot list",))
+
+
+def break_off(page: bytes) -> bytes:
+    """A listing that says that it goes on, and not where."""
+    page = re.sub(rb"<Contents>.*</Contents>", b"", page, flags=re.DOTALL)
+    return page.replace(b"<IsTruncated>false<", b"<IsTruncated>true<")
+
+
 def test_a_listing_that_is_throttled_once_is_asked_for_again(job: Job) -> None:
     backed_up(job, "a.dat")
     fault = Fault(answer(503, "SlowDown"), operation="ListObjectsV2", times=1)

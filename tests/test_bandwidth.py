@@ -1,0 +1,154 @@
+"""--max-bandwidth: what is sent slowly arrives too; tests/benchmark/bandwidth.py measures it."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from collections.abc import Callable
+
+import pytest
+from fault_proxy import Fault, answer, drop_mid_body, flip_byte
+from jobs import MIB, Job, assert_clean, assert_stopped
+from script_runner import finish, make_files, wait_until
+from servers import S3Server
+from test_backup import PARTS
+from test_workers import is_by_crt
+
+pytest_plugins = ["job_fixtures"]
+
+
+@pytest.fixture
+def job(new_job: Callable[[S3Server], Job], s3: S3Server) -> Job:
+    """A job on each of the servers, seen through the proxy from its first run."""
+    job = new_job(s3)
+    job.proxy  # noqa: B018
+    return job
+
+
+def make_mixed_files(job: Job) -> dict[str, bytes]:
+    """Make files that are sent in each of the ways there are; return them by key."""
+    sizes = {"empty": 0, "one": 1, "memory": 2 * MIB + 1, "streamed": 9 * MIB, "parts": 11 * MIB}
+    sizes |= {f"small/{n:02}": 10_000 + n for n in range(30)}
+    files = {key: os.urandom(size) for key, size in sizes.items()}
+    make_files(job.folder, files)
+    return files
+
+
+# --- What arrives ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rate", ["20MB/s", "1TB/s"])
+def test_files_of_all_sizes_arrive(job: Job, rate: str) -> None:
+    files = make_mixed_files(job)
+    assert_clean(job("--max-bandwidth", rate, *PARTS))
+    assert job.objects() == files
+    assert job.state() == dict.fromkeys(files, 1)
+    uploads = {r.operation for r in job.proxy.requests if r.method in ("PUT", "POST")}
+    assert uploads >= {"PutObject", "CreateMultipartUpload", "UploadPart"}
+    # Each byte once: a body is not read to be signed, and nothing is tried twice.
+    bodies = (r for r in job.proxy.requests if r.operation in ("PutObject", "UploadPart"))
+    assert sum(request.body_bytes for request in bodies) == sum(map(len, files.values()))
+
+
+@pytest.mark.parametrize("rate", ["1MB/s", "500kB/s", "1MiB", "700000", " 0.7 mb/s "])
+def test_rates_are_written_like_sizes(job: Job, rate: str) -> None:
+    files = {"a": os.urandom(300_000), **{f"{n}": os.urandom(10_000) for n in range(10)}}
+    make_files(job.folder, files)
+    assert_clean(job("--max-bandwidth", rate))
+    assert job.objects() == files
+    assert job.state() == dict.fromkeys(files, 1)
+
+
+def test_the_lowest_rate_sends_too(job: Job) -> None:
+    files = job.make(*(f"{n:03}" for n in range(100)))
+    assert_clean(job("--max-bandwidth", "1KiB/s"))
+    assert job.objects() == files
+
+
+def test_many_files_arrive(rclone_job: Job) -> None:
+    files = rclone_job.make(*(f"{n:04}" for n in range(900)))  # two processes without a limit
+    assert_clean(rclone_job("--max-bandwidth", "10MB/s"))
+    assert rclone_job.objects() == files
+
+
+@pytest.mark.parametrize("operation", ["PutObject", "UploadPart"])
+@pytest.mark.parametrize(
+    "action",
+    [answer(503, "SlowDown"), drop_mid_body(), flip_byte()],
+    ids=["throttled", "cut-off", "damaged"],
+)
+def test_what_fails_once_is_sent_again(
+    job: Job, operation: str, action: Callable[..., None]
+) -> None:
+    files = make_mixed_files(job)
+    fault = Fault(action, operation=operation, key=lambda key: key in AGAIN, times=3)
+    job.proxy.add_fault(fault)
+    assert_clean(job("--max-bandwidth", "100MB/s", *PARTS))
+    assert fault.hits
+    assert job.objects() == files
+
+
+AGAIN = {"streamed", "memory", "parts"}
+
+
+def test_a_signal_ends_a_run_that_waits_for_its_turn(job: Job) -> None:
+    files = make_mixed_files(job)
+    process = job.start("--max-bandwidth", "100kB/s", *PARTS)
+    wait_until(lambda: job.proxy.count("PutObject"), 60, "the first upload")
+    process.send_signal(signal.SIGTERM)
+    completed = finish(process, timeout=15)
+    assert completed.returncode == 143
+    assert "--crashrun 1" in completed.stderr
+    assert 0 in job.state().values()
+    assert_clean(job.crash_run(*PARTS))
+    assert job.objects() == files
+    assert job.state() == dict.fromkeys(files, 1)
+
+
+# --- By which client -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("client", [(), ("--preferred-transfer-client", "classic")])
+def test_boto3_sends_what_is_limited(job: Job, client: tuple[str, ...]) -> None:
+    files = job.make("a.dat")
+    assert_clean(job("--max-bandwidth", "1MB/s", *client))
+    assert [is_by_crt(r) for r in job.proxy.requests if r.operation == "PutObject"] == [False]
+    assert job.objects() == files
+
+
+def test_the_common_runtime_cannot_do_it(job: Job) -> None:
+    job.make("a.dat")
+    job.create_bucket()
+    completed = job("--max-bandwidth", "1MB/s", "--preferred-transfer-client", "crt")
+    assert_stopped(completed, "AWS Common Runtime", "--max-bandwidth")
+    assert len(completed.stderr.splitlines()) == 1
+    assert completed.stdout == ""
+    assert job.puts() == []
+    assert not job.state_path.exists()
+
+
+# --- Usage -----------------------------------------------------------------------------------
+
+
+NO_RATES = """
+    0 0MB/s -1 -1MB/s abc 10MBs 10MB/m 10/s 1000 MB/s /s 1e6 nan inf 10MB/s/s 10Mbit/s 2TB/s
+""".split()
+
+
+@pytest.mark.parametrize("value", ["", *NO_RATES])
+def test_what_is_no_rate_is_refused(job: Job, value: str) -> None:
+    job.make("a.dat")
+    completed = job(f"--max-bandwidth={value}")
+    assert (completed.returncode, completed.stdout) == (2, "")
+    sentence = completed.stderr.splitlines()[-1]
+    assert re.match(r"s3FileTransfer\.py: error: argument --max-bandwidth: .", sentence)
+    assert value.removesuffix("/s") in sentence
+    assert job.proxy.requests == []
+    assert not job.state_path.exists()
+
+
+def test_a_negative_rate_apart_is_refused(job: Job) -> None:
+    completed = job("--max-bandwidth", "-1", "--backupfolder", job.state_path.parent)
+    assert completed.returncode == 2
+    assert "--max-bandwidth" in completed.stderr.splitlines()[-1]
