@@ -414,11 +414,12 @@ def test_a_state_of_another_job_is_refused(job: Job, tmp_path: Path, what: str) 
     backed_up(job, "a.dat")
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    arguments, word = {
-        "bucket": (("--bucketname", "another-bucket"), job.bucket),
-        "folder": (("--backupfolder", elsewhere), str(job.folder)),
-        "shard": (("--shard", "1/2"), "shard"),
-    }[what]
+    others: dict[str, tuple[list[str], str]] = {
+        "bucket": (["--bucketname", "another-bucket"], job.bucket),
+        "folder": (["--backupfolder", str(elsewhere)], str(job.folder)),
+        "shard": (["--shard", "1/2"], "shard"),
+    }
+    arguments, word = others[what]
     before = len(job.proxy.requests)
     assert_refused(job, *arguments, words=("state file", word))
     assert len(job.proxy.requests) == before

@@ -345,6 +345,7 @@ class Connection:
         return head_end + 4
 
     def _skip_body(self, count: int) -> int:
+        self._service.arrived_bytes += count
         self._body_left -= count
         if not self._body_left and self._request:
             self._answer(self._request)
@@ -396,6 +397,7 @@ class NullS3:
         self._upload_numbers = itertools.count(1)
         self._requests: collections.Counter[str] = collections.Counter()
         self._body_bytes = 0
+        self.arrived_bytes = 0  # as they come, where _body_bytes counts whole bodies
         self._operations: dict[str, Callable[[Request], bytes]] = {
             "ListBuckets": self._list_buckets,
             "HeadBucket": self._head_bucket,
@@ -424,13 +426,17 @@ class NullS3:
         return handler(request) if handler else error(501, "NotImplemented", request=request)
 
     def statistics(self) -> dict[str, object]:
-        """Requests by S3 operation, what is stored, body bytes received, own CPU seconds."""
+        """Requests by S3 operation, what is stored, body bytes received, own CPU seconds.
+
+        `arrived_bytes` are those of bodies that are still on their way, too.
+        """
         return {
             "requests": dict(self._requests),
             "objects": len(self._objects),
             "object_bytes": sum(record.size_bytes for record in self._objects.values()),
             "open_uploads": len(self._uploads),
             "received_bytes": self._body_bytes,
+            "arrived_bytes": self.arrived_bytes,
             "cpu_seconds": time.process_time(),
         }
 
