@@ -49,6 +49,15 @@ class Frame:
         return self.rows[self.row]
 
 
+@dataclass(frozen=True)
+class Cell:
+    """A character on the screen, and how it is shown."""
+
+    text: str
+    colour: str
+    is_bold: bool
+
+
 class Terminal:
     """A terminal of so many columns that shows what one program writes.
 
@@ -153,6 +162,18 @@ class Terminal:
         while rows and not rows[-1]:
             rows.pop()
         return rows
+
+    def cells(self) -> list[list[Cell]]:
+        """The same rows, with their colours; each ends with its last character."""
+        with self._lock:
+            texts = self._rendered()
+            while texts and not texts[-1]:
+                texts.pop()
+            rows = [
+                [self.screen.buffer[number][column] for column in range(len(text))]
+                for number, text in enumerate(texts)
+            ]
+        return [[Cell(char.data, char.fg, char.bold) for char in row] for row in rows]
 
     def printed(self) -> list[str]:
         """The lines that were written and ended, each as what followed its last carriage return."""
