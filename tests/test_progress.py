@@ -219,20 +219,34 @@ def test_progress_is_drawn_ten_times_a_second_at_most(job: Job, show: Show) -> N
 
 
 @pytest.mark.parametrize("options", [IN_PARTS, ()], ids=["in-parts", "in-one-put"])
-def test_a_large_file_moves_the_bytes_before_it_is_done(
+def test_large_files_move_the_bytes_before_they_are_done(
     job: Job, show: Show, options: tuple[str, ...]
 ) -> None:
-    make_files(job.folder, {"large": some_bytes(20 * MIB)})
+    make_files(job.folder, {f"large-{n}": some_bytes(n * 6 * MIB) for n in (1, 3)})
     terminal = show("--max-bandwidth", "8MB/s", *options)
     assert terminal.finish() == 0
-    check_lines(check_screen(terminal), summary(job, 1))
+    check_lines(check_screen(terminal), summary(job, 2))
     lines = progress(terminal)
     check_numbers(lines)
     under_way = [line for line in lines if line["files"] == "0"]
     sizes = set(numbers(under_way, "size"))
-    assert len(sizes) > 8
+    assert len(sizes) > 5
     assert any(1e6 < size < 20e6 for size in sizes)
     assert any(line["left"] for line in under_way)
+
+
+def test_the_time_left_of_large_files_is_that_of_their_bytes(job: Job, show: Show) -> None:
+    make_files(job.folder, {f"large-{n}": some_bytes(12 * MIB) for n in range(4)})
+    terminal = show("--max-bandwidth", "10MB/s", *IN_PARTS)
+    assert terminal.finish() == 0
+    told = [line for line in progress(terminal) if line["left"]]
+    assert any(line["files"] == "2" for line in told)
+    for line in told:
+        (size,), (total,), (rate,) = (
+            numbers([line], name) for name in ("size", "all_size", "rate")
+        )
+        minutes, _, seconds = (line["left"] or "").partition(":")
+        assert int(minutes) * 60 + int(seconds) <= (total - size) / rate + 1, line
 
 
 @pytest.mark.parametrize("changed_to", [5_000_000, 10])
