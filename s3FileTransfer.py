@@ -255,10 +255,11 @@ class Task:
 
 @dataclass
 class Moved:
-    """So many bytes of a large file have been sent so far."""
+    """So many bytes of a large file have been sent so far, `found` of them by an earlier run."""
 
     index: int
     size: int
+    found: int
 
 
 @dataclass(slots=True)
@@ -375,7 +376,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line; its help has the module's docstring."""
     summary, _, details = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(
-        usage="%(prog)s --bucketname NAME --backupfolder DIR [--crashrun 1] [option ...]",
+        usage="%(prog)s --bucketname NAME --backupfolder DIR [--crashrun 1] [...]",
         description=summary,
         epilog="examples:\n" + details,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -622,8 +623,10 @@ class Walk:
         try:
             status = os.stat(path)
         except OSError as error:
-            what = "its link is broken" if os.path.islink(path) else "cannot read it"
-            entry.error = f"{what}: {reason(error)}"
+            what, advice = "cannot read it", "check its permissions"
+            if os.path.islink(path):
+                what, advice = "its link is broken", "mend it, or leave it out with --exclude"
+            entry.error = f"{what}: {reason(error)}; {advice}"
             return entry
         if stat.S_ISDIR(status.st_mode):
             return Subfolder(path, key + "/")
@@ -991,8 +994,9 @@ def trouble_of_answer(response: Any) -> UploadError:
     error = response.get("Error", {})
     code = str(error.get("Code") or status)
     said = f"S3 answered {code}"
-    if error.get("Message"):
-        said += f" ({one_line(error['Message']).rstrip('.')})"
+    message = one_line(error.get("Message") or "").rstrip(".")
+    if message.replace(" ", "").lower() not in ("", code.lower()):
+        said += f" ({message})"
     for kind, codes in (("stops", STOPPING_CODES), ("stops at first", STOPPING_AT_FIRST_CODES)):
         for advice, names in codes.items():
             if code in names.split():
@@ -1141,21 +1145,25 @@ def read_part(body: Any, size: int, *, with_crc32: bool = False) -> Part:
 
 
 class Bandwidth:
-    """Keeps what all threads send below a rate, in bytes a second."""
+    """Keeps what all threads of all processes send below a rate, in bytes a second.
 
-    def __init__(self, rate: int) -> None:
-        self._rate = rate
+    `free_at` is the time on the system's monotonic clock when the next byte may leave, in
+    memory that the processes share. It has no lock: one that is killed would never give
+    it back, and what is lost when two write at once is a piece.
+    """
+
+    def __init__(self, rate: int, free_at: Any) -> None:
+        self._rate, self._free_at = rate, free_at
         # So small that even many connections at a low rate are never idle for long.
         self.piece_bytes = min(LARGE_READ_BYTES, max(KIB, rate // 10))
         self._lock = threading.Lock()
-        self._free_at = -math.inf
 
     def wait_for(self, size: int) -> None:
         """Return when it is the turn of so many bytes."""
         with self._lock:
             now = time.monotonic()
-            starts_at = max(now, self._free_at)
-            self._free_at = starts_at + size / self._rate
+            starts_at = max(now, self._free_at.value)
+            self._free_at.value = starts_at + size / self._rate
         time.sleep(starts_at - now)
 
 
@@ -1292,7 +1300,9 @@ class Uploader:
     `tell(event)` hands an event to the main thread.
     """
 
-    def __init__(self, client: S3Client, options: Namespace, tell: Callable[[Event], None]) -> None:
+    def __init__(
+        self, client: S3Client, options: Namespace, tell: Callable[[Event], None], free_at: Any
+    ) -> None:
         self.client = client
         self.options = options
         self._tell = tell
@@ -1304,7 +1314,12 @@ class Uploader:
             self.crt = CrtPut(client, options, self._run_parameters)
         self._put_small_object = self.crt.put_object if self.crt else self._put_object
         self.retries = Retries(slots=options.max_concurrency)
-        self.bandwidth = Bandwidth(options.max_bandwidth) if options.max_bandwidth else None
+        self.bandwidth: Bandwidth | None = None
+        if options.max_bandwidth:
+            self.bandwidth = Bandwidth(options.max_bandwidth, free_at)
+        self._begin_max_bytes = min(CRT_MAX_BYTES, options.multipart_threshold - 1)
+        if self.bandwidth:
+            self._begin_max_bytes = min(self._begin_max_bytes, self.bandwidth.piece_bytes)
         self._moved_at: dict[int, float] = {}
         # Other servers may not know CRC32; Content-MD5 proves the parts everywhere.
         self.sends_crc32 = is_aws(client)
@@ -1354,10 +1369,12 @@ class Uploader:
         trouble: tuple[type[Exception], ...] = (OSError, UploadError, *request_errors())
         try:
             handle, before = open_regular(task.filepath)
-            if before.st_size > min(CRT_MAX_BYTES, self.options.multipart_threshold - 1):
+            if before.st_size > self._begin_max_bytes:
                 raise UploadError("it is too large for one thread to read along with others")
             data = read_small(handle, before.st_size)
             md5 = new_md5(data).digest()
+            if self.bandwidth:
+                self.bandwidth.wait_for(len(data))
             future, answer = self.crt.begin(
                 Body=io.BytesIO(data),
                 ContentMD5=base64_of(md5),
@@ -1394,7 +1411,8 @@ class Uploader:
         size, limit = before.st_size, self.bandwidth
         body: Any
         # For larger bodies the CRT is no faster, and keeps a copy of each.
-        put_object = self._put_small_object if size <= CRT_MAX_BYTES else self._put_object
+        is_small = size <= self._begin_max_bytes
+        put_object = self._put_small_object if is_small else self._put_object
         if size <= IN_MEMORY_BYTES:
             data = read_small(handle, size)
             body, md5 = io.BytesIO(data), new_md5(data).digest()
@@ -1438,13 +1456,13 @@ class Uploader:
         parameters["Metadata"] = {"mtime": f"{Decimal(status.st_mtime_ns).scaleb(-9):f}"}
         return parameters
 
-    def note_moved(self, index: int, sizes: dict[int, int]) -> None:
+    def note_moved(self, index: int, sizes: dict[int, int], found: int = 0) -> None:
         """Take note of how many bytes of a file have been sent, by part; tell it now and then."""
         self.retries.note_life()
         now = time.monotonic()
         if self.options.shows_progress and now - self._moved_at.get(index, 0.0) > DRAW_SECONDS:
             self._moved_at[index] = now
-            self._tell(Moved(index, sum(list(sizes.values()))))
+            self._tell(Moved(index, sum(list(sizes.values())), found))
 
     def announce(self, task: Task) -> None:
         """Have the id of a new multipart upload saved, and return when it is."""
@@ -1488,8 +1506,6 @@ def crt_problem(client: S3Client, options: Namespace) -> str | None:
         return "it does not know access points and directory buckets"
     if botocore.utils.get_environ_proxies(client.meta.endpoint_url):
         return "it does not know the proxy of the environment"
-    if options.max_bandwidth:
-        return "it does not know --max-bandwidth"
     config = session_of(options.profile)._session
     bundles = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
     has_bundle = config.get_config_variable("ca_bundle") or any(map(os.environ.get, bundles))
@@ -1678,6 +1694,7 @@ class MultipartUpload:
         self._on_s3: dict[int, Any] = {}
         self._parts: dict[int, Part] = {}
         self._moved: dict[int, int] = {}
+        self._found_bytes = 0
         self._etag = ""
 
     def send(self) -> str:
@@ -1782,6 +1799,7 @@ class MultipartUpload:
         listed = self._on_s3.get(number)
         if listed and listed.get("Size") == len(body) and part.is_same_as(listed):
             part.etag = listed["ETag"]
+            self._found_bytes += len(body)
             self._note_moved(number, len(body))
             return part
         parameters |= {"PartNumber": number, "ContentMD5": base64_of(part.md5)}
@@ -1805,7 +1823,7 @@ class MultipartUpload:
 
     def _note_moved(self, number: int, size: int) -> None:
         self._moved[number] = size
-        self._uploader.note_moved(self._task.index, self._moved)
+        self._uploader.note_moved(self._task.index, self._moved, self._found_bytes)
 
     def complete_multipart_upload(self, **parameters: Any) -> dict[str, Any]:
         """Make the parts one object, unless the file changed meanwhile, and prove it."""
@@ -2059,8 +2077,9 @@ def create_bucket(client: S3Client, options: Namespace) -> str:
 
 
 def list_objects(
-    client: S3Client, options: Namespace, keys: list[str], interruption: Interruption
-) -> Iterator[Any]:
+    client: S3Client, options: Namespace, keys: list[str], *,
+    report: Report, interruption: Interruption,
+) -> Iterator[Any]:  # fmt: skip
     """Yield what the bucket says of its objects that may have one of the keys: 1,000 a request.
 
     Raises UploadError when they cannot be listed.
@@ -2069,11 +2088,13 @@ def list_objects(
     prefix = os.path.commonprefix(keys)  # noqa: RUF071 (of strings, which keys are, not of paths)
     parameters = {"Bucket": options.bucketname, "Prefix": prefix}
     request = functools.partial(client.list_objects_v2, **parameters)
-    retries = Retries()
+    retries, count = Retries(), 0
     while True:
         get_page = functools.partial(retries.run, request, may_stop_run=False)
         page: Any = interruptible(get_page, interruption)
         yield from page.get("Contents", ())
+        count += page.get("KeyCount", 0)
+        report.progress.draw([(0, f"{count:,} objects listed")])
         if not page.get("IsTruncated"):
             return
         if not (token := page.get("NextContinuationToken")):
@@ -2097,7 +2118,8 @@ def find_unchanged(
     if not candidates:
         return
     try:
-        for found in list_objects(client, options, list(candidates), interruption):
+        keys = list(candidates)
+        for found in list_objects(client, options, keys, report=report, interruption=interruption):
             same, etag = candidates.get(found["Key"], (None, None))
             if same and (found["Size"], etag_of(found)) == (same.size, etag):
                 same.uploaded, same.etag = True, etag
@@ -2107,13 +2129,17 @@ def find_unchanged(
 
 
 def find_wrong(
-    entries: list[Entry], client: S3Client, options: Namespace, interruption: Interruption
-) -> list[Entry]:
+    entries: list[Entry], client: S3Client, options: Namespace, *,
+    report: Report, interruption: Interruption,
+) -> list[Entry]:  # fmt: skip
     """Mark the uploaded entries that the bucket lacks, or holds otherwise; return them."""
     unseen = {entry.filename: entry for entry in entries if entry.uploaded}
-    wrong = []
+    wrong: list[Entry] = []
+    if not unseen:
+        return wrong
     try:
-        for found in list_objects(client, options, list(unseen), interruption) if unseen else ():
+        keys = list(unseen)
+        for found in list_objects(client, options, keys, report=report, interruption=interruption):
             if entry := unseen.pop(found["Key"], None):
                 compare = functools.partial(difference, entry, found, client, options)
                 # Only a comparison with the local file takes long.
@@ -2178,9 +2204,11 @@ class Worker:
     hands events, each finished task among them, to the main thread.
     """
 
-    def __init__(self, client: S3Client, options: Namespace, tell: Callable[[Event], None]) -> None:
+    def __init__(
+        self, client: S3Client, options: Namespace, tell: Callable[[Event], None], free_at: Any
+    ) -> None:
         raise_file_limit()
-        self.uploader = Uploader(client, options, tell)
+        self.uploader = Uploader(client, options, tell, free_at)
         self.saved = self.uploader.saved
         self.stop = self.uploader.retries.stop.set
         self._tell = tell
@@ -2250,6 +2278,9 @@ class Worker:
             self._tell(replace(task, outcome="fatal", error="this is a bug; please report it"))
 
 
+SPAWN = multiprocessing.get_context("spawn")
+
+
 class WorkerProcess:
     """A Worker in a process of its own, so that several do not share one interpreter lock.
 
@@ -2258,11 +2289,10 @@ class WorkerProcess:
     with it the worker.
     """
 
-    def __init__(self, number: int, options: Namespace) -> None:
-        context = multiprocessing.get_context("spawn")
+    def __init__(self, number: int, options: Namespace, free_at: Any) -> None:
         self._number = number
-        self._pipe, theirs = context.Pipe()
-        process = context.Process(target=serve, args=(number, theirs, options), daemon=True)
+        self._pipe, theirs = SPAWN.Pipe()
+        process = SPAWN.Process(target=serve, args=(number, theirs, options, free_at), daemon=True)
         if sys.platform == "win32":
             process.start()
         else:
@@ -2295,7 +2325,7 @@ class WorkerProcess:
         self._tell(WorkerEnded(self._number))
 
 
-def serve(number: int, pipe: Any, options: Namespace) -> None:
+def serve(number: int, pipe: Any, options: Namespace, free_at: Any) -> None:
     """Be a worker process: take tasks from the pipe and send events back, until it closes."""
     gc.disable()  # as in main()
     # A signal to the whole process group is for the main process to answer.
@@ -2308,7 +2338,7 @@ def serve(number: int, pipe: Any, options: Namespace) -> None:
             import_boto3()
             build_client(options, None)  # fills the caches of boto3, of which the next one profits
             options, region = pipe.recv()
-            worker = Worker(build_client(options, region), options, events.put)
+            worker = Worker(build_client(options, region), options, events.put, free_at)
         except StopRun as error:
             pipe.send([WorkerEnded(number, str(error))])
             return
@@ -2338,8 +2368,6 @@ def send_events(events: queue.SimpleQueue[Event], pipe: Any) -> None:
 
 def processes_for(small: Iterable[Entry], options: Namespace) -> int:
     """Return in how many processes so many small files are best sent; reads no more than needed."""
-    if options.max_bandwidth:  # which one process can share out among its threads
-        return 1
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
     else:
@@ -2359,8 +2387,9 @@ def is_small(entry: Entry, options: Namespace) -> bool:
 
 
 def start_processes(
-    options: Namespace, previous: list[Entry] | None, interruption: Interruption, state: StateFile
-) -> list[WorkerProcess]:
+    options: Namespace, previous: list[Entry] | None, free_at: Any, *,
+    interruption: Interruption, state: StateFile,
+) -> list[WorkerProcess]:  # fmt: skip
     """Start worker processes if there is work for them; they get ready while the run is planned."""
     if options.skip_unchanged:  # how much there is to do is not known yet
         return []
@@ -2369,7 +2398,9 @@ def start_processes(
     found = (entry for entry in walk.entries(previous) if is_in_shard(entry, options))
     small = (entry for entry in found if is_small(entry, options))
     processes = processes_for(small, options)
-    return [WorkerProcess(number, options) for number in range(processes)] if processes > 1 else []
+    if processes == 1:
+        return []
+    return [WorkerProcess(number, options, free_at) for number in range(processes)]
 
 
 class Transfer:
@@ -2380,8 +2411,8 @@ class Transfer:
 
     def __init__(
         self, entries: list[Entry], client: S3Client, options: Namespace, *,
-        processes: list[WorkerProcess], state: StateFile, report: Report,
-        interruption: Interruption,
+        processes: list[WorkerProcess], free_at: Any,
+        state: StateFile, report: Report, interruption: Interruption,
     ) -> None:  # fmt: skip
         self._entries = entries
         self._region = client.meta.region_name
@@ -2393,7 +2424,7 @@ class Transfer:
         self._waiting = {large: self._tasks(large=large) for large in (False, True)}
         self._next = {large: next(tasks, None) for large, tasks in self._waiting.items()}
         self._again: deque[tuple[float, Task]] = deque()
-        self._processes = processes
+        self._processes, self._free_at = processes, free_at
         self._workers: list[Worker | WorkerProcess] = []
         self._tasks_of: list[dict[int, Task]] = []
         self._under_way, self._bytes_under_way = {False: 0, True: 0}, 0
@@ -2425,7 +2456,7 @@ class Transfer:
                 break
             self._take_events()
             self._settle_refused()
-            self._report.draw_progress()
+            self._report.draw_progress(is_stopping=stop_at < math.inf)
 
     def _settle_refused(self) -> None:
         """Decide whether a refusal is of one key or of all; while nothing tells, wait."""
@@ -2445,7 +2476,7 @@ class Transfer:
             options.max_concurrency = processes * threads
         if processes == 1:
             client = build_client(options, self._region)
-            self._workers = [Worker(client, options, self._events.put)]
+            self._workers = [Worker(client, options, self._events.put, self._free_at)]
         else:
             self._workers = [self._start_process(number, processes) for number in range(processes)]
         self._tasks_of = [{} for _ in self._workers]
@@ -2453,7 +2484,10 @@ class Transfer:
     def _start_process(self, number: int, processes: int) -> WorkerProcess:
         options = Namespace(**vars(self._options))
         options.max_concurrency = -(-options.max_concurrency // processes)
-        process = self._processes.pop(0) if self._processes else WorkerProcess(number, options)
+        if self._processes:
+            process = self._processes.pop(0)
+        else:
+            process = WorkerProcess(number, options, self._free_at)
         process.work(options, self._region, self._events.put)
         return process
 
@@ -2519,6 +2553,7 @@ class Transfer:
                     self._replace_worker(event)
                 elif isinstance(event, Moved):
                     self._report.progress.moving[event.index] = event.size
+                    self._report.progress.found[event.index] = event.found
                 else:
                     self._record(event)
                     if event.outcome == "started":
@@ -2631,9 +2666,13 @@ class Report:
         if not self._options.quiet:
             self._print(f"notice: {text}", sys.stderr)
 
-    def draw_progress(self) -> None:
+    def draw_progress(self, *, is_stopping: bool) -> None:
         """Show how far the run is, if it is time."""
-        self.progress.draw_run(self.files, self.bytes, failed_files=self.failed_files)
+        if is_stopping:
+            seconds = f"{SIGNAL_GRACE_SECONDS} seconds"
+            self.progress.draw([(0, "stopping"), (1, f"what is under way has {seconds}")])
+        else:
+            self.progress.draw_run(self.files, self.bytes, failed_files=self.failed_files)
 
     def failed(self, entry: Entry) -> None:
         """Say that an entry was not uploaded, and why."""
@@ -2645,6 +2684,7 @@ class Report:
         """Count an uploaded file (or one that a run without --dryrun would send), and list it."""
         self.files += 1
         self.bytes += entry.size or 0
+        self.progress.ended(entry)
         if not (self._options.dryrun or self._options.verbose):
             return
         size = human_size(entry.size or 0)
@@ -2700,12 +2740,19 @@ class Report:
 class Progress:
     """The line on a terminal that says how far a run is.
 
-    `moving` has the bytes sent of each large file that is under way.
+    `moving` has the bytes sent of each large file that is under way, and `found` those of
+    them, and of the large files before, that an earlier run had sent.
     """
+
+    ERASE = "\033[K"  # what is right of the cursor
 
     def __init__(self, *, is_shown: bool) -> None:
         self.moving: dict[int, int] = {}
+        self.found: dict[int, int] = {}
+        self._small_total = self._small_left = 0
         self._is_shown = is_shown
+        if is_shown and sys.platform == "win32":
+            os.system("")  # lets the console know such sequences
         self._line, self._drawn_at = "", -math.inf
         self._total_files = self._total_bytes = self._failed_files = self._failed_bytes = 0
         self._is_begun = False
@@ -2714,15 +2761,23 @@ class Progress:
     def begin(self, pending: Iterable[Entry]) -> None:
         """Take note of what is to be sent."""
         self._is_begun = True
+        self._past.append((time.monotonic(), 0, 0))
         for entry in pending if self._is_shown else ():
             self._total_files += 1
             self._total_bytes += entry.size or 0
+            self._small_left += (entry.size or 0) < MIB
+        self._small_total = self._small_left
+
+    def ended(self, entry: Entry) -> None:
+        """Take note that a file has been sent, or will not be."""
+        self._small_left -= (entry.size or 0) < MIB
 
     def failed(self, entry: Entry) -> None:
         """Take note that a file will not be sent."""
         if self._is_begun:
             self._failed_files += 1
             self._failed_bytes += entry.size or 0
+            self.ended(entry)
 
     def draw_run(self, files: int, size: int, *, failed_files: int) -> None:
         """Draw how far the run is: so many files and bytes have been sent, so many failed."""
@@ -2730,20 +2785,22 @@ class Progress:
         if not self._is_due(now):
             return
         size += sum(self.moving.values())
-        self._past.append((now, files, size))
+        total = max(self._total_bytes, size)
+        moved, small = size - sum(self.found.values()), self._small_total - self._small_left
+        self._past.append((now, small, moved))
         while now - self._past[0][0] > RATE_SECONDS:
             self._past.popleft()
-        before, files_before, size_before = self._past[0]
+        before, small_before, moved_before = self._past[0]
         seconds = max(now - before, 0.001)
         bytes_left = max(self._total_bytes - self._failed_bytes - size, 0)
         files_left = self._total_files - self._failed_files - files
         parts = [
             (0, f"{files:,}/{self._total_files:,} files"),
-            (4, f"{human_size(size)}/{human_size(self._total_bytes)}"),
+            (4, f"{human_size(size)}/{human_size(total)}"),
             (1, self._percent(files_left, bytes_left)),
-            (3, f"{human_size((size - size_before) / seconds)}/s"),
+            (3, f"{human_size((moved - moved_before) / seconds)}/s"),
         ]
-        rates = (files_left, files - files_before), (bytes_left, size - size_before)
+        rates = (self._small_left, small - small_before), (bytes_left, moved - moved_before)
         # Small files take their time for each, large ones for their bytes.
         lefts = [left / moved * seconds for left, moved in rates if moved > 0]
         if seconds > 1 and lefts:
@@ -2767,20 +2824,20 @@ class Progress:
         if not self._is_due(now):
             return
         try:
-            # The last column would make some terminals begin a new line.
-            room = (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1
+            # Behind the line there must be room for the ^C that a terminal shows.
+            room = (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 3
         except (OSError, ValueError):
-            room = 79
+            room = 77
         while len(parts) > 1 and len("  ".join(text for _, text in parts)) > room:
             parts.remove(max(parts))
         line = "  ".join(text for _, text in parts)[:room]
-        self._write(f"\r{line.ljust(len(self._line))[:room]}")
+        self._write(f"\r{line}{self.ERASE}")
         self._line, self._drawn_at = line, now
 
     def clear(self) -> None:
         """Take the line off the terminal, so that other text can be written."""
         if self._line:
-            self._write(f"\r{' ' * len(self._line)}\r")
+            self._write(f"\r{self.ERASE}")
             self._line = ""
 
     @staticmethod
@@ -2874,7 +2931,7 @@ def verify(options: Namespace, report: Report, interruption: Interruption, state
     if not exists:
         raise StopRun(f"there is no bucket {options.bucketname}; check --bucketname and "
                       "--endpoint-url, or create it and send all with --crashrun 1")  # fmt: skip
-    wrong = find_wrong(entries, client, options, interruption)
+    wrong = find_wrong(entries, client, options, report=report, interruption=interruption)
     if wrong:
         save_or_stop(state, entries)
     for entry in wrong:
@@ -2890,7 +2947,8 @@ def back_up(
     """Plan, send and record; return the exit code."""
     previous = state.read()
     check_previous(previous, options)
-    processes = start_processes(options, previous, interruption, state)
+    free_at = SPAWN.RawValue("d", 0.0) if options.max_bandwidth else None
+    processes = start_processes(options, previous, free_at, interruption=interruption, state=state)
     import_boto3()
     client = open_bucket(options, interruption)
     if (
@@ -2925,7 +2983,7 @@ def back_up(
     gc.freeze()
     gc.enable()
     transfer = Transfer(
-        entries, client, options, processes=processes,
+        entries, client, options, processes=processes, free_at=free_at,
         state=state, report=report, interruption=interruption,
     )  # fmt: skip
     transfer.run()

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 from fault_proxy import Fault, answer, drop_mid_body, flip_byte
-from jobs import MIB, Job, assert_clean, assert_stopped
+from jobs import MIB, Job, assert_clean
 from script_runner import finish, make_files, wait_until
 from servers import S3Server
 from test_backup import PARTS
@@ -67,7 +67,7 @@ def test_the_lowest_rate_sends_too(job: Job) -> None:
 
 
 def test_many_files_arrive(rclone_job: Job) -> None:
-    files = rclone_job.make(*(f"{n:04}" for n in range(900)))  # two processes without a limit
+    files = rclone_job.make(*(f"{n:04}" for n in range(900)))
     assert_clean(rclone_job("--max-bandwidth", "10MB/s"))
     assert rclone_job.objects() == files
 
@@ -109,23 +109,22 @@ def test_a_signal_ends_a_run_that_waits_for_its_turn(job: Job) -> None:
 # --- By which client -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("client", [(), ("--preferred-transfer-client", "classic")])
-def test_boto3_sends_what_is_limited(job: Job, client: tuple[str, ...]) -> None:
-    files = job.make("a.dat")
-    assert_clean(job("--max-bandwidth", "1MB/s", *client))
-    assert [is_by_crt(r) for r in job.proxy.requests if r.operation == "PutObject"] == [False]
+@pytest.mark.parametrize("client", ["classic", "crt"])
+def test_both_clients_send_what_is_limited(job: Job, client: str) -> None:
+    files = make_mixed_files(job)
+    assert_clean(job("--max-bandwidth", "20MB/s", "--preferred-transfer-client", client, *PARTS))
     assert job.objects() == files
+    by_crt = {r.key for r in job.proxy.requests if r.operation == "PutObject" and is_by_crt(r)}
+    small = {key for key, body in files.items() if len(body) <= 256 * 1024}
+    assert by_crt == (small if client == "crt" else set())
 
 
-def test_the_common_runtime_cannot_do_it(job: Job) -> None:
-    job.make("a.dat")
-    job.create_bucket()
-    completed = job("--max-bandwidth", "1MB/s", "--preferred-transfer-client", "crt")
-    assert_stopped(completed, "AWS Common Runtime", "--max-bandwidth")
-    assert len(completed.stderr.splitlines()) == 1
-    assert completed.stdout == ""
-    assert job.puts() == []
-    assert not job.state_path.exists()
+def test_a_low_rate_sends_piece_by_piece_with_both_clients(job: Job) -> None:
+    files = {f"{n}": os.urandom(60_000) for n in range(3)}  # more than a tenth of the rate
+    make_files(job.folder, files)
+    for client in ("classic", "crt"):
+        assert_clean(job("--max-bandwidth", "500kB/s", "--preferred-transfer-client", client))
+        assert job.objects() == files
 
 
 # --- Usage -----------------------------------------------------------------------------------

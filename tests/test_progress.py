@@ -28,7 +28,9 @@ PROGRESS = re.compile(
     r"(?:  (?P<left>\d+:[\d:,]+) left)?"
     r"(?:  (?P<failed>[\d,]+) failed)?"
 )
-PLANNING = re.compile(r"[\d,]+ files found")
+PLANNING = re.compile(
+    r"[\d,]+ (files found|objects listed)|stopping(  what is under way has 8 seconds)?"
+)
 UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 DRAWS_PER_SECOND = 10
