@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import subprocess
+import sys
 import tempfile
 import uuid
 from collections.abc import Callable, Generator, Iterator
@@ -158,7 +159,11 @@ def tmp_path() -> Iterator[Path]:
     That one lies below a folder which only its owner may enter, and some tests run the script as
     another user.
     """
-    with tempfile.TemporaryDirectory(prefix="s3FileTransfer-test-") as name:
+    # Windows does not remove a file that a process still has open.
+    is_lenient = sys.platform == "win32"
+    with tempfile.TemporaryDirectory(
+        prefix="s3FileTransfer-test-", ignore_cleanup_errors=is_lenient
+    ) as name:
         path = Path(name).resolve()
         path.chmod(0o755)
         yield path

@@ -222,7 +222,7 @@ class Exchange:
     def reset(self) -> None:
         """End the connection to the client with a TCP reset."""
         # A linger time of zero makes close() send RST rather than FIN.
-        no_linger = struct.pack("ii", 1, 0)
+        no_linger = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)
         self._connection.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, no_linger)
         raise HungUp
 

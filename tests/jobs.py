@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -116,6 +117,12 @@ def shell(redirection: str) -> list[str]:
     command = f'exec "$0" "$@" {redirection}'
     arguments = "['sh', '-c', command, sys.executable, *sys.argv[1:]]"
     return ["-c", f"import os, sys; command = {command!r}; os.execvp('sh', {arguments})"]
+
+
+def named(process: subprocess.Popen[str]) -> str:
+    """How the script names the process of a run."""
+    # In a virtual environment on Windows, it is the child of the one that was started.
+    return "process " if sys.platform == "win32" else f"process {process.pid}"
 
 
 def relative_paths(folder: Path) -> set[str]:

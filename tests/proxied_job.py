@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import random
-import signal
 import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import Any
 
 from conftest import Proxied
 from fault_proxy import Action, Exchange, Request
-from script_runner import Completed, finish, make_files, read_state, wait_until
+from script_runner import Completed, finish, kill_group, make_files, read_state, wait_until
 from servers import S3Server
 
 Start = Callable[..., "subprocess.Popen[str]"]
@@ -84,7 +82,7 @@ class ProxiedJob:
     def in_folder(self) -> dict[str, str]:
         """The MD5 of each file in the folder, by key."""
         files = {path for path in self.folder.rglob("*") if path.is_file()}
-        return {str(p.relative_to(self.folder)): md5(p.read_bytes()) for p in files}
+        return {p.relative_to(self.folder).as_posix(): md5(p.read_bytes()) for p in files}
 
     def in_bucket(self) -> dict[str, str]:
         """The MD5 of each object's bytes, by key."""
@@ -151,8 +149,7 @@ def small_files(count: int, seed: int = 0) -> dict[str, bytes]:
 
 def kill(process: subprocess.Popen[str]) -> None:
     """Kill a run as a power cut would, and wait until it is gone."""
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
+    kill_group(process)
     process.communicate()
 
 

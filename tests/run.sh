@@ -8,13 +8,14 @@ set -eu
 cd -- "$(dirname -- "$0")/.."
 
 venv=.venv
-bin=$venv/bin
+python=${PYTHON:-python3}
+bin=$venv/$("$python" -c 'import os; print("Scripts" if os.name == "nt" else "bin", end="")')
 
 # What the environment was made of: another interpreter or other requirements make it anew.
-wanted=$("${PYTHON:-python3}" -c 'import sys; print(sys.version)' &&
+wanted=$("$python" -c 'import sys; print(sys.version)' &&
     cat requirements.txt tests/requirements.txt)
 if [ "$wanted" != "$(cat "$venv/made-of" 2>/dev/null || true)" ]; then
-    "${PYTHON:-python3}" -m venv --clear "$venv"
+    "$python" -m venv --clear "$venv"
     "$bin/python" -m pip install --quiet --disable-pip-version-check \
         -r requirements.txt -r tests/requirements.txt
     printf '%s\n' "$wanted" > "$venv/made-of"

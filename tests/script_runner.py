@@ -80,7 +80,7 @@ def start_script(
 
     `finish` waits for it. A test that signals it uses `process.send_signal` or `os.killpg`.
     """
-    switch = user if os.geteuid() == 0 else None
+    switch = user if is_root() else None
     launch = launch_for(switch)
     identity: dict[str, Any] = {}
     if switch is not None:
@@ -89,8 +89,7 @@ def start_script(
         [launch.python, *python_flags, launch.script, *args],
         cwd=cwd,
         env={
-            "HOME": str(shared_folder() / "home"),
-            "PATH": os.environ["PATH"],
+            **base_environment(shared_folder() / "home"),
             **launch.environment,
             **(server.environment() if server else {}),
             **(env or {}),
@@ -119,8 +118,26 @@ def kill_group(process: subprocess.Popen[str]) -> None:
     """Kill a started script if it still runs, with the processes that it started."""
     # Once it has been waited for, its process group may be another one's.
     if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
+        if sys.platform == "win32":  # where its workers see that it is gone
+            process.kill()
+        else:
+            os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
+
+
+def is_root() -> bool:
+    """Whether the tests run as the user who may do everything."""
+    return sys.platform != "win32" and os.geteuid() == 0
+
+
+def base_environment(home: Path) -> dict[str, str]:
+    """The variables that every program gets: none of the tester's own, but what it needs."""
+    environment = {"HOME": str(home), "PATH": os.environ["PATH"]}
+    if sys.platform == "win32":
+        environment["USERPROFILE"] = str(home)
+        environment["PYTHONUTF8"] = "1"  # for what the script prints into a pipe
+        environment |= {name: os.environ[name] for name in ("SYSTEMROOT", "TEMP")}
+    return environment
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
-from script_runner import shared_folder, wait_until
+from script_runner import base_environment, shared_folder, wait_until
 
 if TYPE_CHECKING:
     from mypy_boto3_s3.client import S3Client
@@ -168,7 +168,7 @@ def rclone(folder: Path, *, log_path: Path, tls: Certificate | None = None) -> I
     if tls is not None:
         command += ["--cert", tls.certificate_path, "--key", tls.key_path]
     # Nothing of the tester's own rclone: neither its configuration nor RCLONE_* variables.
-    environment = {"PATH": os.environ["PATH"], "HOME": str(log_path.parent)}
+    environment = base_environment(log_path.parent)
     running = _running([*command, folder], log_path=log_path, environment=environment)
     with running as url:
         yield S3Server(

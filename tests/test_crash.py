@@ -26,6 +26,7 @@ from proxied_job import (
 )
 from script_runner import wait_until
 from servers import S3Server
+from systems import needs_signals
 
 ROUNDS = 40
 SMALL_FILES = 200
@@ -136,6 +137,7 @@ def test_nothing_goes_on_when_the_run_is_killed(job: ProxiedJob) -> None:
     job.check_state_is_true()
 
 
+@needs_signals
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("name", ["fsync", "replace"])
@@ -157,6 +159,7 @@ def test_a_kill_while_the_state_is_saved(
     assert [upload for upload in job.server.open_uploads(job.bucket) if upload[2]] == []
 
 
+@needs_signals
 def test_a_kill_during_the_walk_leads_the_crash_run_to_every_file(
     job: ProxiedJob, tmp_path: Path
 ) -> None:
@@ -171,6 +174,7 @@ def test_a_kill_during_the_walk_leads_the_crash_run_to_every_file(
     job.check_all_is_there()
 
 
+@needs_signals
 def test_a_kill_during_the_walk_keeps_the_prefix(job: ProxiedJob, tmp_path: Path) -> None:
     job.make({"a/f": b"f", "b/g": b"g"})
     walked = walks("b", job)
@@ -180,6 +184,7 @@ def test_a_kill_during_the_walk_keeps_the_prefix(job: ProxiedJob, tmp_path: Path
     assert set(job.in_bucket()) == {"daily/a/f", "daily/b/g"}
 
 
+@needs_signals
 def test_a_kill_during_the_walk_of_a_second_run_forgets_no_upload(
     job: ProxiedJob, tmp_path: Path
 ) -> None:
@@ -322,6 +327,7 @@ def test_another_storage_class_of_the_crash_run_applies(job: ProxiedJob) -> None
     assert job.server.open_uploads(job.bucket) == []
 
 
+@needs_signals
 @pytest.mark.parametrize("crashrun", AGAIN)
 def test_a_kill_after_complete_costs_no_part(job: ProxiedJob, crashrun: str) -> None:
     processes: list[subprocess.Popen[str]] = []

@@ -6,13 +6,13 @@ import ast
 import json
 import re
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from readme import README, blocks_of, section
 from script_runner import run_script
+from systems import needs_shell
 
 TESTS = Path(__file__).parent
 
@@ -122,7 +122,7 @@ def test_exit_codes_are_those_of_the_help(tmp_path: Path, code: int) -> None:
     assert str(code) in " ".join(first_column("Exit codes"))
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no POSIX shell")
+@needs_shell
 @pytest.mark.parametrize("block", blocks_of(README, "sh"))
 def test_shell_blocks_are_valid(block: str) -> None:
     subprocess.run(["sh", "-n"], input=block, encoding="utf-8", check=True)

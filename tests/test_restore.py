@@ -16,6 +16,7 @@ from jobs import MIB, Job, assert_clean, relative_paths
 from readme import blocks
 from script_runner import make_files, shared_folder
 from servers import RCLONE, S3Server
+from systems import needs_shell
 
 pytest_plugins = ["job_fixtures"]
 
@@ -91,6 +92,7 @@ def test_rclone_brings_back_bytes_and_modification_times(
     assert contents(restored) == contents(files_job.folder)
 
 
+@needs_shell
 def test_rclone_brings_back_what_has_a_prefix(job: Job, restored: Path) -> None:
     job.make("a.dat", "sub/b.dat")
     assert_clean(job("--prefix", "srv/"))
@@ -130,10 +132,12 @@ def copied(files_job: Job, restored: Path) -> Job:
     return files_job
 
 
+@needs_shell
 def test_a_good_restore_is_proven(copied: Job, restored: Path) -> None:
     assert proof(copied, restored, str(PART_BYTES)) == (0, [f"OK: {len(TIMES)}"])
 
 
+@needs_shell
 def test_parts_of_the_default_size_are_proven(moto_job: Job, restored: Path) -> None:
     make_files(moto_job.folder, {"parts.dat": os.urandom(17 * MIB)})
     assert_clean(moto_job("--multipart-threshold", "5MiB"))
@@ -142,6 +146,7 @@ def test_parts_of_the_default_size_are_proven(moto_job: Job, restored: Path) -> 
     assert proof(moto_job, restored) == (0, ["OK: 1"])
 
 
+@needs_shell
 @pytest.mark.parametrize("position", [0, -1])
 @pytest.mark.parametrize("name", ["1999.dat", "parts.dat"])
 def test_a_changed_byte_is_named(copied: Job, restored: Path, name: str, position: int) -> None:
@@ -153,6 +158,7 @@ def test_a_changed_byte_is_named(copied: Job, restored: Path, name: str, positio
     assert set(summary.split(", ")) == {f"OK: {len(TIMES) - 1}", "other bytes: 1"}
 
 
+@needs_shell
 @pytest.mark.parametrize("name", ["empty", "deep/er/a+b %41 ünïcode 日本 🎉.dat", "parts.dat"])
 def test_a_missing_file_is_named(copied: Job, restored: Path, name: str) -> None:
     (restored / name).unlink()
@@ -163,6 +169,7 @@ def test_a_missing_file_is_named(copied: Job, restored: Path, name: str) -> None
 
 
 # Even where nothing but the size can be compared.
+@needs_shell
 @pytest.mark.parametrize("part_size", [str(PART_BYTES), "0"])
 @pytest.mark.parametrize("name", ["1999.dat", "parts.dat"])
 def test_another_size_is_named(copied: Job, restored: Path, name: str, part_size: str) -> None:
@@ -171,6 +178,7 @@ def test_another_size_is_named(copied: Job, restored: Path, name: str, part_size
     assert (code, named) == (1, f"another size: {name}")
 
 
+@needs_shell
 def test_what_was_not_uploaded_is_named(job: Job, restored: Path) -> None:
     job.make("a.dat")
     (job.folder / "broken").symlink_to("missing")
@@ -179,6 +187,7 @@ def test_what_was_not_uploaded_is_named(job: Job, restored: Path) -> None:
     assert proof(job, restored) == (1, ["not uploaded: broken", "OK: 1, not uploaded: 1"])
 
 
+@needs_shell
 def test_parts_of_an_unknown_size_are_compared_by_size(moto_job: Job, restored: Path) -> None:
     moto_job.make("a.dat")
     make_files(moto_job.folder, {"parts.dat": os.urandom(11 * MIB)})
@@ -187,6 +196,7 @@ def test_parts_of_an_unknown_size_are_compared_by_size(moto_job: Job, restored: 
     assert proof(moto_job, restored) == (0, ["OK: 1, size only: 1"])
 
 
+@needs_shell
 def test_etags_that_are_no_md5_can_be_left_out(copied: Job, restored: Path) -> None:
     entries = [{**entry, "etag": "0123456789abcdef" * 2} for entry in copied.entries()]
     copied.state_path.write_text(json.dumps(entries), encoding="utf-8")

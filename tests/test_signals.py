@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,8 @@ from proxied_job import IN_PARTS, LARGE_BYTES, ProxiedJob, Start, small_files, s
 from script_runner import finish, wait_until
 from servers import S3Server
 
-pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
+if sys.platform == "win32":
+    pytest.skip("POSIX only: SIGTERM and SIGHUP as signals", allow_module_level=True)
 
 SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 143)]
 ENDS_WITHIN_SECONDS = 10

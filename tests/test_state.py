@@ -5,17 +5,27 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import resource
-import signal
+import re
 import stat
+import sys
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fault_proxy import Fault, answer, call, delay
-from jobs import NOBODY, Job, assert_clean, assert_failed, assert_stopped, prelude
-from script_runner import finish, wait_until
+from jobs import NOBODY, Job, assert_clean, assert_failed, assert_stopped, named, prelude
+from script_runner import finish, is_root, wait_until
+from systems import (
+    WINDOWS_FORBIDS,
+    needs_limits,
+    needs_limits_of_others,
+    needs_permissions,
+    needs_replace_of_open_files,
+)
+
+if sys.platform != "win32":
+    import resource
 
 pytest_plugins = ["job_fixtures"]
 
@@ -70,6 +80,8 @@ def test_fields_of_a_failed_file(job: Job) -> None:
 
 def test_one_entry_a_line(job: Job) -> None:
     names = ["a.dat", "line\nbreak", 'quo"te', "ä", "back\\slash"]
+    if sys.platform == "win32":
+        names = [name for name in names if not re.search(WINDOWS_FORBIDS, name)]
     job.make(*names)
     (job.folder / "z-broken").symlink_to("missing")
     assert job().returncode == 1
@@ -124,6 +136,7 @@ os.scandir = watched
     assert job.state() == {"a.dat": 1, "sub/b.dat": 1}
 
 
+@needs_replace_of_open_files
 def test_it_is_saved_during_the_run(job: Job) -> None:
     job.make(*(f"{number:03}" for number in range(60)))
     job.proxy.add_fault(Fault(delay(0.1), operation="PutObject"))
@@ -136,6 +149,7 @@ def test_it_is_saved_during_the_run(job: Job) -> None:
     assert_clean(finish(process))
 
 
+@needs_replace_of_open_files
 def test_it_never_says_uploaded_before_the_server_has(job: Job) -> None:
     job.make(*(f"{number:03}" for number in range(40)))
     wrong: list[tuple[str, int]] = []
@@ -150,6 +164,7 @@ def test_it_never_says_uploaded_before_the_server_has(job: Job) -> None:
     assert wrong == []
 
 
+@needs_replace_of_open_files
 def test_a_reader_never_sees_half_of_it(job: Job) -> None:
     job.make(*(f"{number:03}" for number in range(150)))
     assert_clean(job())
@@ -178,6 +193,7 @@ def test_a_reader_never_sees_half_of_it(job: Job) -> None:
     assert (broken, sizes | {1}) == ([], {1, 150})
 
 
+@needs_replace_of_open_files
 def test_an_open_state_stays_as_it_was(job: Job) -> None:
     files = job.make("a.dat", "b.dat")
     assert_clean(job())
@@ -208,6 +224,7 @@ def test_a_link_to_the_state_stays_a_link(job: Job, tmp_path: Path) -> None:
     assert not target.is_symlink()
 
 
+@needs_permissions
 def test_its_mode_stays(job: Job) -> None:
     job.make("a.dat")
     job.state_path.write_text("[]")
@@ -226,11 +243,11 @@ def test_a_second_run_is_refused_until_the_first_is_gone(job: Job) -> None:
     wait_until(lambda: job.proxy.count("PutObject"), 60, "the first run's upload")
     before, requests = job.state_path.read_bytes(), len(job.proxy.requests)
     for arguments in ((), ("--crashrun", "1")):
-        assert_stopped(job(*arguments), f"process {first.pid}", "--statefile")
+        assert_stopped(job(*arguments), named(first), "--statefile")
     assert job.state_path.read_bytes() == before
     assert len(job.proxy.requests) == requests
 
-    first.send_signal(signal.SIGKILL)
+    first.kill()
     first.wait()
     job.proxy.clear_faults()
     assert_clean(job.crash_run())
@@ -250,7 +267,7 @@ def test_two_links_to_one_state_are_one_lock(job: Job, tmp_path: Path) -> None:
     link.symlink_to(job.state_path)
     first = job.start()
     wait_until(lambda: job.proxy.count("PutObject"), 60, "the first run's upload")
-    assert_stopped(job("--statefile", link, timeout=60), f"process {first.pid}")
+    assert_stopped(job("--statefile", link, timeout=60), named(first))
 
 
 def test_runs_with_states_of_their_own_go_side_by_side(job: Job, tmp_path: Path) -> None:
@@ -467,6 +484,7 @@ def test_state_that_is_a_folder_is_refused(job: Job) -> None:
     assert job.proxy.requests == []
 
 
+@needs_permissions
 def test_unreadable_state_is_refused(job: Job) -> None:
     job.make("a.dat")
     state = write_state(job)
@@ -474,6 +492,7 @@ def test_unreadable_state_is_refused(job: Job) -> None:
     job.proxy  # noqa: B018
     assert_stopped(job(user=NOBODY), str(job.state_path))
     assert job.proxy.requests == []
+    job.state_path.chmod(0o600)
     assert job.state_path.read_bytes() == state
 
 
@@ -496,6 +515,7 @@ def file_size_limit(size_bytes: int) -> list[str]:
     return prelude(f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, {limit})")
 
 
+@needs_limits
 @pytest.mark.parametrize("size_bytes", [0, 100])  # no room for the lock's text, or for an entry
 def test_full_disk_keeps_the_old_state(job: Job, old_state: bytes, size_bytes: int) -> None:
     assert_stopped(job(python_flags=file_size_limit(size_bytes)), str(job.state_path))
@@ -504,6 +524,7 @@ def test_full_disk_keeps_the_old_state(job: Job, old_state: bytes, size_bytes: i
     assert not Path(f"{job.state_path}.tmp").exists()
 
 
+@needs_limits
 def test_full_disk_keeps_the_old_state_in_a_crash_run(job: Job) -> None:
     job.make("a.dat")
     state = write_state(job, job.pending_entry("a.dat", error="a long reason" * 10))
@@ -511,6 +532,7 @@ def test_full_disk_keeps_the_old_state_in_a_crash_run(job: Job) -> None:
     assert job.state_path.read_bytes() == state
 
 
+@needs_limits
 def test_disk_that_is_full_after_the_walk_leaves_enough_for_a_crash_run(job: Job) -> None:
     files = job.make(*(f"{number:03}" for number in range(50)))
     # Room for the folder's entry, and not for those of its files.
@@ -519,6 +541,7 @@ def test_disk_that_is_full_after_the_walk_leaves_enough_for_a_crash_run(job: Job
     assert job.objects() == files
 
 
+@needs_limits_of_others
 def test_disk_that_fills_during_the_run_keeps_the_last_state(job: Job) -> None:
     files = job.make(*(f"{number:03}" for number in range(50)))
     pids: list[int] = []
@@ -543,10 +566,11 @@ def test_disk_that_fills_during_the_run_keeps_the_last_state(job: Job) -> None:
     assert job.state() == dict.fromkeys(files, 1)
 
 
+@needs_permissions
 @pytest.mark.parametrize("name", ["locked/state.json", "missing/state.json", "a.dat/state.json"])
 def test_folder_of_the_state_that_cannot_be_written(job: Job, name: str) -> None:
     job.make("a.dat")
-    (job.folder / "locked").mkdir(mode=0o755)
+    (job.folder / "locked").mkdir(mode=0o555)
     job.proxy  # noqa: B018
     completed = job("--statefile", job.folder / name, user=NOBODY)
     assert_stopped(completed, str(job.folder / name), "--statefile")
@@ -563,7 +587,7 @@ def test_first_run_keeps_what_it_knows_when_the_bucket_refuses(job: Job) -> None
     assert job.objects() == files
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root may make a device")
+@pytest.mark.skipif(not is_root(), reason="only root may make a device")
 def test_device_is_no_state_file(job: Job) -> None:
     job.make("a.dat")
     os.mknod(job.state_path, 0o600 | stat.S_IFCHR, os.makedev(1, 3))

@@ -40,6 +40,7 @@ from proxied_job import (
 )
 from script_runner import wait_until
 from servers import S3Server
+from systems import needs_fifos
 
 BODY = b"some bytes of a file"
 FOREIGN_ETAG = '"0123456789abcdef0123456789abcdef"'
@@ -340,7 +341,7 @@ def test_a_file_that_shrinks_all_the_time_is_given_up(job: ProxiedJob, size: int
     job.check_failed(job.run(*options, timeout=40), "f", said=CHANGED)
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no FIFOs")
+@needs_fifos
 def test_a_file_replaced_by_a_fifo_is_not_opened(job: ProxiedJob) -> None:
     def replace(_: Request) -> None:
         job.path("b").unlink()
