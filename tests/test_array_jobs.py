@@ -9,12 +9,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from jobs import Job
 from readme import blocks
+from script_runner import SCRIPT_PATH, base_environment, make_files
+from systems import needs_shell
+
+pytest_plugins = ["job_fixtures"]
 
 HEADING = "More than one machine"
 SHARD_SCRIPT, SBATCH_SCRIPT, _ = blocks(HEADING, "sh")
-
-posix_only = pytest.mark.skipif(sys.platform == "win32", reason="its shell is no POSIX shell")
 
 # In place of python3 and of scontrol: they note their arguments, and may save a state.
 STAND_IN = """\
@@ -78,7 +81,7 @@ def cluster(tmp_path: Path) -> Cluster:
     return Cluster(tmp_path)
 
 
-@posix_only
+@needs_shell
 def test_a_task_that_is_started_again_does_a_crash_run(cluster: Cluster) -> None:
     assert cluster.start_task("job-1", saves="one is missing", exits=1) == "0"
     cluster.was_noted_before()
@@ -86,7 +89,7 @@ def test_a_task_that_is_started_again_does_a_crash_run(cluster: Cluster) -> None
     assert cluster.start_task("job-1", saves="all is there") == "1"
 
 
-@posix_only
+@needs_shell
 @pytest.mark.parametrize("state", ["all is there", "one is missing"])
 def test_the_next_night_sends_all_again(cluster: Cluster, state: str) -> None:
     assert cluster.start_task("job-1", saves=state) == "0"
@@ -94,7 +97,7 @@ def test_the_next_night_sends_all_again(cluster: Cluster, state: str) -> None:
     assert cluster.start_task("job-2") == "0"
 
 
-@posix_only
+@needs_shell
 def test_a_task_that_came_to_no_state_starts_from_the_beginning(cluster: Cluster) -> None:
     for _ in range(2):
         assert cluster.start_task("job-1", exits=2) == "0"
@@ -104,7 +107,7 @@ def test_a_task_that_came_to_no_state_starts_from_the_beginning(cluster: Cluster
         assert cluster.start_task("job-2", exits=2) == "0"
 
 
-@posix_only
+@needs_shell
 def test_slurm_starts_a_failed_task_again_three_times(cluster: Cluster) -> None:
     task = {"SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "2"}
     code, (command,) = cluster.run("backup.sbatch", **task)
@@ -115,6 +118,32 @@ def test_slurm_starts_a_failed_task_again_three_times(cluster: Cluster) -> None:
         assert (code, requeued) == (1, "scontrol requeue 12_2")
     code, noted = cluster.run("backup.sbatch", **task, SLURM_RESTART_COUNT="3", EXITS="1")
     assert (code, len(noted)) == (1, 1)
+
+
+@needs_shell
+def test_the_tasks_send_the_whole_folder_and_start_again(job: Job, tmp_path: Path) -> None:
+    """The script as it is, but for the names of its folder, its bucket and its command."""
+    (tmp_path / "data").mkdir()
+    files = {f"{number:02}.dat": os.urandom(100) for number in range(40)}
+    make_files(tmp_path / "data", files)
+    script = SHARD_SCRIPT.replace("/shared/s3FileTransfer.py", str(SCRIPT_PATH))
+    script = script.replace("/shared/", f"{tmp_path}/").replace("my-backup", job.bucket)
+    script = script.replace("exec python3", f"exec {sys.executable}")
+    (tmp_path / "backup-shard.sh").write_text(script)
+    environment = base_environment(tmp_path) | job.endpoint.environment()
+
+    def start(index: int) -> int:
+        words = ["sh", str(tmp_path / "backup-shard.sh"), "job-1", str(index)]
+        return subprocess.run(words, env=environment, check=False).returncode
+
+    for index in range(4):
+        assert start(index) == 0
+    assert job.objects() == files
+    os.utime(tmp_path / "state" / "1-of-4.json.job", (1, 1))  # for clocks of whole seconds
+    job.proxy  # noqa: B018
+    environment |= job.endpoint.environment()
+    assert start(0) == 0  # all of its files are there
+    assert job.puts() == []
 
 
 def test_kubernetes_and_batch_read_their_files() -> None:
