@@ -61,6 +61,8 @@ class Scenario:
 SCENARIOS = (
     Scenario("small", "Many small files", 10_000, 10_000),
     Scenario("small-30ms", "Many small files, 30 ms away", 10_000, 10_000, latency_ms=30),
+    Scenario("more", "More small files", 50_000, 10_000),
+    Scenario("more-30ms", "More small files, 30 ms away", 50_000, 10_000, latency_ms=30),
     Scenario("medium", "Medium files", 300, 4_000_000),
     Scenario("large", "One large file", 1, 3_000_000_000),
     Scenario("many-large", "Many large files", 8, 1_200_000_000),
