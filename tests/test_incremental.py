@@ -8,6 +8,7 @@ import os
 import re
 import signal
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -265,6 +266,7 @@ def test_a_bucket_that_is_gone_has_all_sent(job: Job) -> None:
 def test_a_state_of_another_bucket_proves_nothing_here(job: Job, tmp_path: Path) -> None:
     files = backed_up(job, "a.dat", "b.dat")
     other = f"{job.bucket[:50]}-other"
+    replace(job, bucket=other).create_bucket()
     before = len(job.proxy.requests)
     assert_clean(job(SKIP, "--bucketname", other))
     assert sent_since(job, before) == ["a.dat", "b.dat"]
@@ -346,6 +348,7 @@ def test_without_a_state_all_is_sent(job: Job) -> None:
 
 def test_a_first_run_needs_no_listing(job: Job) -> None:
     job.make("a.dat")
+    job.create_bucket()
     assert sent_by(job) == ["a.dat"]
     assert job.proxy.count("ListObjectsV2") == 0
 
