@@ -13,7 +13,8 @@ crash, sends what the state file marks as not uploaded.
 
 The state file is a JSON list with one entry a line: filepath (absolute),
 uploadedSuccess (0 or 1), filename (the object's key) and, where known, bucket,
-size, mtime_ns, etag, shard, error, upload_id and part_size.
+size, mtime_ns, etag, shard, error and, of an open multipart upload, upload_id,
+part_size and sse.
 
 exit codes:
   0    everything that should be in the bucket is there
@@ -186,6 +187,7 @@ class Entry:
     error: str | None = None
     upload_id: str | None = None
     part_size: int | None = None
+    sse: str | None = None
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Entry:
@@ -203,6 +205,8 @@ class Entry:
             known[name] = sys.intern(known[name])
         if done:
             known.pop("error", None)
+            if key_problem(key):
+                raise ValueError("an uploaded entry's filename can be no key")
         return cls(os.path.abspath(path), key, done == 1, **known)
 
     def to_json(self) -> str:
@@ -223,7 +227,7 @@ class Entry:
 READABLE_JSON = json.JSONEncoder(ensure_ascii=False)
 OPTIONAL_FIELDS = {
     "bucket": str, "size": int, "mtime_ns": int, "etag": str, "shard": str,
-    "error": str, "upload_id": str, "part_size": int,
+    "error": str, "upload_id": str, "part_size": int, "sse": str,
 }  # fmt: skip
 
 
@@ -344,7 +348,8 @@ def size_bytes(low: int, high: int, limits: str) -> Callable[[str], int]:
 
 def rate(text: str) -> int:
     """Return the bytes a second that `text` is: 10MB/s, 500kB (an argparse type)."""
-    return size_bytes(KIB, TIB, "1KiB/s to 1TiB/s")(re.sub(r"/s$", "", text.strip()))
+    # At lower rates many connections would be idle for so long that servers close them.
+    return size_bytes(10_000, TIB, "10kB/s to 1TiB/s")(re.sub(r"/s$", "", text.strip()))
 
 
 def shard_name(text: str) -> str:
@@ -453,6 +458,9 @@ def parse_arguments(argv: list[str] | None) -> Namespace:
         parser.error(f"--prefix {shown(options.prefix)}: {problem}")
     if options.storage_class and not re.fullmatch(r"[A-Za-z0-9_-]+", options.storage_class):
         parser.error(f"--storage-class {shown(options.storage_class)} is no name of a class")
+    for name in ("sse_kms_key_id", "expected_bucket_owner"):
+        if not re.fullmatch(r"[!-~]+", getattr(options, name) or "none"):
+            parser.error(f"--{name.replace('_', '-')} has white space or other odd characters")
     for name in ("backupfolder", "statefile"):
         if not getattr(options, name):  # an unset variable of a shell script
             parser.error(f"--{name} is empty")
@@ -660,10 +668,11 @@ def key_problem(key: str) -> str | None:
 def is_in_shard(entry: Entry, options: Namespace) -> bool:
     """Tell whether an entry is of this run's part of the folder.
 
-    One of a folder, which could not be read, is of every part: anything may be in it.
+    One that could not be looked at is of every part: it may be a folder with anything in it.
     """
     is_folder = entry.filename.endswith("/") or entry.filepath == options.backupfolder
-    if not options.shard or is_folder:
+    is_unknown = entry.error is not None and key_problem(entry.filename) is None
+    if not options.shard or is_folder or is_unknown:
         return True
     part, parts = map(int, options.shard.split("/"))
     return zlib.crc32(entry.filename.encode("utf-8", "surrogateescape")) % parts == part - 1
@@ -694,7 +703,14 @@ def find_files(
         report.error(f"there is nothing to send in {shown(root)}; is its disk mounted?")
 
 
-def carry_uploads(entries: list[Entry], recorded: dict[str, Entry]) -> list[Entry]:
+def encryption_of(options: Namespace) -> str | None:
+    """Return what was asked for, in one text: S3 tells of no open upload how it is encrypted."""
+    return " ".join(filter(None, (options.sse, options.sse_kms_key_id))) or None
+
+
+def carry_uploads(
+    entries: list[Entry], recorded: dict[str, Entry], options: Namespace
+) -> list[Entry]:
     """Hand each recorded multipart upload to the entry of its file, and return the others."""
     abandoned = dict(recorded)
     for entry in entries if recorded else ():
@@ -704,8 +720,9 @@ def carry_uploads(entries: list[Entry], recorded: dict[str, Entry]) -> list[Entr
         if entry.error:  # it may be readable again for the next crash run
             entry.size, entry.mtime_ns = old.size, old.mtime_ns
         unchanged = (old.size, old.mtime_ns) == (entry.size, entry.mtime_ns)
+        unchanged &= old.sse == encryption_of(options)
         if unchanged and part_size_for(old.size or 0, old.part_size or 0) == old.part_size:
-            entry.upload_id, entry.part_size = old.upload_id, old.part_size
+            entry.upload_id, entry.part_size, entry.sse = old.upload_id, old.part_size, old.sse
             del abandoned[entry.filepath]
     return list(abandoned.values())
 
@@ -847,19 +864,24 @@ def check_previous(previous: list[Entry] | None, options: Namespace) -> None:
     for entry in previous or ():
         if entry.uploaded and not needs_state:
             continue
-        if entry.bucket not in (None, options.bucketname):
-            job = f"bucket {shown(entry.bucket or '')}"
-        elif entry.shard != options.shard:
-            job = f"shard {shown(entry.shard)}" if entry.shard else "the whole folder, no shard"
-        elif not is_within(entry.filepath, options.backupfolder):
-            job = f"another folder, with {shown(entry.filepath)}"
-        else:
+        if (job := other_job(entry, options)) is None:
             continue
         if needs_state:
             raise StopRun(f"the state file is of {job}; give that job's options, or another "
                           "--statefile")  # fmt: skip
         raise StopRun(f"the state file lists files not yet uploaded, of {job}; finish that job "
                       "with --crashrun 1, or give this one its own --statefile")  # fmt: skip
+
+
+def other_job(entry: Entry, options: Namespace) -> str | None:
+    """Return what to call the job that an entry is of, or None when it is this run's."""
+    if entry.bucket not in (None, options.bucketname):
+        return f"bucket {shown(entry.bucket or '')}"
+    if entry.shard != options.shard:
+        return f"shard {shown(entry.shard)}" if entry.shard else "the whole folder, no shard"
+    if not is_within(entry.filepath, options.backupfolder):
+        return f"another folder, with {shown(entry.filepath)}"
+    return None
 
 
 def is_within(path: str, folder: str) -> bool:
@@ -2088,7 +2110,7 @@ def list_objects(
     prefix = os.path.commonprefix(keys)  # noqa: RUF071 (of strings, which keys are, not of paths)
     parameters = {"Bucket": options.bucketname, "Prefix": prefix}
     request = functools.partial(client.list_objects_v2, **parameters)
-    retries, count = Retries(), 0
+    retries, count, token = Retries(), 0, None
     while True:
         get_page = functools.partial(retries.run, request, may_stop_run=False)
         page: Any = interruptible(get_page, interruption)
@@ -2097,8 +2119,9 @@ def list_objects(
         report.progress.draw([(0, f"{count:,} objects listed")])
         if not page.get("IsTruncated"):
             return
-        if not (token := page.get("NextContinuationToken")):
+        if page.get("NextContinuationToken") in (None, token):
             raise UploadError("the server breaks the listing off")
+        token = page["NextContinuationToken"]
         request = functools.partial(client.list_objects_v2, **parameters, ContinuationToken=token)
 
 
@@ -2107,13 +2130,11 @@ def find_unchanged(
     report: Report, interruption: Interruption,
 ) -> None:  # fmt: skip
     """Take as uploaded what has the size and time of the state, and size and ETag in the bucket."""
-    uploaded = {entry.filepath: entry for entry in previous or () if entry.uploaded and entry.etag}
+    pending = {entry.filepath: entry for entry in entries if is_pending(entry)}
     candidates: dict[str, tuple[Entry, str | None]] = {}
-    for entry in filter(is_pending, entries):
-        old = uploaded.get(entry.filepath)
-        if old and (old.filename, old.size, old.mtime_ns) == (
-            entry.filename, entry.size, entry.mtime_ns,
-        ):  # fmt: skip
+    for old in previous or ():
+        entry = pending.get(old.filepath)
+        if entry and old.uploaded and old.etag and is_same_file(old, entry):
             candidates[entry.filename] = entry, old.etag
     if not candidates:
         return
@@ -2126,6 +2147,12 @@ def find_unchanged(
                 report.unchanged_files += 1
     except UploadError as error:
         report.error(f"cannot list the bucket, so what it has is sent again: {error}")
+
+
+def is_same_file(old: Entry, entry: Entry) -> bool:
+    """Tell whether a file has the key, size and time that a state recorded."""
+    then = old.filename, old.size, old.mtime_ns
+    return then == (entry.filename, entry.size, entry.mtime_ns)
 
 
 def find_wrong(
@@ -2142,8 +2169,11 @@ def find_wrong(
         for found in list_objects(client, options, keys, report=report, interruption=interruption):
             if entry := unseen.pop(found["Key"], None):
                 compare = functools.partial(difference, entry, found, client, options)
-                # Only a comparison with the local file takes long.
-                entry.error = compare() if entry.etag else interruptible(compare, interruption)
+                try:
+                    # Only a comparison with the local file takes long.
+                    entry.error = compare() if entry.etag else interruptible(compare, interruption)
+                except (OSError, UploadError) as error:
+                    report.unproven(entry, error)
                 if entry.error:
                     wrong.append(entry)
     except UploadError as error:
@@ -2159,26 +2189,25 @@ def find_wrong(
 def difference(entry: Entry, found: Any, client: S3Client, options: Namespace) -> str | None:
     """Return what is wrong with the object that a listing found, or None.
 
-    Without an ETag in the state, it is compared with the local file, if that is still there.
+    Without an ETag in the state, it is compared with the local file: raises OSError or
+    UploadError when that cannot be done.
     """
     size, etag = found["Size"], etag_of(found)
     if entry.size not in (None, size):
         return f"it has {size:,} bytes there and not {entry.size:,}"
-    if entry.etag and etag:
-        return None if entry.etag == etag else f"its ETag there is {etag} and not {entry.etag}"
-    try:
-        handle, status = open_regular(entry.filepath)
-        with handle:
-            if status.st_size != size:
-                return f"it has {size:,} bytes there and {status.st_size:,} here"
-            # Of a multipart ETag the part size is not known, and the size has to do.
-            if re.fullmatch(r"[0-9a-f]{32}", etag) and read_part(handle, size).md5.hex() != etag:
-                head = functools.partial(client.head_object, Bucket=options.bucketname)
-                answer = Retries().run(lambda: head(Key=entry.filename), may_stop_run=False)
-                if is_md5_etag(answer):
-                    return "it has other bytes there than here"
-    except (OSError, UploadError) as error:
-        return f"it cannot be compared: {one_line(error)}"
+    if entry.etag:
+        is_same = etag in ("", entry.etag)  # some listings have no ETags
+        return None if is_same else f"its ETag there is {shown(etag)} and not {shown(entry.etag)}"
+    handle, status = open_regular(entry.filepath)
+    with handle:
+        if status.st_size != size:
+            return f"it has {size:,} bytes there and {status.st_size:,} here"
+        # Of a multipart ETag the part size is not known, and the size has to do.
+        if re.fullmatch(r"[0-9a-f]{32}", etag) and read_part(handle, size).md5.hex() != etag:
+            head = functools.partial(client.head_object, Bucket=options.bucketname)
+            answer = Retries().run(lambda: head(Key=entry.filename), may_stop_run=False)
+            if is_md5_etag(answer):
+                return "it has other bytes there than here"
     return None
 
 
@@ -2570,6 +2599,7 @@ class Transfer:
         """Write down in the entry what a worker says of it."""
         entry = self._entries[task.index]
         entry.upload_id, entry.part_size = task.upload_id, task.part_size
+        entry.sse = encryption_of(self._options) if task.upload_id else None
         if task.notice:
             self._report.notice(task.notice, entry.filepath)
         if task.outcome in ("uploaded", "started"):
@@ -2643,7 +2673,8 @@ class Report:
         self._options = options
         self._started = time.monotonic()
         self._notices: Counter[str] = Counter()
-        self.files = self.bytes = self.failed_files = self.unchanged_files = 0
+        self.files = self.bytes = self.failed_files = 0
+        self.unchanged_files = self.unproven_files = 0
         self.progress = Progress(is_shown=options.shows_progress)
 
     def error(self, text: str) -> None:
@@ -2704,7 +2735,7 @@ class Report:
         seconds = time.monotonic() - self._started
         what = f"{self.files:,} file{'' if self.files == 1 else 's'}, {human_size(self.bytes)}"
         failed = f"{self.failed_files:,} failed" + (f", {left:,} not yet sent" if left else "")
-        if self._options.skip_unchanged:
+        if self._options.skip_unchanged or self.unchanged_files:
             failed = f"{self.unchanged_files:,} unchanged, {failed}"
         text = f"dry run: would send {what}; {failed}"
         if not self._options.dryrun:
@@ -2713,20 +2744,28 @@ class Report:
             text += f"; {failed}; state: {shown(state_path)}"
         self._print(text, sys.stdout)
 
-    def wrong(self, entry: Entry) -> None:
+    def wrong(self, entry: Entry, *, kind: str = "wrong", why: str | None = None) -> None:
         """Say that the bucket does not hold what the state says of an entry."""
         self.failed_files += 1
         where = f"{self._url(entry.filename)} (of {shown(entry.filepath)})"
-        self._print(f"wrong: {where}: {entry.error}", sys.stdout)
+        self._print(f"{kind}: {where}: {why or entry.error}", sys.stdout)
+
+    def unproven(self, entry: Entry, error: OSError | UploadError) -> None:
+        """Say that nothing tells whether the bucket holds what the state says of an entry."""
+        self.unproven_files += 1
+        why = reason(error) if isinstance(error, OSError) else str(error)
+        self.wrong(entry, kind="unproven", why=f"it cannot be compared with the file: {why}")
 
     def verified(self, entries: list[Entry], state_path: str, *, left: int) -> None:
         """Say on stdout how a comparison of the bucket with the state ended."""
         if not self._options.quiet:
-            right = [entry for entry in entries if entry.uploaded]
-            size = human_size(sum(entry.size or 0 for entry in right))
-            where = self._url(self._options.prefix)
-            text = f"verified in {where}: {len(right):,} files right, {size}; "
-            text += f"{self.failed_files:,} wrong, {left:,} not yet sent; state: "
+            right = sum(entry.uploaded for entry in entries) - self.unproven_files
+            size = human_size(sum(entry.size or 0 for entry in entries if entry.uploaded))
+            what = f"{right:,} file{'' if right == 1 else 's'} right, {size}"
+            wrong = f"{self.failed_files - self.unproven_files:,} wrong"
+            if self.unproven_files:
+                wrong += f", {self.unproven_files:,} unproven"
+            text = f"verified in {self._url('')}: {what}; {wrong}, {left:,} not yet sent; state: "
             self._print(text + shown(state_path), sys.stdout)
 
     def _print(self, text: str, stream: TextIO | None) -> None:
@@ -2961,8 +3000,12 @@ def back_up(
             entry.uploaded, entry.etag, entry.upload_id = False, None, None
     walk = Walk(options, report, interruption, state)
     found = find_files(options, previous, walk, report)
-    kept = [e for e in previous or () if e.upload_id or (e.uploaded and options.skip_unchanged)]
-    uploads = {e.filepath: e for e in previous or () if e.upload_id}
+    # What else the state said is of no use to this run, or to a crash run after it.
+    kept = [
+        e for e in previous or ()
+        if e.upload_id or (options.skip_unchanged and e.uploaded and not other_job(e, options))
+    ]  # fmt: skip
+    uploads = {e.filepath: e for e in kept if e.upload_id}
     first = next(found, None)
     if first and not options.crashrun:
         # A crash run after a kill during the walk finds this, and walks the folder.
@@ -2971,10 +3014,11 @@ def back_up(
         save_or_stop(state, [folder, *kept])
     entries = [first, *found] if first else []
     report.end_of_notices()
-    if options.skip_unchanged and not options.is_new_bucket:
+    # A crash run has such files too, after an incremental run was killed during its walk.
+    if (options.skip_unchanged or options.crashrun) and not options.is_new_bucket:
         find_unchanged(entries, previous, client, options, report=report, interruption=interruption)
     del previous, kept  # of a million files: half a gigabyte
-    abandoned = carry_uploads(entries, uploads)
+    abandoned = carry_uploads(entries, uploads, options)
     abort_abandoned(abandoned, client, options, report=report, interruption=interruption)
     save_or_stop(state, entries)
     for entry in entries:

@@ -232,6 +232,21 @@ def test_a_backup_folder_that_cannot_be_read_is_of_every_shard(job: Job, prefix:
     assert sorted(job.objects()) == names
 
 
+def test_a_broken_link_that_leads_to_a_folder_later_is_of_every_shard(job: Job) -> None:
+    job.make("other.dat")
+    disk = job.folder.parent / "disk"
+    (job.folder / "sub").symlink_to(disk)
+    shards = shards_of(job, 3)
+    for shard, part in shards.items():
+        assert_failed(part("--shard", shard), [job.folder / "sub"])
+    names = [name for name in NAMES if name.startswith("sub/")]
+    make_files(disk, {name.removeprefix("sub/"): name.encode() for name in names})
+    for shard, part in shards.items():
+        assert_clean(part.crash_run("--shard", shard))
+        assert part.state() == dict.fromkeys(keys_of(shard, [*names, "other.dat"]), 1)
+    assert sorted(job.objects()) == sorted([*names, "other.dat"])
+
+
 def test_a_file_that_cannot_be_read_is_of_one_shard(job: Job) -> None:
     job.make(*NAMES)
     (job.folder / "c.dat").chmod(0)

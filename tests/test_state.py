@@ -451,6 +451,7 @@ DAMAGED = [
     b'[{"filepath": "/backup/a", "filename": "a", "uploadedSuccess": "0"}]',
     b'[{"filepath": "/backup/a", "filename": "a", "uploadedSuccess": null}]',
     b"[{" + FIELDS.encode() + b', "bucket": 1}]',
+    b'[{"filepath": "/backup/a", "filename": "\\udc80", "uploadedSuccess": 1}]',
     b"[" * 100_000,
 ]
 

@@ -311,7 +311,9 @@ def test_an_object_whose_file_is_gone_cannot_be_compared(job: Job) -> None:
     completed = verify(job)
     assert completed.returncode == 1
     (line,) = lines_with(completed.stdout, "b.dat")
+    assert line.startswith("unproven: ")
     assert "cannot be compared" in line
+    assert job.state() == dict.fromkeys(files, 1)
     assert lines_with(completed.stdout, "/a.dat") == []
     assert job.objects() == files
 
