@@ -12,6 +12,7 @@ from fault_proxy import Fault, answer, drop_mid_body, flip_byte
 from jobs import MIB, Job, assert_clean
 from script_runner import finish, make_files, wait_until
 from servers import S3Server
+from systems import needs_signals
 from test_backup import PARTS
 from test_workers import is_by_crt
 
@@ -92,6 +93,7 @@ def test_what_fails_once_is_sent_again(
 AGAIN = {"streamed", "memory", "parts"}
 
 
+@needs_signals
 def test_a_signal_ends_a_run_that_waits_for_its_turn(job: Job) -> None:
     files = make_mixed_files(job)
     process = job.start("--max-bandwidth", "100kB/s", *PARTS)

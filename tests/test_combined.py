@@ -15,6 +15,7 @@ from jobs import MIB, NOBODY, Job, assert_clean, assert_failed, lines_with
 from proxied_job import IN_PARTS, ProxiedJob, Start, replace_in_answer
 from script_runner import make_files
 from servers import S3Server
+from systems import needs_permissions
 from test_backup import PARTS
 from test_crash import killed_in_parts
 from test_workers import is_by_crt
@@ -200,6 +201,7 @@ def test_a_crash_run_leaves_out_what_is_excluded_now(job: Job) -> None:
     assert job.objects() == local(job, "a.dat", "b.dat")
 
 
+@needs_permissions
 def test_exclude_and_prefix_hold_in_a_folder_that_a_crash_run_walks(
     new_job: Callable[[S3Server], Job], s3: S3Server
 ) -> None:

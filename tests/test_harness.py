@@ -628,7 +628,7 @@ def test_remove_bucket(bench: Bench) -> None:
 def test_tls_needs_the_ca_bundle(
     rclone_tls_server: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert rclone_tls_server.client().list_buckets()["Buckets"] == []
+    assert "Buckets" in rclone_tls_server.client().list_buckets()
     monkeypatch.delenv("AWS_CA_BUNDLE", raising=False)
     trusting_nobody = S3Server("tls", rclone_tls_server.endpoint_url, "key", "secret")
     with pytest.raises(SSLError):

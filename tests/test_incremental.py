@@ -17,6 +17,7 @@ from jobs import MIB, Job, assert_clean, assert_stopped, lines_with
 from proxied_job import replace_in_answer
 from script_runner import Completed, finish, make_files, wait_until
 from servers import S3Server
+from systems import needs_signals
 from test_backup import ODD_NAMES, PARTS
 from test_crash import killing_call
 
@@ -333,6 +334,7 @@ def test_a_listing_that_is_throttled_once_is_asked_for_again(job: Job) -> None:
     assert job.proxy.count("ListObjectsV2") == 2
 
 
+@needs_signals
 @pytest.mark.parametrize("dryrun", [(), ("--dryrun",)], ids=["run", "dryrun"])
 def test_a_signal_during_the_listing_ends_the_run_and_forgets_nothing(
     job: Job, dryrun: tuple[str, ...]
@@ -386,6 +388,7 @@ def killed_in_the_walk(job: Job, tmp_path: Path, *arguments: str) -> None:
     assert job.start(SKIP, *arguments, env=env).wait(60) == -9
 
 
+@needs_signals
 @pytest.mark.parametrize(
     ("arguments", "sent"),
     [
@@ -415,6 +418,7 @@ def test_a_kill_during_the_walk_forgets_no_upload(
     assert job.state() == dict.fromkeys(files, 1)
 
 
+@needs_signals
 def test_kills_during_the_walks_of_several_runs_forget_no_upload(job: Job, tmp_path: Path) -> None:
     files = backed_up(job, "a.dat", "sub/b.dat")
     for number in range(3):
@@ -425,6 +429,7 @@ def test_kills_during_the_walks_of_several_runs_forget_no_upload(job: Job, tmp_p
     assert job.state() == dict.fromkeys(files, 1)
 
 
+@needs_signals
 @pytest.mark.parametrize("skip", [(), (SKIP,)], ids=["plain", "skip"])
 def test_a_kill_during_the_walk_of_a_run_for_another_bucket_leaves_a_state_for_that_one(
     job: Job, tmp_path: Path, skip: tuple[str, ...]
@@ -440,6 +445,7 @@ def test_a_kill_during_the_walk_of_a_run_for_another_bucket_leaves_a_state_for_t
     job.server.remove_bucket(to_other[1])
 
 
+@needs_signals
 def test_a_kill_during_the_walk_of_a_run_for_another_folder_leaves_a_state_for_that_one(
     job: Job, tmp_path: Path
 ) -> None:

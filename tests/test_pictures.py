@@ -10,6 +10,9 @@ from xml.etree import ElementTree
 
 import pytest
 
+if sys.platform == "win32":
+    pytest.skip("POSIX only: pseudo-terminals", allow_module_level=True)
+
 PICTURES = Path(__file__).parent / "pictures"
 SVG = "{http://www.w3.org/2000/svg}"
 SIZE = r"[\d.]+[kM]?B"

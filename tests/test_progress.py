@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,8 +14,12 @@ import pytest
 from fault_proxy import Fault, Request, answer, call, delay, stall
 from jobs import MIB, Job
 from proxied_job import IN_PARTS, small_files, some_bytes
-from screen import Frame, Terminal, wrapped
 from script_runner import launch_for, make_files, shared_folder, wait_until
+
+if sys.platform == "win32":
+    pytest.skip("POSIX only: pseudo-terminals", allow_module_level=True)
+
+from screen import Frame, Terminal, wrapped
 
 pytest_plugins = ["job_fixtures"]
 

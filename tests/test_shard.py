@@ -16,6 +16,7 @@ from fault_proxy import Fault, answer, delay
 from jobs import NOBODY, Job, assert_clean, assert_failed, assert_stopped
 from script_runner import finish, make_files, wait_until
 from servers import S3Server
+from systems import needs_permissions, needs_signals
 from test_crash import killing_call
 
 pytest_plugins = ["job_fixtures"]
@@ -181,6 +182,7 @@ def test_a_crash_run_sends_what_is_missing_of_its_shard(job: Job) -> None:
     assert {entry["shard"] for entry in job.entries()} == {"2/3"}
 
 
+@needs_signals
 @pytest.mark.parametrize("options", [(), ("--skip-unchanged",)], ids=["plain", "skip"])
 def test_a_crash_run_after_a_kill_during_the_walk_sends_its_shard(
     job: Job, tmp_path: Path, options: tuple[str, ...]
@@ -197,6 +199,7 @@ def test_a_crash_run_after_a_kill_during_the_walk_sends_its_shard(
     assert job.state() == dict.fromkeys(SPLIT_IN_3["2/3"], 1)
 
 
+@needs_permissions
 def test_a_folder_that_cannot_be_read_is_of_every_shard(job: Job) -> None:
     job.make(*NAMES)
     sub = job.folder / "sub"
@@ -216,6 +219,7 @@ def test_a_folder_that_cannot_be_read_is_of_every_shard(job: Job) -> None:
         assert part.state() == dict.fromkeys(SPLIT_IN_3[shard], 1)
 
 
+@needs_permissions
 @pytest.mark.parametrize("prefix", ["", "daily/", "daily-"])
 def test_a_backup_folder_that_cannot_be_read_is_of_every_shard(job: Job, prefix: str) -> None:
     names = [f"{prefix}{name}" for name in NAMES]
@@ -247,6 +251,7 @@ def test_a_broken_link_that_leads_to_a_folder_later_is_of_every_shard(job: Job) 
     assert sorted(job.objects()) == sorted([*names, "other.dat"])
 
 
+@needs_permissions
 def test_a_file_that_cannot_be_read_is_of_one_shard(job: Job) -> None:
     job.make(*NAMES)
     (job.folder / "c.dat").chmod(0)
@@ -322,6 +327,7 @@ def test_a_shard_that_is_done_may_be_replaced_but_not_gone_on_with(
     assert {entry.get("shard") for entry in job.entries()} == {other[1] if other else None}
 
 
+@needs_signals
 def test_a_kill_during_the_walk_of_another_shard_leaves_a_state_for_that_one(
     job: Job, tmp_path: Path
 ) -> None:

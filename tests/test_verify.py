@@ -15,6 +15,7 @@ from jobs import MIB, Job, assert_clean, assert_failed, assert_stopped, lines_wi
 from proxied_job import replace_in_answer, set_headers
 from script_runner import Completed, finish, make_files, wait_until
 from servers import S3Server
+from systems import needs_signals
 from test_backup import ODD_NAMES, PARTS
 
 pytest_plugins = ["job_fixtures"]
@@ -384,6 +385,7 @@ def test_a_missing_bucket_is_said_and_not_created(job: Job) -> None:
     assert job.bucket not in {b["Name"] for b in job.server.client().list_buckets()["Buckets"]}
 
 
+@needs_signals
 def test_a_signal_during_the_listing_changes_nothing(job: Job) -> None:
     backed_up(job, "a.dat")
     state = job.state_path.read_bytes()
