@@ -896,7 +896,7 @@ def import_boto3() -> None:
     """Import boto3 for the functions below; it takes most of a second, so not for --help."""
     global boto3, botocore, s3transfer  # noqa: PLW0603
     # botocore's CRT signer reads every body through Python: three times slower.
-    os.environ.setdefault("BOTO_DISABLE_CRT", "true")
+    os.environ["BOTO_DISABLE_CRT"] = "true"
     try:
         import boto3
         import boto3.s3.transfer
@@ -2085,7 +2085,7 @@ def create_bucket(client: S3Client, options: Namespace) -> str:
         except UploadError as error:
             # A second request, or another run's, finds the bucket there already.
             if error.code in ("BucketAlreadyOwnedByYou", "BucketAlreadyExists"):
-                if look_at_bucket(creator, options)[0] == 200:
+                if look_at_bucket(creator, options)[0] in (200, 404):  # 404: not there just yet
                     break
                 why = f"the bucket name {name} is taken by another account"
                 raise StopRun(f"{why}; choose another with --bucketname") from error
@@ -2347,11 +2347,13 @@ class WorkerProcess:
             self._pipe.send(message)
 
     def _listen(self) -> None:
-        with contextlib.suppress(EOFError, OSError):
-            while True:
-                for event in self._pipe.recv():
-                    self._tell(event)
-        self._tell(WorkerEnded(self._number))
+        try:
+            with contextlib.suppress(EOFError, OSError):
+                while True:
+                    for event in self._pipe.recv():
+                        self._tell(event)
+        finally:  # a bug too must not make the run wait for ever
+            self._tell(WorkerEnded(self._number))
 
 
 def serve(number: int, pipe: Any, options: Namespace, free_at: Any) -> None:

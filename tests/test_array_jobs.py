@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -126,9 +127,9 @@ def test_the_tasks_send_the_whole_folder_and_start_again(job: Job, tmp_path: Pat
     (tmp_path / "data").mkdir()
     files = {f"{number:02}.dat": os.urandom(100) for number in range(40)}
     make_files(tmp_path / "data", files)
-    script = SHARD_SCRIPT.replace("/shared/s3FileTransfer.py", str(SCRIPT_PATH))
+    script = SHARD_SCRIPT.replace("/shared/s3FileTransfer.py", shlex.quote(str(SCRIPT_PATH)))
     script = script.replace("/shared/", f"{tmp_path}/").replace("my-backup", job.bucket)
-    script = script.replace("exec python3", f"exec {sys.executable}")
+    script = script.replace("exec python3", f"exec {shlex.quote(sys.executable)}")
     (tmp_path / "backup-shard.sh").write_text(script)
     environment = base_environment(tmp_path) | job.endpoint.environment()
 

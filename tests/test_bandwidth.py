@@ -11,7 +11,6 @@ import pytest
 from fault_proxy import Fault, answer, drop_mid_body, flip_byte
 from jobs import MIB, Job, assert_clean
 from script_runner import finish, make_files, wait_until
-from servers import S3Server
 from systems import needs_signals
 from test_backup import PARTS
 from test_workers import is_by_crt
@@ -20,9 +19,8 @@ pytest_plugins = ["job_fixtures"]
 
 
 @pytest.fixture
-def job(new_job: Callable[[S3Server], Job], s3: S3Server) -> Job:
-    """A job on each of the servers, seen through the proxy from its first run."""
-    job = new_job(s3)
+def job(job: Job) -> Job:
+    """A job that is seen through the proxy from its first run."""
     job.proxy  # noqa: B018
     return job
 

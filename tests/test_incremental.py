@@ -451,10 +451,10 @@ def test_a_kill_during_the_walk_of_a_run_for_another_folder_leaves_a_state_for_t
 ) -> None:
     backed_up(job, "a.dat")
     other = tmp_path / "elsewhere"
-    make_files(other, {"sub/c.dat": b"c"})
+    make_files(other, {"b.dat": b"b", "sub/c.dat": b"c"})
     killed_in_the_walk(job, tmp_path, "--backupfolder", str(other))
     assert_clean(job.crash_run("--backupfolder", other))
-    assert job.state() == {"sub/c.dat": 1}
+    assert job.state() == {"b.dat": 1, "sub/c.dat": 1}
     assert job.objects()["sub/c.dat"] == b"c"
 
 

@@ -7,7 +7,6 @@ import re
 import subprocess
 import zlib
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +14,6 @@ import pytest
 from fault_proxy import Fault, answer, delay
 from jobs import NOBODY, Job, assert_clean, assert_failed, assert_stopped
 from script_runner import finish, make_files, wait_until
-from servers import S3Server
 from systems import needs_permissions, needs_signals
 from test_crash import killing_call
 
@@ -41,9 +39,8 @@ def keys_of(shard: str, names: list[str]) -> list[str]:
 
 
 @pytest.fixture
-def job(new_job: Callable[[S3Server], Job], s3: S3Server) -> Job:
-    """A job on each of the servers, seen through the proxy from its first run."""
-    job = new_job(s3)
+def job(job: Job) -> Job:
+    """A job that is seen through the proxy from its first run."""
     job.proxy  # noqa: B018
     return job
 

@@ -60,7 +60,7 @@ def assert_right(job: Job, files: int) -> None:
     state, objects = job.state_path.read_bytes(), job.objects()
     completed = verify(job)
     assert_clean(completed)
-    assert re.search(rf"\b{files:,} files right, .*; 0 wrong, 0 not yet sent", completed.stdout)
+    assert re.search(rf"\b{files:,} files? right, .*; 0 wrong, 0 not yet sent", completed.stdout)
     assert job.state_path.read_bytes() == state
     assert job.objects() == objects
 
