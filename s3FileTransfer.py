@@ -2066,6 +2066,16 @@ def look_at_bucket(client: S3Client, options: Namespace) -> tuple[int, str | Non
     return Retries(patience_seconds=FIRST_PATIENCE_SECONDS).run(head)
 
 
+def is_there_soon(client: S3Client, options: Namespace) -> bool:
+    """Tell whether the bucket is ours; another run may be creating it this very moment."""
+    for _ in range(6):
+        status, _region = look_at_bucket(client, options)
+        if status != 404:
+            break
+        time.sleep(0.5)
+    return status == 200
+
+
 def create_bucket(client: S3Client, options: Namespace) -> str:
     """Create the bucket, wait until it exists, and return its region, or raise StopRun."""
     name, region = options.bucketname, options.region or DEFAULT_REGION
@@ -2085,7 +2095,7 @@ def create_bucket(client: S3Client, options: Namespace) -> str:
         except UploadError as error:
             # A second request, or another run's, finds the bucket there already.
             if error.code in ("BucketAlreadyOwnedByYou", "BucketAlreadyExists"):
-                if look_at_bucket(creator, options)[0] in (200, 404):  # 404: not there just yet
+                if is_there_soon(creator, options):
                     break
                 why = f"the bucket name {name} is taken by another account"
                 raise StopRun(f"{why}; choose another with --bucketname") from error
