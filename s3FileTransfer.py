@@ -97,8 +97,8 @@ IN_MEMORY_BYTES = 8 * MIB
 READ_BYTES, LARGE_READ_BYTES, CRT_MAX_BYTES = MIB, 256 * KIB, 256 * KIB
 
 # boto3 has a thread per request, and more threads than these only wait for the
-# interpreter lock; the CRT needs none. A second process takes about a second to start,
-# so it must have enough to do.
+# interpreter lock; the CRT needs none. A second process takes half a second of CPU time
+# to start, so it must have enough to do.
 REQUESTS_PER_PROCESS = {"classic": 16, "crt": 256}
 FILES_PER_PROCESS = {"classic": 400, "crt": 1500}
 PROCESSES_MAX, WORKERS_LOST_MAX, FILES_OPEN_MAX = 8, 10, 4096
@@ -1596,7 +1596,7 @@ class CrtPut:
             region=self._region,
             tls_mode=modes.ENABLED if url.scheme == "https" else modes.DISABLED,
             signing_config=self._current_signing_config(),
-            # Decides the number of connections: 250 of them, more than there are threads.
+            # Decides the number of connections: 250 of them, about as many as requests in flight.
             throughput_target_gbps=100,
             connect_timeout_ms=CONNECT_TIMEOUT_SECONDS * 1000,
             # Retries is the one retry loop; 0 would mean the default, which is 5.
