@@ -113,15 +113,23 @@ CONNECT_TIMEOUT_SECONDS = 10
 READ_TIMEOUT_SECONDS = 60
 # A request that fails for a passing reason is tried again until this long after
 # its first failure; a run's very first request gives up sooner.
-PATIENCE_SECONDS, FIRST_PATIENCE_SECONDS, FIRST_REQUEST_SECONDS = 60, 9, 18
-BACKOFF_FIRST_SECONDS, BACKOFF_MAX_SECONDS = 0.5, 10
-DAMAGED_TRIES, CHANGED_TRIES, CHANGED_PAUSE_SECONDS = 3, 3, 2
+PATIENCE_SECONDS = 60
+FIRST_PATIENCE_SECONDS = 9
+FIRST_REQUEST_SECONDS = 18
+FIRST_CONNECT_TIMEOUT_SECONDS = 5
+FIRST_READ_TIMEOUT_SECONDS = 8
+BACKOFF_FIRST_SECONDS = 0.5
+BACKOFF_MAX_SECONDS = 10
+DAMAGED_TRIES, CHANGED_TRIES = 3, 3
+CHANGED_PAUSE_SECONDS = 2
 
 BATCH_SECONDS = 0.003
 # Of the progress line: how often it is drawn, and the time over which its rate is taken.
 DRAW_SECONDS, RATE_SECONDS = 0.1, 15
-SAVE_INTERVAL_SECONDS, SAVE_SHARE = 1.0, 0.03
-SIGNAL_GRACE_SECONDS, SECOND_SIGNAL_SECONDS = 8, 0.3
+SAVE_INTERVAL_SECONDS = 1.0
+SAVE_SHARE = 0.03
+SIGNAL_GRACE_SECONDS = 8
+SECOND_SIGNAL_SECONDS = 0.3
 EXIT_SIGINT, EXIT_SIGTERM = 130, 143
 INTERRUPTED = "interrupted; the state is saved, send the rest with --crashrun 1"
 
@@ -1940,6 +1948,9 @@ class MultipartUpload:
             if answer:  # not so when there is no object: the server has not completed it
                 self._forget_upload()
             wrong, self._etag = self._etag, ""
+            if self._has_crc32(answer):
+                crc32 = answer["ChecksumCRC32"]
+                raise DigestMismatch(f"its CRC32 is {crc32} and should be {self._expected_crc32()}")
             raise DigestMismatch(
                 f"its ETag is {wrong or 'missing'} and should be {self._expected_etag()}"
             )
@@ -1957,12 +1968,10 @@ class MultipartUpload:
     def _compare(self, answer: Any) -> bool | None:
         """Tell whether the object in `answer` holds the bytes; None when it does not say."""
         etag = etag_of(answer)
-        crc32s = b"".join(part.crc32 for _, part in sorted(self._parts.items()))
-        crc32 = f"{base64_of(zlib.crc32(crc32s).to_bytes(4, 'big'))}-{len(self._parts)}"
-        if etag == self._expected_etag() or (
-            self._sends_crc32 and answer.get("ChecksumCRC32") == crc32
-        ):
+        if etag == self._expected_etag():
             return True
+        if self._has_crc32(answer):
+            return bool(answer["ChecksumCRC32"] == self._expected_crc32())
         if not self._etags_are_md5 or not is_md5_etag(answer):
             return None
         if re.fullmatch(r"[0-9a-f]{32}", etag):
@@ -1976,9 +1985,20 @@ class MultipartUpload:
         md5s = b"".join(part.md5 for _, part in sorted(self._parts.items()))
         return f"{new_md5(md5s).hexdigest()}-{len(self._parts)}"
 
+    def _has_crc32(self, answer: Any) -> bool:
+        """Tell whether the answer has a CRC32 that is made of those of the parts."""
+        crc32 = answer.get("ChecksumCRC32") or ""
+        return self._sends_crc32 and crc32.endswith(f"-{len(self._parts)}")
+
+    def _expected_crc32(self) -> str:
+        crc32s = b"".join(part.crc32 for _, part in sorted(self._parts.items()))
+        return f"{base64_of(zlib.crc32(crc32s).to_bytes(4, 'big'))}-{len(self._parts)}"
+
     def _head(self) -> Any:
         """Return HeadObject's answer, empty for no object, or None where it is refused."""
         location = self._uploader.location(self._task)
+        if self._sends_crc32:
+            location["ChecksumMode"] = "ENABLED"  # without it S3 tells no checksum
         try:
             return self._retries.run(
                 lambda: self._client.head_object(**location), may_stop_run=False
@@ -2009,7 +2029,10 @@ def find_bucket(options: Namespace, interruption: Interruption) -> tuple[S3Clien
     A 403 does not stop: a write-only credential may not look, and the first upload will tell.
     https://docs.aws.amazon.com/AmazonS3/latest/API/API_HeadBucket.html
     """
-    probe = build_client(options, None, connect_timeout=5, read_timeout=8)
+    probe = build_client(
+        options, None,
+        connect_timeout=FIRST_CONNECT_TIMEOUT_SECONDS, read_timeout=FIRST_READ_TIMEOUT_SECONDS,
+    )  # fmt: skip
     try:
         # A name server or a black hole may hang far longer than any timeout of ours.
         look = functools.partial(look_at_bucket, probe, options)

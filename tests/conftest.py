@@ -1,14 +1,16 @@
-"""Fixtures: S3 servers, the fault proxy before them, and the script as a program.
+"""Fixtures: S3 servers, the fault proxy before them, and backup jobs for the script.
 
-The tests run against `rclone serve s3` and against moto's server, both started here. With
-S3_TEST_ENDPOINT and the usual AWS_* variables they run against that endpoint instead; tests that
-need one of the two (`rclone_s3`, `moto_s3`) still start theirs.
+Most tests run against `rclone serve s3`, those that need AWS's semantics against moto's server;
+both are started here. A test that asks for `each_server` runs against both, one that asks for
+`each_client` by both ways of sending small files; with --long all others do so too. With
+S3_TEST_ENDPOINT and the usual AWS_* variables, that endpoint is the server.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import socket
 import subprocess
 import sys
 import tempfile
@@ -19,58 +21,74 @@ from pathlib import Path
 from typing import Protocol
 
 import pytest
-from fault_proxy import FaultProxy
-from script_runner import (
-    Completed,
-    finish,
-    kill_group,
-    make_files,
-    read_state,
-    run_script,
-    start_script,
-    wait_until,
-)
-from servers import Certificate, S3Server, moto, named_server, rclone
+import trustme
 
-__all__ = [
-    "Completed",
-    "FaultProxy",
-    "Proxied",
-    "S3Server",
-    "finish",
-    "make_files",
-    "read_state",
-    "run_script",
-    "start_script",
-    "wait_until",
-]
+pytest.register_assert_rewrite("support")
 
-LOG_LINES_SHOWN = 40
-_log_paths = pytest.StashKey[list[Path]]()
+from support import script
+from support.job import Job, Run, Start
+from support.proxy import FaultProxy
+from support.script import kill_group, run_script, start_script
+from support.servers import S3Server, moto, named_server, rclone
+
+LINES_SHOWN = 40
+CLIENT_OPTION = "--preferred-transfer-client"
 
 
-class Proxied(Protocol):
-    """Puts a proxy before a server: the fixture `proxied`."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--long",
+        action="store_true",
+        help="test each server with each client, real patience, many kills, and the pictures",
+    )
 
-    def __call__(
-        self, server: S3Server, bytes_per_second: float | None = None
-    ) -> tuple[FaultProxy, S3Server]: ...
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "long: takes long; runs with --long only")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--long"):
+        left_out = [item for item in items if item.get_closest_marker("long")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    is_long = metafunc.config.getoption("--long")
+    servers = ["named"] if named_server() else ["rclone", "moto"]
+    clients = ["crt", "classic"]
+    cross = {
+        "each_server": servers,
+        "server": servers if is_long else servers[:1],
+        "each_client": clients,
+        "client": clients if is_long else clients[:1],
+    }
+    for name, values in cross.items():
+        if name in metafunc.fixturenames:
+            metafunc.parametrize(name, values, indirect=True)
+
+
+class NewJob(Protocol):
+    """Makes a job for a server: the fixture `new_job`."""
+
+    def __call__(self, server: S3Server, *options: str, has_bucket: bool = True) -> Job: ...
 
 
 # --- Servers ---------------------------------------------------------------------------------
 
+_log_paths: list[Path] = []
+_proxies: list[FaultProxy] = []
+
 
 @pytest.fixture(scope="session")
-def new_log(
-    tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
-) -> Callable[[str], Path]:
+def new_log(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Makes the path of a server's log, which failing tests then show."""
     folder = tmp_path_factory.mktemp("servers")
-    paths = pytestconfig.stash.setdefault(_log_paths, [])
 
     def new_log(name: str) -> Path:
-        paths.append(folder / f"{name}.log")
-        return paths[-1]
+        _log_paths.append(folder / f"{name}.log")
+        return _log_paths[-1]
 
     return new_log
 
@@ -85,68 +103,137 @@ def rclone_server(
 
 
 @pytest.fixture(scope="session")
-def rclone_tls_server(
-    tmp_path_factory: pytest.TempPathFactory, new_log: Callable[[str], Path]
-) -> Iterator[S3Server]:
-    """The same over https, with a certificate that only its `ca_bundle` vouches for."""
-    certificate = Certificate.create(tmp_path_factory.mktemp("certificate"))
-    folder = tmp_path_factory.mktemp("rclone-tls")
-    with rclone(folder, log_path=new_log("rclone-tls"), tls=certificate) as server:
-        yield server
-
-
-@pytest.fixture(scope="session")
 def moto_server(new_log: Callable[[str], Path]) -> Iterator[S3Server]:
     """moto's server, which knows nearly all of S3's requests but takes any signature."""
     with moto(log_path=new_log("moto")) as server:
         yield server
 
 
-@pytest.fixture
-def rclone_s3(rclone_server: S3Server) -> S3Server:
-    """rclone's server, for a test that needs this one."""
-    return rclone_server
-
-
-@pytest.fixture
-def moto_s3(moto_server: S3Server) -> S3Server:
-    """moto's server, for a test that needs this one."""
-    return moto_server
-
-
-@pytest.fixture(params=["named"] if named_server() else ["rclone", "moto"])
-def s3(request: pytest.FixtureRequest) -> S3Server:
-    """Each of the servers in turn, or the one that S3_TEST_ENDPOINT names."""
+def _server_of(request: pytest.FixtureRequest) -> S3Server:
     server = named_server() or request.getfixturevalue(f"{request.param}_server")
     assert isinstance(server, S3Server)
     return server
 
 
 @pytest.fixture
-def proxied() -> Iterator[Proxied]:
-    """Puts a `FaultProxy` before a server; returns it, and the server as seen through it."""
-    with contextlib.ExitStack() as proxies:
-
-        def proxied(
-            server: S3Server, bytes_per_second: float | None = None
-        ) -> tuple[FaultProxy, S3Server]:
-            proxy = proxies.enter_context(FaultProxy(server.endpoint_url, bytes_per_second))
-            return proxy, replace(server, endpoint_url=proxy.url)
-
-        yield proxied
+def server(request: pytest.FixtureRequest) -> S3Server:
+    """A server where it does not matter which; with --long each of them in turn."""
+    return _server_of(request)
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(
-    item: pytest.Item,
-) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Show the end of the servers' logs with a test that failed."""
-    report = yield
-    if report.failed:
-        for path in item.config.stash.get(_log_paths, []):
-            lines = path.read_text(errors="replace").splitlines()[-LOG_LINES_SHOWN:]
-            report.sections.append((f"end of {path}", "\n".join(lines)))
-    return report
+@pytest.fixture
+def each_server(request: pytest.FixtureRequest) -> S3Server:
+    """Each of the servers in turn, or the one that S3_TEST_ENDPOINT names."""
+    return _server_of(request)
+
+
+@pytest.fixture
+def client(request: pytest.FixtureRequest) -> tuple[str, ...]:
+    """The option for a way of sending small files, where it does not matter which."""
+    return (CLIENT_OPTION, request.param)
+
+
+@pytest.fixture
+def each_client(request: pytest.FixtureRequest) -> tuple[str, ...]:
+    """The option for each way of sending small files, in turn."""
+    return (CLIENT_OPTION, request.param)
+
+
+@pytest.fixture(scope="session")
+def ca() -> trustme.CA:
+    """A certificate authority that only the tests know."""
+    return trustme.CA()
+
+
+@pytest.fixture(scope="session")
+def ca_path(ca: trustme.CA, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file for AWS_CA_BUNDLE that vouches for that authority."""
+    path = tmp_path_factory.mktemp("certificate") / "ca.pem"
+    ca.cert_pem.write_to_path(path)
+    return path
+
+
+@pytest.fixture
+def proxies() -> Iterator[contextlib.ExitStack]:
+    """Closes the proxies that a test has opened, and fails for what went wrong in them."""
+    with contextlib.ExitStack() as stack:
+        yield stack
+
+
+# --- Jobs ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def new_job(
+    run: Run, start: Start, proxies: contextlib.ExitStack, tmp_path: Path, bucket_name: str
+) -> NewJob:
+    """Makes a job for a server, seen through a proxy; other users may write its state."""
+    state_folder = tmp_path / "state"
+    state_folder.mkdir()
+    state_folder.chmod(0o777)
+
+    def new_job(server: S3Server, *options: str, has_bucket: bool = True) -> Job:
+        proxy = proxies.enter_context(FaultProxy(server.endpoint_url))
+        _proxies.append(proxy)
+        job = Job(
+            server=server,
+            endpoint=replace(server, endpoint_url=proxy.url),
+            proxy=proxy,
+            bucket=bucket_name,
+            folder=tmp_path / "backup",
+            state_path=state_folder / "state.json",
+            _run=run,
+            _start=start,
+            options=options,
+        )
+        if has_bucket:
+            job.create_bucket()
+        return job
+
+    return new_job
+
+
+@pytest.fixture
+def job(new_job: NewJob, server: S3Server) -> Job:
+    """A job for a server, where it does not matter for which."""
+    return new_job(server)
+
+
+@pytest.fixture
+def each_job(new_job: NewJob, each_server: S3Server) -> Job:
+    """A job for each of the servers."""
+    return new_job(each_server)
+
+
+@pytest.fixture
+def rclone_job(new_job: NewJob, rclone_server: S3Server) -> Job:
+    """A job for rclone's server, which checks signatures and Content-MD5."""
+    return new_job(rclone_server)
+
+
+@pytest.fixture
+def moto_job(new_job: NewJob, moto_server: S3Server) -> Job:
+    """A job for moto's server, which gives ETags, lists parts and knows regions as S3 does."""
+    return new_job(moto_server)
+
+
+@pytest.fixture
+def tls_job(
+    new_job: NewJob, server: S3Server, proxies: contextlib.ExitStack, ca: trustme.CA, ca_path: Path
+) -> Job:
+    """A job whose server speaks https, with a certificate that only its `ca_bundle` vouches for."""
+    proxy = proxies.enter_context(FaultProxy(server.endpoint_url, ca=ca, tls=True))
+    _proxies.append(proxy)
+    endpoint = replace(server, endpoint_url=proxy.url, ca_bundle=ca_path)
+    return replace(new_job(server), proxy=proxy, endpoint=endpoint)
+
+
+@pytest.fixture
+def closed_port() -> Iterator[int]:
+    """A port of this machine where nobody listens, nor will while the test runs."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))  # bound but not listening: connections are refused
+        yield bound.getsockname()[1]
 
 
 # --- Folders and names -----------------------------------------------------------------------
@@ -170,12 +257,6 @@ def tmp_path() -> Iterator[Path]:
 
 
 @pytest.fixture
-def backup_folder(tmp_path: Path) -> Path:
-    """The path for the folder to back up; `make_files` creates it."""
-    return tmp_path / "backup"
-
-
-@pytest.fixture
 def bucket_name() -> Iterator[str]:
     """The name of a bucket that does not exist yet."""
     name = f"s3filetransfer-test-{uuid.uuid4().hex}"
@@ -189,13 +270,13 @@ def bucket_name() -> Iterator[str]:
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Callable[..., Completed]:
+def run(tmp_path: Path) -> Run:
     """`run_script`, in the test's folder."""
     return functools.partial(run_script, cwd=tmp_path)
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+def start(tmp_path: Path) -> Iterator[Start]:
     """`start_script`, in the test's folder; what still runs when the test ends is killed."""
     processes: list[subprocess.Popen[str]] = []
 
@@ -206,3 +287,32 @@ def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     yield start
     for process in processes:
         kill_group(process)
+
+
+# --- What a failure shows --------------------------------------------------------------------
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup() -> Generator[None, None, None]:
+    """Forget the runs and the proxies of the test before."""
+    script.runs.clear()
+    _proxies.clear()
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Show with a test that failed its runs, the requests that came, and the servers' logs."""
+    report = yield
+    if report.failed:
+        for number, (command, completed) in enumerate(script.runs, start=1):
+            said = f"{command}\nexit {completed.returncode}\n{completed.stdout}{completed.stderr}"
+            report.sections.append((f"run {number}", said))
+        for proxy in _proxies:
+            requests = proxy.requests
+            shown = [f"({len(requests)} requests)", *map(str, requests[-LINES_SHOWN:])]
+            report.sections.append((f"requests at {proxy.url}", "\n".join(shown)))
+        for path in _log_paths:
+            lines = path.read_text(errors="replace").splitlines()[-LINES_SHOWN:]
+            report.sections.append((f"end of {path}", "\n".join(lines)))
+    return report

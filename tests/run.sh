@@ -1,14 +1,20 @@
 #!/bin/sh
 # Checks and tests the project, on a machine with Python (pip and venv) and the net.
 #
-#     sh tests/run.sh [pytest's arguments]
+#     sh tests/run.sh [--long] [pytest's arguments]
 #
-# PYTHON names the interpreter that the virtual environment is made with; python3 otherwise.
+# --long also tests what takes long: each server with each client, real patience, many kills,
+# the oldest boto3, the pictures. PYTHON names the interpreter that the virtual environment is made
+# with; python3 otherwise.
 set -eu
 cd -- "$(dirname -- "$0")/.."
 
 venv=.venv
 python=${PYTHON:-python3}
+if ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then
+    echo "tests/run.sh: $python lacks pip and venv; on Debian or Ubuntu: apt install python3-venv" >&2
+    exit 2
+fi
 bin=$venv/$("$python" -c 'import os; print("Scripts" if os.name == "nt" else "bin", end="")')
 
 # What the environment was made of: another interpreter or other requirements make it anew.

@@ -1,4 +1,8 @@
-"""Runs s3FileTransfer.py as its users do: as a program, in a clean environment."""
+"""Runs s3FileTransfer.py as its users do: as a program, in a clean environment.
+
+What runs is a copy of the script with less patience, or the tests would wait for most of their
+time: nothing differs but the values of the constants in HASTE. `real_time` runs the script itself.
+"""
 
 from __future__ import annotations
 
@@ -15,17 +19,35 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
-    from servers import S3Server
+    from .servers import S3Server
 
 T = TypeVar("T")
 
-SCRIPT_PATH = Path(__file__).resolve().parent.parent / "s3FileTransfer.py"
+PROJECT = Path(__file__).resolve().parents[2]
+# To see a test fail, break a copy of the script and name it in S3_TEST_SCRIPT.
+SCRIPT_PATH = Path(os.environ.get("S3_TEST_SCRIPT") or PROJECT / "s3FileTransfer.py")
 POLL_SECONDS = 0.02
+
+# Of each constant: its line in the script, and the value that the copy has in its place.
+HASTE = {
+    "READ_TIMEOUT_SECONDS = 60": "5",
+    "PATIENCE_SECONDS = 60": "4",
+    "FIRST_PATIENCE_SECONDS = 9": "1.5",
+    "FIRST_REQUEST_SECONDS = 18": "4",
+    "FIRST_CONNECT_TIMEOUT_SECONDS = 5": "2",
+    "FIRST_READ_TIMEOUT_SECONDS = 8": "2",
+    "BACKOFF_FIRST_SECONDS = 0.5": "0.05",
+    "BACKOFF_MAX_SECONDS = 10": "0.5",
+    "CHANGED_PAUSE_SECONDS = 2": "0.1",
+    "SAVE_INTERVAL_SECONDS = 1.0": "0.1",
+    "SIGNAL_GRACE_SECONDS = 8": "3",
+    'FILES_PER_PROCESS = {"classic": 400, "crt": 1500}': '{"classic": 40, "crt": 150}',
+}
 
 
 @dataclass(frozen=True)
@@ -46,6 +68,7 @@ def run_script(
     user: int | None = None,
     python_flags: Sequence[str] = (),
     stdin: str | None = None,
+    real_time: bool = False,
 ) -> Completed:
     """Run the script to its end; a traceback on stderr is a failure of the test.
 
@@ -58,9 +81,16 @@ def run_script(
         user: numeric id of the user to run as; ignored unless the tests run as root.
         python_flags: flags of the interpreter.
         stdin: text on its standard input, which is empty otherwise.
+        real_time: whether to run the script as it is, and not the copy with less patience.
     """
     process = start_script(
-        *args, server=server, env=env, cwd=cwd, user=user, python_flags=python_flags
+        *args,
+        server=server,
+        env=env,
+        cwd=cwd,
+        user=user,
+        python_flags=python_flags,
+        real_time=real_time,
     )
     try:
         return finish(process, timeout=timeout, stdin=stdin)
@@ -75,13 +105,14 @@ def start_script(
     cwd: Path,
     user: int | None = None,
     python_flags: Sequence[str] = (),
+    real_time: bool = False,
 ) -> subprocess.Popen[str]:
     """Start the script, in a process group of its own; the arguments are those of `run_script`.
 
     `finish` waits for it. A test that signals it uses `process.send_signal` or `os.killpg`.
     """
     switch = user if is_root() else None
-    launch = launch_for(switch)
+    launch = launch_for(switch, real_time=real_time)
     identity: dict[str, Any] = {}
     if switch is not None:
         identity = {"user": switch, "group": switch, "extra_groups": []}
@@ -110,8 +141,14 @@ def finish(
 ) -> Completed:
     """Wait for a started script, and check that it ended without a traceback."""
     stdout, stderr = process.communicate(stdin, timeout=timeout)
+    completed = Completed(process.returncode, stdout, stderr)
+    runs.append((process.args, completed))
     assert "Traceback" not in stderr, stderr
-    return Completed(process.returncode, stdout, stderr)
+    return completed
+
+
+# The runs of the test that is running, for the text of its failure.
+runs: list[tuple[Any, Completed]] = []
 
 
 def kill_group(process: subprocess.Popen[str]) -> None:
@@ -148,17 +185,35 @@ class Launch:
 
 
 @functools.cache
-def launch_for(user: int | None) -> Launch:
+def launch_for(user: int | None, *, real_time: bool = False) -> Launch:
     """Find an interpreter and a script that the user may read."""
-    own = Launch(Path(sys.executable), SCRIPT_PATH, {})
+    script = SCRIPT_PATH if real_time else hasty_script()
+    own = Launch(Path(sys.executable), script, {})
     if user is None or _can_launch(own, user):
         return own
     # The checkout, the virtual environment or the Python below it may lie where nobody but root
     # gets at, /root for one, and root should not open that up for a test. A relocated copy of
     # all three is the one thing that works for each of these cases.
-    copy = _public_copy()
+    copy = replace(_public_python(), script=script)
+    if real_time:
+        shutil.copy(SCRIPT_PATH, copy.python.parent)
+        copy = replace(copy, script=copy.python.with_name(SCRIPT_PATH.name))
     assert _can_launch(copy, user), f"user {user} cannot run a copy of Python in {copy.python}"
     return copy
+
+
+@functools.cache
+def hasty_script() -> Path:
+    """Make the copy of the script that has less patience; every constant must be there."""
+    text = SCRIPT_PATH.read_text(encoding="utf-8")
+    for line, value in HASTE.items():
+        name = line.partition(" = ")[0]
+        text, count = re.subn(rf"(?m)^( *){re.escape(line)}$", rf"\g<1>{name} = {value}", text)
+        assert count == 1, f"{count} lines of the script are {line!r}"
+    path = shared_folder() / "hasty" / SCRIPT_PATH.name
+    path.parent.mkdir()
+    path.write_text(text, encoding="utf-8")
+    return path
 
 
 def _can_launch(launch: Launch, user: int) -> bool:
@@ -179,8 +234,9 @@ def _can_launch(launch: Launch, user: int) -> bool:
     return completed.returncode == 0
 
 
-def _public_copy() -> Launch:
-    """Copy interpreter, standard library, boto3 and the script to where everybody may read."""
+@functools.cache
+def _public_python() -> Launch:
+    """Copy interpreter, standard library and boto3 to where everybody may read."""
     prefix = shared_folder() / "python"
     stdlib = Path(sysconfig.get_path("stdlib"))
     library = prefix / stdlib.relative_to(sys.base_prefix)
@@ -193,10 +249,10 @@ def _public_copy() -> Launch:
             if ".." not in path.parts:  # those are the scripts in bin/
                 target = library / path
                 target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path.locate(), target)
+                shutil.copy2(path.locate(), target)  # with its time, or no .pyc would be valid
     launch = Launch(
         python=prefix / "bin" / "python3",
-        script=prefix / SCRIPT_PATH.name,
+        script=SCRIPT_PATH,
         environment={"LD_LIBRARY_PATH": str(prefix / "lib")},
     )
     launch.python.parent.mkdir()
@@ -204,7 +260,6 @@ def _public_copy() -> Launch:
     if sysconfig.get_config_var("Py_ENABLE_SHARED"):
         libpython = sysconfig.get_config_var("INSTSONAME")
         shutil.copy(Path(sysconfig.get_config_var("LIBDIR")) / libpython, prefix / "lib")
-    shutil.copy(SCRIPT_PATH, launch.script)
     _let_everybody_read(prefix)
     return launch
 
@@ -248,14 +303,6 @@ def read_state(path: Path) -> list[dict[str, Any]]:
     entries = json.loads(path.read_text(encoding="utf-8"))
     assert isinstance(entries, list)
     return entries
-
-
-def make_files(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write files, given by their paths relative to a folder that need not exist."""
-    for relative_path, content in files.items():
-        path = folder / relative_path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
 
 
 def wait_until(condition: Callable[[], T | None], timeout_seconds: float, what: str) -> T:

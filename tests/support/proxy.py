@@ -8,19 +8,21 @@ A `Fault` picks some of the requests and lets an action deal with them instead:
         ...  # a client that uses proxy.url as its endpoint
         assert proxy.count("PutObject") == 3
 
-Bodies are streamed, so their size does not matter. Buckets are expected in the path
-(path-style requests), as boto3 does by itself for an IP address.
+Bodies are streamed, so their size does not matter. With a certificate authority of the tests
+(`ca`) it also answers as an HTTP proxy does that looks into TLS: a client that is pointed at it by
+HTTPS_PROXY, and trusts that authority, reaches the same server under every name, those of AWS among
+them. With `tls` the proxy itself is an https server.
 """
 
 from __future__ import annotations
 
 import contextlib
 import http.client
-import random
 import re
 import select
 import socket
 import socketserver
+import ssl
 import struct
 import sys
 import threading
@@ -30,9 +32,14 @@ from dataclasses import dataclass, field
 from email.message import Message
 from http.server import BaseHTTPRequestHandler
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 from xml.sax.saxutils import escape
+
+if TYPE_CHECKING:
+    import trustme
+
+    from .faults import Fault
 
 CHUNK_BYTES = 64 * 1024
 
@@ -40,46 +47,40 @@ CHUNK_BYTES = 64 * 1024
 # fits names the operation, so the plain row of a method comes last.
 _OPERATIONS = (
     ("object", "PUT", "partNumber", "UploadPart"),
-    ("object", "PUT", "tagging", "PutObjectTagging"),
     ("object", "PUT", "", "PutObject"),
     ("object", "POST", "uploads", "CreateMultipartUpload"),
     ("object", "POST", "uploadId", "CompleteMultipartUpload"),
     ("object", "GET", "uploadId", "ListParts"),
-    ("object", "GET", "attributes", "GetObjectAttributes"),
-    ("object", "GET", "tagging", "GetObjectTagging"),
     ("object", "GET", "", "GetObject"),
     ("object", "HEAD", "", "HeadObject"),
     ("object", "DELETE", "uploadId", "AbortMultipartUpload"),
     ("object", "DELETE", "", "DeleteObject"),
-    ("bucket", "PUT", "versioning", "PutBucketVersioning"),
-    ("bucket", "PUT", "encryption", "PutBucketEncryption"),
     ("bucket", "PUT", "", "CreateBucket"),
-    ("bucket", "POST", "delete", "DeleteObjects"),
     ("bucket", "GET", "location", "GetBucketLocation"),
     ("bucket", "GET", "uploads", "ListMultipartUploads"),
-    ("bucket", "GET", "versioning", "GetBucketVersioning"),
-    ("bucket", "GET", "versions", "ListObjectVersions"),
     ("bucket", "GET", "list-type", "ListObjectsV2"),
-    ("bucket", "GET", "", "ListObjects"),
     ("bucket", "HEAD", "", "HeadBucket"),
     ("bucket", "DELETE", "", "DeleteBucket"),
     ("service", "GET", "", "ListBuckets"),
 )
-_COPY_OPERATIONS = {"PutObject": "CopyObject", "UploadPart": "UploadPartCopy"}
+# https://docs.aws.amazon.com/AmazonS3/latest/userguide/VirtualHosting.html
+_AWS_HOST = re.compile(r"(?:(?P<bucket>.+)\.)?s3(?:[.-](?P<region>[a-z0-9-]+))?\.amazonaws\.com")
 
 
 @dataclass
 class Request:
     """One request as the proxy received it.
 
-    `headers` are looked up without regard to case. `status` is what the client was told, None
-    while it was told nothing; `body_bytes` is how much of the body the proxy has read.
+    `host` is the name that the client asked for, and `bucket` is from there or from the path.
+    `headers` are looked up without regard to case. `status` is what the client was told, None while
+    it was told nothing; `body_bytes` is how much of the body the proxy has read.
     """
 
     method: str
     path: str
     query: dict[str, str]
     headers: Message
+    host: str
     operation: str
     bucket: str
     key: str
@@ -89,24 +90,30 @@ class Request:
 
     @classmethod
     def parse(cls, *, method: str, target: str, headers: Message) -> Request:
-        """Name the S3 operation, bucket, key and part of a path-style request."""
+        """Name the S3 operation, bucket, key and part of a request."""
         path, _, query_string = target.partition("?")
+        host = str(headers.get("Host", "")).partition(":")[0]
+        if (named := _AWS_HOST.fullmatch(host)) and named["bucket"]:
+            path = f"/{named['bucket']}{path}"
         query = dict(parse_qsl(query_string, keep_blank_values=True))
         raw_bucket, _, raw_key = path.removeprefix("/").partition("/")
         kind = "object" if raw_key else "bucket" if raw_bucket else "service"
-        operation = _operation(kind, method=method, query=query)
-        if "x-amz-copy-source" in headers:
-            operation = _COPY_OPERATIONS.get(operation, operation)
         return cls(
             method=method,
             path=path,
             query=query,
             headers=headers,
-            operation=operation,
+            host=host,
+            operation=_operation(kind, method=method, query=query),
             bucket=unquote(raw_bucket),
             key=unquote(raw_key, errors="surrogateescape"),
             part_number=int(query["partNumber"]) if "partNumber" in query else None,
         )
+
+    def __str__(self) -> str:
+        part = f" part {self.part_number}" if self.part_number else ""
+        told = self.status or "no answer"
+        return f"{self.operation} {self.bucket}/{self.key}{part}: {told}, {self.body_bytes} bytes"
 
 
 def _operation(kind: str, *, method: str, query: dict[str, str]) -> str:
@@ -179,8 +186,12 @@ class Exchange:
     def forward(
         self, change_body: Callable[[Iterator[bytes]], Iterator[bytes]] | None = None
     ) -> Answer:
-        """Send the request upstream and return the answer, of which only the head is read."""
+        """Return the server's answer to the request, of which only the head is read."""
         body = change_body(self.body) if change_body else self.body
+        return self._proxy.ask(self, body)
+
+    def ask_server(self, body: Iterable[bytes]) -> Answer:
+        """Send the request with this body upstream; no more than the head of the answer is read."""
         try:
             upstream = self._connection.open_upstream()
             self._send_head(upstream)
@@ -292,7 +303,7 @@ class Exchange:
         if self._proxy.closing.is_set():
             raise HungUp from error
         self.discard_body()
-        return _error_answer(502, "BadGateway", f"no answer from the server: {error!r}")
+        return error_answer(502, "BadGateway", f"no answer from the server: {error!r}")
 
     def _may_have_body(self, answer: Answer) -> bool:
         return self.request.method != "HEAD" and answer.status not in (204, 304)
@@ -327,7 +338,7 @@ def _framed(chunk: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(chunk), chunk)
 
 
-def _error_answer(status: int, code: str, message: str) -> Answer:
+def error_answer(status: int, code: str, message: str) -> Answer:
     body = (
         '<?xml version="1.0" encoding="UTF-8"?>\n'
         f"<Error><Code>{escape(code)}</Code><Message>{escape(message)}</Message>"
@@ -338,234 +349,12 @@ def _error_answer(status: int, code: str, message: str) -> Answer:
     return Answer(status, reason, headers, [body], len(body))
 
 
-# --- Actions ---------------------------------------------------------------------------------
-
 Action = Callable[[Exchange], None]
 
 
 def pass_on(exchange: Exchange) -> None:
     """Forward the request and its answer unchanged: what happens without a fault."""
     exchange.reply(exchange.forward())
-
-
-def answer(status: int, code: str, message: str = "") -> Action:
-    """Read the request's body, then answer with an S3 error instead of asking the server."""
-
-    def act(exchange: Exchange) -> None:
-        exchange.discard_body()
-        exchange.reply(_error_answer(status, code, message))
-
-    return act
-
-
-def drop() -> Action:
-    """Reset the connection as soon as the head of the request is read."""
-    return Exchange.reset
-
-
-def drop_mid_body() -> Action:
-    """Reset the connection when about half of the request's body is read."""
-
-    def act(exchange: Exchange) -> None:
-        half_bytes = exchange.content_length // 2
-        exchange.chunk_bytes = max(1, half_bytes)
-        for _ in exchange.body:
-            if exchange.request.body_bytes >= half_bytes:
-                break
-        exchange.reset()
-
-    return act
-
-
-def drop_after_forward() -> Action:
-    """Let the server do what is asked, then reset the connection instead of saying so."""
-
-    def act(exchange: Exchange) -> None:
-        for _ in exchange.forward().body:
-            pass
-        exchange.reset()
-
-    return act
-
-
-def flip_byte() -> Action:
-    """Change the byte in the middle of the request's body; its headers stay as they are."""
-
-    def act(exchange: Exchange) -> None:
-        exchange.reply(exchange.forward(lambda body: _flip(body, exchange.content_length // 2)))
-
-    return act
-
-
-def wrong_etag() -> Action:
-    """Change each ETag in the answer: the header's, and those in an XML body."""
-
-    def act(exchange: Exchange) -> None:
-        answer = exchange.forward()
-        for name, value in answer.headers:
-            if name.lower() == "etag":
-                answer.set_header(name, _other_digest(value))
-        # An object's own bytes may be XML too, and are none of our business.
-        if exchange.request.operation != "GetObject" and exchange.request.method != "HEAD":
-            answer.set_body(_with_other_etags(b"".join(answer.body)))
-        exchange.reply(answer)
-
-    return act
-
-
-def cut_answer() -> Action:
-    """Close the connection after half of the answer's body, or of its head without a body.
-
-    Python's HTTP client takes half of a head for a whole one that has fewer headers.
-    """
-    return lambda exchange: exchange.reply_half(exchange.forward())
-
-
-def stall(seconds: float) -> Action:
-    """Say nothing for so long, then reset the connection."""
-
-    def act(exchange: Exchange) -> None:
-        exchange.pause(seconds)
-        exchange.reset()
-
-    return act
-
-
-def delay(seconds: float) -> Action:
-    """Wait, then forward the request."""
-
-    def act(exchange: Exchange) -> None:
-        exchange.pause(seconds)
-        pass_on(exchange)
-
-    return act
-
-
-def slow(bytes_per_second: float) -> Action:
-    """Forward the request, its bodies at no more than that rate."""
-
-    def act(exchange: Exchange) -> None:
-        exchange.limit_rate(bytes_per_second)
-        pass_on(exchange)
-
-    return act
-
-
-def call(function: Callable[[Request], object]) -> Action:
-    """Call a function before the request is forwarded; what it raises, `close` raises again."""
-
-    def act(exchange: Exchange) -> None:
-        function(exchange.request)
-        pass_on(exchange)
-
-    return act
-
-
-def set_header(name: str, value: str) -> Action:
-    """Set a header of the server's answer."""
-
-    def act(exchange: Exchange) -> None:
-        answer = exchange.forward()
-        answer.set_header(name, value)
-        exchange.reply(answer)
-
-    return act
-
-
-def _flip(body: Iterator[bytes], position: int) -> Iterator[bytes]:
-    start = 0
-    for chunk in body:
-        changed = bytearray(chunk)
-        if start <= position < start + len(chunk):
-            changed[position - start] ^= 0xFF
-        start += len(chunk)
-        yield bytes(changed)
-
-
-def _other_digest(etag: str) -> str:
-    """An ETag of the same form, every hexadecimal digit of its MD5 being another one."""
-    shifted = str.maketrans("0123456789abcdef", "123456789abcdef0")
-    return re.sub("[0-9a-f]{32}", lambda match: match[0].translate(shifted), etag)
-
-
-def _with_other_etags(body: bytes) -> bytes:
-    text = body.decode("utf-8", errors="surrogateescape")
-    changed = re.sub("<ETag>[^<]*</ETag>", lambda match: _other_digest(match[0]), text)
-    return changed.encode("utf-8", errors="surrogateescape")
-
-
-# --- Faults ----------------------------------------------------------------------------------
-
-
-@dataclass(kw_only=True)
-class _Filter:
-    operation: str | tuple[str, ...] | None
-    key: str | Callable[[str], bool] | None
-    part_number: int | None
-    method: str | None
-
-    def fits(self, request: Request) -> bool:
-        names = (self.operation,) if isinstance(self.operation, str) else self.operation
-        return (
-            (names is None or request.operation in names)
-            and (self.key is None or self._fits_key(request.key))
-            and self.part_number in (None, request.part_number)
-            and self.method in (None, request.method)
-        )
-
-    def _fits_key(self, key: str) -> bool:
-        return self.key(key) if callable(self.key) else self.key == key
-
-
-class Fault:
-    """An action, and the requests that it is for.
-
-    Args:
-        action: what to do with such a request; see the functions above.
-        operation: name of the S3 operation, or several names.
-        key: the object's key, or a function that says of a key whether it is meant.
-        part_number: number of the part.
-        times: at most so many times.
-        one_in: for one request in so many, at random.
-        seed: of that randomness.
-        after: let so many matching requests pass first.
-        method: the HTTP method.
-
-    `hits` counts the requests that it dealt with.
-    """
-
-    def __init__(
-        self,
-        action: Action,
-        *,
-        operation: str | tuple[str, ...] | None = None,
-        key: str | Callable[[str], bool] | None = None,
-        part_number: int | None = None,
-        times: int | None = None,
-        one_in: int | None = None,
-        seed: int = 0,
-        after: int = 0,
-        method: str | None = None,
-    ) -> None:
-        self.action = action
-        self.hits = 0
-        self._filter = _Filter(operation=operation, key=key, part_number=part_number, method=method)
-        self._times = times
-        self._one_in = one_in
-        self._random = random.Random(seed)
-        self._to_pass = after
-
-    def claims(self, request: Request) -> bool:
-        """Say whether this fault deals with the request, and count it; not thread-safe."""
-        if self.hits == self._times or not self._filter.fits(request):
-            return False
-        if self._to_pass:
-            self._to_pass -= 1
-            return False
-        if self._one_in is not None and self._random.randrange(self._one_in):
-            return False
-        self.hits += 1
-        return True
 
 
 # --- The proxy -------------------------------------------------------------------------------
@@ -594,17 +383,32 @@ class FaultProxy:
 
     Args:
         upstream_url: the S3 server, `http://HOST:PORT`.
-        bytes_per_second: bandwidth of all bodies, both ways, over all connections together.
+        ca: signs a certificate for every name that a client asks for with CONNECT.
+        tls: whether its own address is one of https; that takes a `ca`.
+        ask: how a request that is passed on gets its answer; by asking the server, without it.
+
+    `bandwidth` may be set: the rate of all bodies, both ways, over all connections together.
     """
 
-    def __init__(self, upstream_url: str, bytes_per_second: float | None = None) -> None:
+    def __init__(
+        self,
+        upstream_url: str,
+        *,
+        ca: trustme.CA | None = None,
+        tls: bool = False,
+        ask: Callable[[Exchange, Iterable[bytes]], Answer] = Exchange.ask_server,
+    ) -> None:
         upstream = urlsplit(upstream_url)
         if upstream.scheme != "http" or not upstream.hostname:
             raise ValueError(f"an http URL is needed, not {upstream_url!r}")
         self.upstream_address = (upstream.hostname, upstream.port or 80)
         self.closing = threading.Event()
-        self.bandwidth = RateLimit(bytes_per_second, self.closing) if bytes_per_second else None
+        self.bandwidth: RateLimit | None = None
         self.errors: list[BaseException] = []
+        self.is_tls = tls
+        self._ca = ca
+        self._contexts: dict[str, ssl.SSLContext] = {}
+        self.ask = ask
         self._lock = threading.Lock()
         self._requests: list[Request] = []
         self._faults: list[Fault] = []
@@ -613,7 +417,8 @@ class FaultProxy:
         self._thread = threading.Thread(
             target=self._server.serve_forever, kwargs={"poll_interval": 0.05}
         )
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+        scheme = "https" if tls else "http"
+        self.url = f"{scheme}://127.0.0.1:{self._server.server_address[1]}"
 
     def __enter__(self) -> FaultProxy:
         self._thread.start()
@@ -639,6 +444,19 @@ class FaultProxy:
         for connection in connections:
             connection.hang_up()
         self._server.server_close()  # waits for the threads
+
+    def limit_bandwidth(self, bytes_per_second: float) -> None:
+        """Let all bodies together pass at no more than that rate, from the next request on."""
+        self.bandwidth = RateLimit(bytes_per_second, self.closing)
+
+    def tls_context(self, host: str) -> ssl.SSLContext:
+        """Return what it takes to be the https server of that name."""
+        assert self._ca, "this proxy was given no certificate authority"
+        with self._lock:
+            if host not in self._contexts:
+                self._contexts[host] = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+                self._ca.issue_cert(host).configure_cert(self._contexts[host])
+            return self._contexts[host]
 
     @property
     def requests(self) -> list[Request]:
@@ -688,8 +506,12 @@ class _Connection(BaseHTTPRequestHandler):
     server: _Server
 
     def setup(self) -> None:
-        super().setup()
         self.proxy = self.server.proxy
+        if self.proxy.is_tls:
+            self.request = self.proxy.tls_context("127.0.0.1").wrap_socket(
+                self.request, server_side=True
+            )
+        super().setup()
         self._upstream = http.client.HTTPConnection(*self.proxy.upstream_address)
         self.proxy.register(self)
         # After register(): either this sees that the proxy closes, or close() sees this.
@@ -701,6 +523,7 @@ class _Connection(BaseHTTPRequestHandler):
         self._upstream.close()
         with contextlib.suppress(OSError):
             super().finish()
+        self.connection.close()  # with TLS it is another than the one that the server closes
 
     def handle_expect_100(self) -> bool:
         return True  # Exchange.body says it, once somebody wants the body
@@ -716,6 +539,14 @@ class _Connection(BaseHTTPRequestHandler):
         has_body = exchange.content_length or "Transfer-Encoding" in self.headers
         if not exchange.answered or (has_body and not exchange.body_complete):
             self.close_connection = True
+
+    def do_CONNECT(self) -> None:
+        """Be, from now on, the https server that the client asks for."""
+        self.wfile.write(b"HTTP/1.1 200 Connection established\r\n\r\n")
+        context = self.proxy.tls_context(self.path.rpartition(":")[0])
+        self.request = context.wrap_socket(self.connection, server_side=True)
+        super().setup()  # reads and writes through TLS from here on
+        self.close_connection = False
 
     do_DELETE = do_GET = do_HEAD = do_POST = do_PUT = handle_exchange
 
@@ -752,6 +583,7 @@ class _Server(socketserver.ThreadingTCPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         error = sys.exc_info()[1]
-        went_away = isinstance(error, ConnectionError)
+        # A client that does not trust the certificate goes away in the middle of the handshake.
+        went_away = isinstance(error, (ConnectionError, ssl.SSLError))
         if error is not None and not went_away and not self.proxy.closing.is_set():
             self.proxy.errors.append(error)

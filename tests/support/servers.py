@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
-import ipaddress
+import functools
 import os
 import re
 import subprocess
@@ -13,15 +12,13 @@ import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import boto3
 from botocore.config import Config
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
-from script_runner import base_environment, shared_folder, wait_until
+
+from .files import md5
+from .script import base_environment, shared_folder, wait_until
 
 if TYPE_CHECKING:
     from mypy_boto3_s3.client import S3Client
@@ -48,6 +45,7 @@ class S3Server:
     secret_key: str
     region: str = DEFAULT_REGION
     ca_bundle: Path | None = None
+    https_proxy: str | None = None
 
     def environment(self) -> dict[str, str]:
         """The AWS variables that send a program to this server, and to no other configuration."""
@@ -55,11 +53,14 @@ class S3Server:
         variables = {
             "AWS_ACCESS_KEY_ID": self.access_key,
             "AWS_SECRET_ACCESS_KEY": self.secret_key,
-            "AWS_ENDPOINT_URL": self.endpoint_url,
             "AWS_EC2_METADATA_DISABLED": "true",
             "AWS_CONFIG_FILE": str(nowhere),
             "AWS_SHARED_CREDENTIALS_FILE": str(nowhere),
         }
+        if self.https_proxy is None:
+            variables["AWS_ENDPOINT_URL"] = self.endpoint_url
+        else:  # and from there to wherever the proxy leads
+            variables["HTTPS_PROXY"] = self.https_proxy
         # The default goes unsaid: on most machines nothing says it, and the script copes.
         if self.region != DEFAULT_REGION:
             variables["AWS_DEFAULT_REGION"] = self.region
@@ -67,35 +68,28 @@ class S3Server:
             variables["AWS_CA_BUNDLE"] = str(self.ca_bundle)
         return variables
 
-    def client(self, **config: Any) -> S3Client:
-        """A boto3 client with the bucket in the path, and with no checksums but Content-MD5.
+    def client(self) -> S3Client:
+        """A boto3 client with the bucket in the path, and with no checksums but Content-MD5."""
+        return _client(self)
 
-        `config` is more of botocore's Config, such as `read_timeout=1`.
+    def digests(self, bucket: str) -> dict[str, str]:
+        """The MD5 of each object's bytes, by key.
+
+        Servers say it in the listing, but for what was sent in parts.
         """
-        settings = Config(
-            s3={"addressing_style": "path"},
-            request_checksum_calculation="when_required",
-            response_checksum_validation="when_required",
-            **config,
-        )
-        with _session_lock:
-            return _session.client(
-                "s3",
-                endpoint_url=self.endpoint_url,
-                aws_access_key_id=self.access_key,
-                aws_secret_access_key=self.secret_key,
-                region_name=self.region,
-                verify=str(self.ca_bundle) if self.ca_bundle else None,
-                config=settings,
-            )
+        found = dict(_listed(self.client(), bucket))
+        for key, etag in found.items():
+            if not re.fullmatch("[0-9a-f]{32}", etag):
+                found[key] = md5(self.object(bucket, key))
+        return found
 
     def objects(self, bucket: str) -> dict[str, bytes]:
         """Every object of a bucket: its key, and its bytes."""
-        client = self.client()
-        return {
-            key: client.get_object(Bucket=bucket, Key=key)["Body"].read()
-            for key in _keys(client, bucket)
-        }
+        return {key: self.object(bucket, key) for key, _ in _listed(self.client(), bucket)}
+
+    def object(self, bucket: str, key: str) -> bytes:
+        """The bytes of an object."""
+        return self.client().get_object(Bucket=bucket, Key=key)["Body"].read()
 
     def open_uploads(self, bucket: str) -> list[tuple[str, str, int]]:
         """The multipart uploads in progress: key, upload id, number of parts so far."""
@@ -107,14 +101,35 @@ class S3Server:
         with contextlib.suppress(client.exceptions.NoSuchBucket):
             for key, upload_id, _ in _open_uploads(client, bucket):
                 client.abort_multipart_upload(Bucket=bucket, Key=key, UploadId=upload_id)
-            for key in _keys(client, bucket):
+            for key, _ in _listed(client, bucket):
                 client.delete_object(Bucket=bucket, Key=key)
             client.delete_bucket(Bucket=bucket)
 
 
-def _keys(client: S3Client, bucket: str) -> list[str]:
+@functools.cache
+def _client(server: S3Server) -> S3Client:
+    config = Config(
+        s3={"addressing_style": "path"},
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+    )
+    with _session_lock:
+        return _session.client(
+            "s3",
+            endpoint_url=server.endpoint_url,
+            aws_access_key_id=server.access_key,
+            aws_secret_access_key=server.secret_key,
+            region_name=server.region,
+            verify=str(server.ca_bundle) if server.ca_bundle else None,
+            config=config,
+        )
+
+
+def _listed(client: S3Client, bucket: str) -> list[tuple[str, str]]:
+    """The key and the ETag of each object."""
     pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket)
-    return [entry["Key"] for page in pages for entry in page.get("Contents", [])]
+    entries = (entry for page in pages for entry in page.get("Contents", []))
+    return [(entry["Key"], entry["ETag"].strip('"')) for entry in entries]
 
 
 def _open_uploads(client: S3Client, bucket: str) -> list[tuple[str, str, int]]:
@@ -148,7 +163,7 @@ def named_server() -> S3Server | None:
 
 
 @contextlib.contextmanager
-def rclone(folder: Path, *, log_path: Path, tls: Certificate | None = None) -> Iterator[S3Server]:
+def rclone(folder: Path, *, log_path: Path) -> Iterator[S3Server]:
     """Run `rclone serve s3` until the block ends; buckets are the folders in `folder`."""
     access_key, secret_key = "rcloneaccesskey", "rclone/secret+key"
     command: list[str | Path] = [
@@ -165,18 +180,12 @@ def rclone(folder: Path, *, log_path: Path, tls: Certificate | None = None) -> I
         # By default two names that differ in their Unicode form (NFC, NFD) alone are one.
         "--no-unicode-normalization",
     ]
-    if tls is not None:
-        command += ["--cert", tls.certificate_path, "--key", tls.key_path]
     # Nothing of the tester's own rclone: neither its configuration nor RCLONE_* variables.
     environment = base_environment(log_path.parent)
     running = _running([*command, folder], log_path=log_path, environment=environment)
     with running as url:
         yield S3Server(
-            name="rclone",
-            endpoint_url=url,
-            access_key=access_key,
-            secret_key=secret_key,
-            ca_bundle=tls.ca_path if tls else None,
+            name="rclone", endpoint_url=url, access_key=access_key, secret_key=secret_key
         )
 
 
@@ -229,84 +238,3 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-
-
-@dataclass(frozen=True)
-class Certificate:
-    """Files of a server's certificate, its private key, and the authority that signed it."""
-
-    certificate_path: Path
-    key_path: Path
-    ca_path: Path
-
-    @classmethod
-    def create(cls, folder: Path) -> Certificate:
-        """Write a certificate for 127.0.0.1 and localhost, by an authority of its own."""
-        ca_key, server_key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
-        ca_name = _name("s3FileTransfer tests")
-        ca = (
-            _builder(subject=ca_name, issuer=ca_name, key=ca_key, ca_key=ca_key)
-            .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-            .add_extension(_signing_usage(), critical=True)
-            .sign(ca_key, hashes.SHA256())
-        )
-        addresses = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
-        server_usage = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH])
-        certificate = (
-            _builder(subject=_name("localhost"), issuer=ca_name, key=server_key, ca_key=ca_key)
-            .add_extension(x509.SubjectAlternativeName(addresses), critical=False)
-            .add_extension(server_usage, critical=False)
-            .sign(ca_key, hashes.SHA256())
-        )
-        paths = cls(folder / "server.pem", folder / "server.key", folder / "ca.pem")
-        paths.ca_path.write_bytes(ca.public_bytes(serialization.Encoding.PEM))
-        paths.certificate_path.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-        paths.key_path.write_bytes(
-            server_key.private_bytes(
-                serialization.Encoding.PEM,
-                serialization.PrivateFormat.PKCS8,
-                serialization.NoEncryption(),
-            )
-        )
-        return paths
-
-
-def _name(common_name: str) -> x509.Name:
-    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
-
-
-def _builder(
-    *,
-    subject: x509.Name,
-    issuer: x509.Name,
-    key: ec.EllipticCurvePrivateKey,
-    ca_key: ec.EllipticCurvePrivateKey,
-) -> x509.CertificateBuilder:
-    """A certificate with the key identifiers that Python 3.13 and later insist on."""
-    now = datetime.datetime.now(datetime.timezone.utc)
-    authority = x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key())
-    return (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(issuer)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=2))
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-        .add_extension(authority, critical=False)
-    )
-
-
-def _signing_usage() -> x509.KeyUsage:
-    return x509.KeyUsage(
-        digital_signature=True,
-        content_commitment=False,
-        key_encipherment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        key_cert_sign=True,
-        crl_sign=True,
-        encipher_only=False,
-        decipher_only=False,
-    )

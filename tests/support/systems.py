@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import pytest
+
+from .script import is_root
 
 
 def _not_on_windows(reason: str) -> pytest.MarkDecorator:
@@ -27,5 +30,8 @@ needs_full_device = _on_linux("/dev/full")
 needs_long_paths = _on_linux("paths of more than 1,024 bytes")
 needs_byte_names = _on_linux("names that are no text")
 
-# Names that Windows cannot give to a file.
-WINDOWS_FORBIDS = r'[<>:"/\\|?*\x00-\x1f]|[. ]$'
+# Some tests look into the processes that a run has started.
+needs_proc = _on_linux("/proc")
+needs_cores = pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one core, no lanes")
+needs_root = pytest.mark.skipif(not is_root(), reason="only root may make a device")
+needs_terminals = _not_on_windows("pseudo-terminals")

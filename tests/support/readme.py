@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 
-from script_runner import SCRIPT_PATH
+from .script import PROJECT
 
-README = SCRIPT_PATH.with_name("README.md").read_text(encoding="utf-8")
+README = (PROJECT / "README.md").read_text(encoding="utf-8")
 
 
 def section(heading: str) -> str:

@@ -20,7 +20,8 @@ from types import TracebackType
 from typing import IO
 
 import pyte
-from script_runner import wait_until
+
+from .script import wait_until
 
 ROWS = 500  # so many that nothing is ever scrolled out of sight
 ESCAPES = re.compile(rb"\x1b\[[\d;?]*[A-Za-z]")

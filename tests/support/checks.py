@@ -1,0 +1,47 @@
+"""Checks of how a run ended, and of what it said."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from .script import Completed
+
+
+def lines_with(text: str, word: str) -> list[str]:
+    """The lines that hold a word."""
+    return [line for line in text.splitlines() if word in line]
+
+
+def assert_clean(completed: Completed) -> None:
+    """Check that a run ended well: exit code 0, one line on stdout, nothing on stderr."""
+    assert (completed.returncode, completed.stderr) == (0, ""), completed
+    assert completed.stdout.count("\n") == 1
+
+
+def assert_stopped(completed: Completed, *words: str) -> None:
+    """Check that a run ended with exit code 2 and one sentence that has these words."""
+    assert completed.returncode == 2, completed
+    said = [line for line in completed.stderr.splitlines() if line.startswith("s3FileTransfer: ")]
+    assert len(said) == 1, completed.stderr
+    for word in words:
+        assert word.lower() in said[0].lower()
+
+
+def assert_stopped_at_once(completed: Completed, *words: str) -> None:
+    """Check that a run stopped with one sentence, and that this is all that stderr has."""
+    assert_stopped(completed, *words)
+    assert completed.stderr.count("\n") == 1
+
+
+def assert_failed(completed: Completed, paths: Iterable[Path | str]) -> None:
+    """Check for exit code 1, and for one line of failure for each of the paths and no other."""
+    assert completed.returncode == 1, completed
+    failures = lines_with(completed.stderr, "failed: ")
+    unsaid = [path for path in paths if not any(_names(line, path) for line in failures)]
+    assert (unsaid, len(failures)) == ([], len(list(paths))), completed.stderr
+
+
+def _names(failure: str, path: Path | str) -> bool:
+    start = f"failed: {path}: "
+    return failure.startswith(start) and len(failure) > len(start)
