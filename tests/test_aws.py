@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import trustme
@@ -35,7 +36,7 @@ class Aws:
     job: Job
     rules: AwsRules
 
-    def create_bucket(self, region: str) -> None:
+    def create_bucket(self, region: Literal["ap-south-1", "eu-west-1"]) -> None:
         """Create the bucket before the run does."""
         replace(self.job.server, region=region).client().create_bucket(
             Bucket=self.job.bucket, CreateBucketConfiguration={"LocationConstraint": region}
