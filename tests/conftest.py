@@ -173,7 +173,7 @@ def new_job(
     state_folder.chmod(0o777)
 
     def new_job(server: S3Server, *options: str, has_bucket: bool = True) -> Job:
-        proxy = proxies.enter_context(FaultProxy(server.endpoint_url))
+        proxy = proxies.enter_context(server.proxy())
         _proxies.append(proxy)
         job = Job(
             server=server,
@@ -222,7 +222,7 @@ def tls_job(
     new_job: NewJob, server: S3Server, proxies: contextlib.ExitStack, ca: trustme.CA, ca_path: Path
 ) -> Job:
     """A job whose server speaks https, with a certificate that only its `ca_bundle` vouches for."""
-    proxy = proxies.enter_context(FaultProxy(server.endpoint_url, ca=ca, tls=True))
+    proxy = proxies.enter_context(server.proxy(ca=ca, tls=True))
     _proxies.append(proxy)
     endpoint = replace(server, endpoint_url=proxy.url, ca_bundle=ca_path)
     return replace(new_job(server), proxy=proxy, endpoint=endpoint)

@@ -9,15 +9,16 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import boto3
 from botocore.config import Config
 
 from .files import md5
+from .proxy import Answer, Exchange, FaultProxy
 from .script import base_environment, shared_folder, wait_until
 
 if TYPE_CHECKING:
@@ -90,6 +91,12 @@ class S3Server:
     def object(self, bucket: str, key: str) -> bytes:
         """The bytes of an object."""
         return self.client().get_object(Bucket=bucket, Key=key)["Body"].read()
+
+    def proxy(self, **options: Any) -> FaultProxy:
+        """A proxy before the server; `options` are those of FaultProxy."""
+        if self.name == "rclone":
+            options["ask"] = ask_rclone
+        return FaultProxy(self.endpoint_url, **options)
 
     def open_uploads(self, bucket: str) -> list[tuple[str, str, int]]:
         """The multipart uploads in progress: key, upload id, number of parts so far."""
@@ -187,6 +194,30 @@ def rclone(folder: Path, *, log_path: Path) -> Iterator[S3Server]:
         yield S3Server(
             name="rclone", endpoint_url=url, access_key=access_key, secret_key=secret_key
         )
+
+
+def ask_rclone(exchange: Exchange, chunks: Iterable[bytes]) -> Answer:
+    """Ask rclone, and again where it answers 500 (the `ask` of a FaultProxy).
+
+    It makes a folder of each "/" in a key, which S3 does not, and of two requests that make the
+    same one at the same time the second is told InternalError.
+    """
+    if exchange.request.operation not in ("PutObject", "CompleteMultipartUpload"):
+        return exchange.ask_server(chunks)
+    body: list[bytes] = []
+    answer = exchange.ask_server(kept(chunks, body))
+    if answer.status != 500:
+        return answer
+    for _ in answer.body:
+        pass
+    return exchange.ask_server(body)
+
+
+def kept(chunks: Iterable[bytes], body: list[bytes]) -> Iterator[bytes]:
+    """The same chunks, each added to a list when it is asked for."""
+    for chunk in chunks:
+        body.append(chunk)
+        yield chunk
 
 
 @contextlib.contextmanager
