@@ -193,6 +193,11 @@ class Job:
         wrong = {key for key in self.uploaded() if bucket.get(key) != local[key]}
         assert wrong == set()
 
+    def check_no_leftovers(self) -> None:
+        """Check that a run left nothing beside the state but its lock."""
+        name = self.state_path.name
+        assert {path.name for path in self.state_path.parent.iterdir()} <= {name, f"{name}.lock"}
+
     def check_failed(self, completed: Completed, *keys: str, said: str) -> None:
         """Check that exactly these files failed, each with a line that says so and why."""
         assert completed.returncode == 1, completed.stderr

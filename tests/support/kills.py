@@ -1,0 +1,75 @@
+"""Runs that are killed: at a chosen call of the operating system, or in the middle of parts."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+from .faults import Fault, stall
+from .files import IN_PARTS, LARGE_BYTES, PART_BYTES, some_bytes
+from .job import Job, kill
+
+KILLER = """\
+import os, signal
+
+real = os.{name}
+calls = 0
+
+def killing(*args, **keywords):
+    global calls
+    if not {condition}:
+        return real(*args, **keywords)
+    calls += 1
+    if calls == {count} and {before}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    result = real(*args, **keywords)
+    if calls == {count}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return result
+
+os.{name} = killing
+"""
+
+
+def killing_call(
+    folder: Path, name: str, *, count: int = 1, before: bool = True, condition: str = "True"
+) -> dict[str, str]:
+    """The environment in which a run is killed at its n-th call of that function of `os`.
+
+    `condition` is an expression that says of `args` whether a call counts.
+    """
+    folder.mkdir()
+    code = KILLER.format(name=name, condition=condition, count=count, before=before)
+    (folder / "sitecustomize.py").write_text(code)
+    return {"PYTHONPATH": str(folder)}
+
+
+def walks(name: str, job: Job) -> str:
+    """A condition for `killing_call`: the walk is at that folder, and the state says so."""
+    # A first look at the folder may come before.
+    state = f"open({str(job.state_path)!r}).read()"
+    begun = f"""'"filepath": "{job.folder}", "uploadedSuccess": 0' in {state}"""
+    is_there = f"os.path.basename(os.fspath(args[0])) == {name!r}"
+    return f"({is_there} and os.path.exists({str(job.state_path)!r}) and {begun})"
+
+
+def kill_in_walk(job: Job, folder: Path, name: str, *options: str) -> None:
+    """Have a run killed when its walk comes to the folder of that name."""
+    env = killing_call(folder, "scandir", condition=walks(name, job))
+    assert job.start(*options, env=env).wait(60) == -signal.SIGKILL
+
+
+def killed_in_parts(job: Job, *options: str, kept: list[int], size: int = LARGE_BYTES) -> str:
+    """Kill a run when the server has just these parts of `large`; return its upload's id."""
+    count = -(-size // PART_BYTES)
+    job.write({"large": some_bytes(size)})
+    job.proxy.add_fault(Fault(stall(600), part_number=lambda number: 0 < number not in kept))
+    process = job.start(*IN_PARTS, *options)
+    job.wait_for("UploadPart", count)
+    job.wait_for("UploadPart", len(kept), answered=True)
+    kill(process)
+    job.proxy.clear_faults()
+    entry = job.entry("large")
+    assert job.open_uploads() == [("large", entry["upload_id"], len(kept))]
+    assert entry["uploadedSuccess"] == 0
+    return str(entry["upload_id"])
