@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fault_proxy import Action, Answer, Exchange, Fault, answer
-from jobs import MIB, Job, assert_clean, assert_failed, assert_stopped, lines_with
-from script_runner import Completed
-from servers import S3Server
-
-pytest_plugins = ["job_fixtures"]
+from support.checks import assert_clean, assert_failed, assert_stopped, lines_with
+from support.faults import Fault, answer
+from support.files import MIB
+from support.job import Job
+from support.proxy import Action, Answer, Exchange
+from support.script import Completed
+from support.servers import S3Server
 
 GIVEN_UP_SECONDS = 20
 
@@ -56,15 +57,14 @@ def test_missing_bucket_is_created(
     moto_job: Job, arguments: list[str], env: dict[str, str], region: str
 ) -> None:
     files = moto_job.make("a.dat")
-    assert_clean(moto_job(*arguments, env=env))
+    assert_clean(moto_job.run(*arguments, env=env))
     assert location(moto_job) == region
     assert moto_job.objects() == files
 
 
 def test_location_is_not_named_in_us_east_1(moto_job: Job) -> None:
     moto_job.make("a.dat")
-    moto_job.proxy  # noqa: B018
-    assert_clean(moto_job("--region", "us-east-1"))
+    assert_clean(moto_job.run("--region", "us-east-1"))
     (creation,) = (r for r in moto_job.proxy.requests if r.operation == "CreateBucket")
     assert creation.body_bytes == 0
 
@@ -73,8 +73,7 @@ def test_existing_bucket_is_used(job: Job) -> None:
     files = job.make("a.dat")
     job.create_bucket()
     job.server.client().put_object(Bucket=job.bucket, Key="older", Body=b"kept")
-    job.proxy  # noqa: B018
-    assert_clean(job())
+    assert_clean(job.run())
     assert job.proxy.count("CreateBucket") == 0
     assert job.objects() == {**files, "older": b"kept"}
 
@@ -84,8 +83,7 @@ def test_requests_go_to_the_region_of_the_bucket(moto_job: Job) -> None:
     replace(moto_job.server, region="ap-south-1").client().create_bucket(
         Bucket=moto_job.bucket, CreateBucketConfiguration={"LocationConstraint": "ap-south-1"}
     )
-    moto_job.proxy  # noqa: B018
-    assert_clean(moto_job())
+    assert_clean(moto_job.run())
     assert signing_regions(moto_job, "PutObject") == {"ap-south-1"}
 
 
@@ -95,7 +93,7 @@ def refuse_with_region(status: int) -> Action:
     def act(exchange: Exchange) -> None:
         answer = exchange.forward()
         answer.status = status
-        answer.set_header("x-amz-bucket-region", "ap-south-1")
+        answer.set_headers({"x-amz-bucket-region": "ap-south-1"})
         exchange.reply(answer)
 
     return act
@@ -106,14 +104,14 @@ def test_region_in_the_refusal_of_head_bucket_is_used(moto_job: Job, status: int
     moto_job.make("a.dat")
     moto_job.create_bucket()
     moto_job.proxy.add_fault(Fault(refuse_with_region(status), operation="HeadBucket"))
-    assert_clean(moto_job())
+    assert_clean(moto_job.run())
     assert signing_regions(moto_job, "PutObject") == {"ap-south-1"}
 
 
 def test_400_without_a_region_means_a_bad_credential(job: Job) -> None:
     job.make("a.dat")
     job.proxy.add_fault(Fault(answer(400, "Bad Request"), operation="HeadBucket"))
-    assert_stopped(job(), "credentials", "token")
+    assert_stopped(job.run(), "credentials", "token")
     assert not job.state_path.exists()
 
 
@@ -121,7 +119,7 @@ def test_400_without_a_region_means_a_bad_credential(job: Job) -> None:
 def test_bad_name_is_not_created(moto_job: Job, name: str) -> None:
     moto_job.make("a.dat")
     moto_job.proxy.add_fault(Fault(answer(404, "NoSuchBucket"), operation="HeadBucket"))
-    assert_stopped(moto_job("--bucketname", name), name, "63")
+    assert_stopped(moto_job.run("--bucketname", name), name, "63")
     assert moto_job.proxy.count("CreateBucket") == 0
     assert not moto_job.state_path.exists()
 
@@ -129,7 +127,7 @@ def test_bad_name_is_not_created(moto_job: Job, name: str) -> None:
 def test_name_that_is_taken(job: Job) -> None:
     job.make("a.dat")
     job.proxy.add_fault(Fault(answer(409, "BucketAlreadyExists"), operation="CreateBucket"))
-    assert_stopped(job(), job.bucket, "another account", "--bucketname")
+    assert_stopped(job.run(), job.bucket, "another account", "--bucketname")
     assert not job.state_path.exists()
 
 
@@ -138,14 +136,14 @@ def test_bucket_that_was_created_meanwhile_is_used(job: Job) -> None:
     job.create_bucket()
     job.proxy.add_fault(Fault(answer(404, "NoSuchBucket"), operation="HeadBucket", times=1))
     job.proxy.add_fault(Fault(answer(409, "BucketAlreadyOwnedByYou"), operation="CreateBucket"))
-    assert_clean(job())
+    assert_clean(job.run())
     assert job.objects() == files
 
 
 def test_credential_that_may_not_create(job: Job) -> None:
     job.make("a.dat")
     job.proxy.add_fault(Fault(answer(403, "AccessDenied"), operation="CreateBucket"))
-    assert_stopped(job(), job.bucket, "create", "AccessDenied")
+    assert_stopped(job.run(), job.bucket, "create", "AccessDenied")
     assert not job.state_path.exists()
 
 
@@ -157,7 +155,7 @@ def test_write_only_credential_that_may_not_look(job: Job) -> None:
     job.create_bucket()
     job.proxy.add_fault(Fault(answer(403, "AccessDenied"), method="HEAD"))
     job.proxy.add_fault(Fault(answer(403, "AccessDenied"), method="GET"))
-    assert_clean(job())
+    assert_clean(job.run())
     assert job.objects() == files
     assert job.proxy.count("CreateBucket") == 0
 
@@ -169,7 +167,7 @@ def many_files(job: Job) -> dict[str, bytes]:
 def test_bucket_of_someone_else(job: Job) -> None:
     files = many_files(job)
     job.proxy.add_fault(Fault(answer(403, "AccessDenied")))
-    completed = job("--max-concurrency", "8")
+    completed = job.run("--max-concurrency", "8")
     assert_stopped(completed, "AccessDenied", "s3:PutObject")
     assert lines_with(completed.stderr, "failed: ") == []
     assert job.state() == dict.fromkeys(files, 0)
@@ -187,7 +185,7 @@ def test_wrong_credentials(rclone_job: Job, changes: dict[str, Any], code: str) 
     files = many_files(rclone_job)
     rclone_job.create_bucket()
     server = replace(rclone_job.server, **changes)
-    completed = rclone_job(server=server)
+    completed = rclone_job.run(server=server)
     assert_stopped(completed, code, "check the credentials")
     assert lines_with(completed.stderr, "failed: ") == []
     assert rclone_job.state() == dict.fromkeys(files, 0)
@@ -197,9 +195,8 @@ def test_wrong_credentials(rclone_job: Job, changes: dict[str, Any], code: str) 
 
 def test_no_credentials(job: Job) -> None:
     job.make("a.dat")
-    job.proxy  # noqa: B018
     keys = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
-    completed = job(server=None, env=environment_without(job.endpoint, *keys))
+    completed = job.run(server=None, env=environment_without(job.endpoint, *keys))
     assert_stopped(completed, "credentials")
     assert job.proxy.requests == []
     assert not job.state_path.exists()
@@ -208,14 +205,13 @@ def test_no_credentials(job: Job) -> None:
 def test_half_of_the_credentials(job: Job) -> None:
     job.make("a.dat")
     env = environment_without(job.server, "AWS_SECRET_ACCESS_KEY")
-    assert_stopped(job(server=None, env=env), "credentials")
+    assert_stopped(job.run(server=None, env=env), "credentials")
     assert not job.state_path.exists()
 
 
 def test_unknown_profile(job: Job) -> None:
     job.make("a.dat")
-    job.proxy  # noqa: B018
-    assert_stopped(job("--profile", "no-such"), "no-such", "profile")
+    assert_stopped(job.run("--profile", "no-such"), "no-such", "profile")
     assert job.proxy.requests == []
     assert not job.state_path.exists()
 
@@ -230,7 +226,7 @@ def test_profile_is_used(rclone_job: Job, tmp_path: Path) -> None:
     names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SHARED_CREDENTIALS_FILE")
     env = environment_without(server, *names)
     env["AWS_SHARED_CREDENTIALS_FILE"] = str(tmp_path / "credentials")
-    assert_clean(rclone_job("--profile", "backup", server=None, env=env))
+    assert_clean(rclone_job.run("--profile", "backup", server=None, env=env))
     assert rclone_job.objects() == files
 
 
@@ -240,7 +236,7 @@ def test_profile_is_used(rclone_job: Job, tmp_path: Path) -> None:
 def test_endpoint_url_is_used(job: Job, closed_port: int) -> None:
     files = job.make("a.dat")
     elsewhere = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{closed_port}"}
-    assert_clean(job("--endpoint-url", job.server.endpoint_url, env=elsewhere))
+    assert_clean(job.run("--endpoint-url", job.server.endpoint_url, env=elsewhere))
     assert job.objects() == files
 
 
@@ -262,7 +258,7 @@ def test_bad_endpoint_url(job: Job, url: str) -> None:
     job.make("a.dat")
     # Without an endpoint in the environment, an empty one must not mean AWS.
     env = environment_without(job.server, "AWS_ENDPOINT_URL") | NO_WAY_OUT
-    assert_stopped(job("--endpoint-url", url, server=None, env=env), "endpoint")
+    assert_stopped(job.run("--endpoint-url", url, server=None, env=env), "endpoint")
     assert not job.state_path.exists()
 
 
@@ -280,12 +276,12 @@ def assert_given_up(job: Job, run: Callable[[], Completed]) -> None:
 def test_closed_port_is_given_up(job: Job, closed_port: int) -> None:
     job.make("a.dat")
     url = f"http://127.0.0.1:{closed_port}"
-    assert_given_up(job, lambda: job("--endpoint-url", url))
+    assert_given_up(job, lambda: job.run("--endpoint-url", url))
 
 
 def test_name_that_does_not_resolve_is_given_up(job: Job) -> None:
     job.make("a.dat")
-    assert_given_up(job, lambda: job("--endpoint-url", "http://s3.invalid:9000"))
+    assert_given_up(job, lambda: job.run("--endpoint-url", "http://s3.invalid:9000"))
 
 
 @pytest.fixture
@@ -298,14 +294,14 @@ def silent_port() -> Iterator[int]:
 def test_server_that_says_nothing_is_given_up(job: Job, silent_port: int) -> None:
     job.make("a.dat")
     url = f"http://127.0.0.1:{silent_port}"
-    assert_given_up(job, lambda: job("--endpoint-url", url))
+    assert_given_up(job, lambda: job.run("--endpoint-url", url))
 
 
 def test_server_that_only_fails_is_given_up(job: Job) -> None:
     job.make("a.dat")
     job.proxy.add_fault(Fault(answer(503, "SlowDown")))
     started = time.monotonic()
-    assert_stopped(job(), "503")
+    assert_stopped(job.run(), "503")
     assert time.monotonic() - started < GIVEN_UP_SECONDS
 
 
@@ -318,7 +314,7 @@ def say_yes(exchange: Exchange) -> None:
 def test_answer_without_an_etag_proves_nothing(job: Job) -> None:
     job.make("a.dat")
     job.proxy.add_fault(Fault(say_yes))
-    assert_failed(job(), [job.folder / "a.dat"])
+    assert_failed(job.run(), [job.folder / "a.dat"])
     assert job.state() == {"a.dat": 0}
     assert "ETag" in job.errors()["a.dat"]
 
@@ -340,7 +336,7 @@ def test_what_every_upload_would_meet_stops_the_run(
 ) -> None:
     files = many_files(job)
     job.proxy.add_fault(Fault(answer(status, code), operation="PutObject", after=5))
-    completed = job("--max-concurrency", "4")
+    completed = job.run("--max-concurrency", "4")
     assert_stopped(completed, *words)
     assert lines_with(completed.stderr, "failed: ") == []
     assert completed.stdout.count("\n") == 1  # the summary
@@ -359,7 +355,7 @@ def test_access_denied_on_one_key_fails_that_key(job: Job, code: str) -> None:
     files = job.make("a.dat", "denied.dat", "z.dat")
     denied = "denied.dat"
     job.proxy.add_fault(Fault(answer(403, code), operation="PutObject", key=denied))
-    assert_failed(job("--max-concurrency", "1"), [job.folder / denied])
+    assert_failed(job.run("--max-concurrency", "1"), [job.folder / denied])
     assert job.state() == {key: int(key != denied) for key in files}
     assert code in job.errors()[denied]
 
@@ -373,9 +369,8 @@ def test_expected_bucket_owner_is_sent(job: Job, exists: bool) -> None:
     (job.folder / "large").write_bytes(bytes(6 * MIB))
     if exists:
         job.create_bucket()
-    job.proxy  # noqa: B018
     sizes = ("--multipart-threshold", "6MiB", "--multipart-chunksize", "5MiB")
-    assert_clean(job("--expected-bucket-owner", "123456789012", *sizes))
+    assert_clean(job.run("--expected-bucket-owner", "123456789012", *sizes))
     seen = {r.operation for r in job.proxy.requests}
     assert seen >= {"HeadBucket", "PutObject", "UploadPart", "CompleteMultipartUpload"}
     assert ("CreateBucket" in seen) is not exists
@@ -396,7 +391,7 @@ def test_storage_class_and_encryption_are_sent(moto_job: Job, name: str) -> None
     (moto_job.folder / "large").write_bytes(bytes(6 * MIB))
     sizes = ("--multipart-threshold", "6MiB", "--multipart-chunksize", "5MiB")
     sse = ("--sse", "aws:kms", "--sse-kms-key-id", "backup-key")
-    assert_clean(moto_job("--storage-class", "STANDARD_IA", *sse, *sizes))
+    assert_clean(moto_job.run("--storage-class", "STANDARD_IA", *sse, *sizes))
     head = moto_job.server.client().head_object(Bucket=moto_job.bucket, Key=name)
     assert head["StorageClass"] == "STANDARD_IA"
     assert head["ServerSideEncryption"] == "aws:kms"

@@ -7,22 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Proxied
-from fault_proxy import (
-    Action,
-    Answer,
-    Exchange,
-    Fault,
-    answer,
-    drop,
-    drop_after_forward,
-    drop_mid_body,
-    pass_on,
-    stall,
-)
-from proxied_job import IN_PARTS, LARGE_BYTES, ProxiedJob, Start, small_files, some_bytes
-from script_runner import Completed, finish
-from servers import S3Server
+from support.faults import Fault, answer, drop, drop_after_forward, drop_mid_body, stall
+from support.files import IN_PARTS, LARGE_BYTES, small_files, some_bytes
+from support.job import Job, Start
+from support.proxy import Action, Answer, Exchange, pass_on
+from support.script import Completed, finish
+from support.servers import S3Server
 
 
 @pytest.fixture(params=["classic", "crt"])
@@ -34,21 +24,21 @@ def transfer_client(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def make_job(
     proxied: Proxied, bucket_name: str, backup_folder: Path, start: Start, rclone_s3: S3Server
-) -> Callable[..., ProxiedJob]:
+) -> Callable[..., Job]:
     """Makes a job on rclone's server, the faster one; its arguments are the job's options."""
-    return lambda *options: ProxiedJob(
+    return lambda *options: Job(
         rclone_s3, proxied, bucket=bucket_name, folder=backup_folder, start=start, options=options
     )
 
 
 @pytest.fixture
-def job(make_job: Callable[..., ProxiedJob], transfer_client: str) -> ProxiedJob:
+def job(make_job: Callable[..., Job], transfer_client: str) -> Job:
     """A job for each of the clients."""
     return make_job("--preferred-transfer-client", transfer_client)
 
 
 @pytest.fixture
-def large_job(make_job: Callable[..., ProxiedJob]) -> ProxiedJob:
+def large_job(make_job: Callable[..., Job]) -> Job:
     """A job of large files: these are always sent by boto3."""
     return make_job()
 
@@ -65,10 +55,10 @@ def stop_messages(completed: Completed) -> list[str]:
 
 @pytest.mark.parametrize(("way", "transfer_client"), [("drops-all", "classic"), ("refuses", "crt")])
 def test_an_endpoint_that_goes_away_for_good_stops_the_run_with_one_message(
-    job: ProxiedJob, way: str
+    job: Job, way: str
 ) -> None:
     files = small_files(300)
-    job.make(files)
+    job.write(files)
     if way == "drops-all":
         job.proxy.add_fault(Fault(drop(), after=30))
     started = time.monotonic()
@@ -81,13 +71,13 @@ def test_an_endpoint_that_goes_away_for_good_stops_the_run_with_one_message(
     assert time.monotonic() - started > 50  # it did not give up at once
     (message,) = stop_messages(completed)
     assert "reached" in message
-    assert set(job.entries()) == set(files)
+    assert set(job.state()) == set(files)
     assert len(job.uploaded()) < 100
     job.check_state_is_true()
 
 
-def test_a_server_that_stalls_once_is_ridden_out(job: ProxiedJob) -> None:
-    job.make({"f": b"some bytes"})
+def test_a_server_that_stalls_once_is_ridden_out(job: Job) -> None:
+    job.write({"f": b"some bytes"})
     fault = job.proxy.add_fault(Fault(stall(600), operation="PutObject", times=1))
     assert job.run(timeout=100).returncode == 0
     assert (fault.hits, job.proxy.count("PutObject")) == (1, 2)
@@ -105,23 +95,23 @@ def test_a_server_that_stalls_once_is_ridden_out(job: ProxiedJob) -> None:
     ],
 )
 def test_what_every_file_would_meet_stops_the_run_with_one_message(
-    job: ProxiedJob, status: int, code: str, said: str
+    job: Job, status: int, code: str, said: str
 ) -> None:
     files = small_files(300)
-    job.make(files)
+    job.write(files)
     job.proxy.add_fault(Fault(answer(status, code), operation="PutObject"))
     completed = job.run("--max-concurrency", "32")
     assert completed.returncode == 2
     (message,) = stop_messages(completed)
     assert code in message
     assert said in message
-    assert set(job.entries()) == set(files)
+    assert set(job.state()) == set(files)
     assert job.uploaded() == set()
     assert job.proxy.count("PutObject") < 150
 
 
-def test_a_token_that_expires_in_the_middle_stops_the_run(job: ProxiedJob) -> None:
-    job.make(small_files(100))
+def test_a_token_that_expires_in_the_middle_stops_the_run(job: Job) -> None:
+    job.write(small_files(100))
     job.proxy.add_fault(Fault(answer(400, "ExpiredToken"), operation="PutObject", after=40))
     completed = job.run()
     assert completed.returncode == 2
@@ -135,8 +125,8 @@ def test_a_token_that_expires_in_the_middle_stops_the_run(job: ProxiedJob) -> No
 
 
 @pytest.mark.parametrize("denied", ["d0/0000.dat", "d6/0048.dat"], ids=["first", "late"])
-def test_a_key_that_is_denied_is_one_failure(job: ProxiedJob, denied: str) -> None:
-    job.make(small_files(50))
+def test_a_key_that_is_denied_is_one_failure(job: Job, denied: str) -> None:
+    job.write(small_files(50))
     job.proxy.add_fault(Fault(answer(403, "AccessDenied"), operation="PutObject", key=denied))
     job.check_failed(job.run(), denied, said="AccessDenied")
 
@@ -144,8 +134,8 @@ def test_a_key_that_is_denied_is_one_failure(job: ProxiedJob, denied: str) -> No
 # --- Trouble that passes ---------------------------------------------------------------------
 
 
-def test_a_fifth_refused_and_a_twentieth_dropped_loses_nothing(job: ProxiedJob) -> None:
-    job.make(small_files(500))
+def test_a_fifth_refused_and_a_twentieth_dropped_loses_nothing(job: Job) -> None:
+    job.write(small_files(500))
     unavailable = job.proxy.add_fault(Fault(answer(503, "SlowDown"), one_in=5))
     dropped = job.proxy.add_fault(Fault(drop(), one_in=20))
     completed = job.run(timeout=120)
@@ -170,8 +160,8 @@ def test_a_fifth_refused_and_a_twentieth_dropped_loses_nothing(job: ProxiedJob) 
         pytest.param(answer(409, "OperationAborted"), id="OperationAborted"),
     ],
 )
-def test_trouble_that_passes_is_ridden_out(job: ProxiedJob, action: Action) -> None:
-    job.make({**small_files(20), "large": some_bytes(LARGE_BYTES)})
+def test_trouble_that_passes_is_ridden_out(job: Job, action: Action) -> None:
+    job.write({**small_files(20), "large": some_bytes(LARGE_BYTES)})
     faults = [
         job.proxy.add_fault(Fault(action, operation="PutObject", times=4)),
         job.proxy.add_fault(Fault(action, operation="UploadPart", times=2)),
@@ -189,9 +179,9 @@ def test_trouble_that_passes_is_ridden_out(job: ProxiedJob, action: Action) -> N
     [pytest.param(drop(), id="drop"), pytest.param(answer(503, "SlowDown"), id="SlowDown")],
 )
 def test_trouble_with_the_requests_around_is_ridden_out(
-    large_job: ProxiedJob, operation: str, action: Action
+    large_job: Job, operation: str, action: Action
 ) -> None:
-    large_job.make({"large": some_bytes(LARGE_BYTES)})
+    large_job.write({"large": some_bytes(LARGE_BYTES)})
     fault = large_job.proxy.add_fault(Fault(action, operation=operation, times=2))
     assert large_job.run(*IN_PARTS).returncode == 0
     assert fault.hits == 2
@@ -212,8 +202,8 @@ def away(seconds: float) -> Action:
     return act
 
 
-def test_an_endpoint_that_is_away_for_ten_seconds_is_waited_for(job: ProxiedJob) -> None:
-    job.make({**small_files(200), "large": some_bytes(LARGE_BYTES)})
+def test_an_endpoint_that_is_away_for_ten_seconds_is_waited_for(job: Job) -> None:
+    job.write({**small_files(200), "large": some_bytes(LARGE_BYTES)})
     fault = job.proxy.add_fault(Fault(away(10), after=50))
     completed = job.run(*IN_PARTS)
     assert completed.returncode == 0
@@ -222,7 +212,7 @@ def test_an_endpoint_that_is_away_for_ten_seconds_is_waited_for(job: ProxiedJob)
     job.check_all_is_there()
 
 
-def test_an_error_inside_a_good_answer_to_complete_is_an_error(large_job: ProxiedJob) -> None:
+def test_an_error_inside_a_good_answer_to_complete_is_an_error(large_job: Job) -> None:
     def act(exchange: Exchange) -> None:
         body = (
             b'<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>InternalError</Code>'
@@ -232,7 +222,7 @@ def test_an_error_inside_a_good_answer_to_complete_is_an_error(large_job: Proxie
         headers = [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))]
         exchange.reply(Answer(200, "OK", headers, [body], len(body)))
 
-    large_job.make({"large": some_bytes(LARGE_BYTES)})
+    large_job.write({"large": some_bytes(LARGE_BYTES)})
     fault = large_job.proxy.add_fault(Fault(act, operation="CompleteMultipartUpload", times=1))
     assert large_job.run(*IN_PARTS).returncode == 0
     assert fault.hits == 1

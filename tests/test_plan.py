@@ -11,11 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from fault_proxy import Fault, call
-from jobs import NOBODY, Job, assert_clean, assert_failed, assert_stopped, lines_with
-from systems import needs_byte_names, needs_fifos, needs_long_paths, needs_permissions
-
-pytest_plugins = ["job_fixtures"]
+from support.checks import assert_clean, assert_failed, assert_stopped, lines_with
+from support.faults import Fault, call
+from support.job import NOBODY, Job
+from support.systems import needs_byte_names, needs_fifos, needs_long_paths, needs_permissions
 
 HUNG_SECONDS = 60
 
@@ -25,14 +24,14 @@ HUNG_SECONDS = 60
 
 def test_nested_folders_become_keys(job: Job) -> None:
     files = job.make("a.dat", "sub/a.dat", "sub/deep/er/b.dat", "sub.dat", ".hidden/.c")
-    assert_clean(job())
+    assert_clean(job.run())
     assert job.objects() == files
     assert job.state() == dict.fromkeys(files, 1)
 
 
 def test_filepath_is_absolute(job: Job) -> None:
     job.make("sub/a.dat")
-    assert_clean(job("--backupfolder", "backup"))
+    assert_clean(job.run("--backupfolder", "backup"))
     (entry,) = job.entries()
     assert (entry["filepath"], entry["filename"]) == (str(job.folder / "sub/a.dat"), "sub/a.dat")
 
@@ -43,7 +42,7 @@ def test_keys_do_not_depend_on_how_the_folder_is_written(
 ) -> None:
     files = job.make("a.dat", "sub/b.dat")
     (tmp_path / "link").symlink_to(job.folder)
-    assert_clean(job("--backupfolder", written))
+    assert_clean(job.run("--backupfolder", written))
     assert job.objects() == files
 
 
@@ -52,14 +51,14 @@ def test_walk_is_sorted(job: Job) -> None:
     if sys.platform == "linux":  # elsewhere it may be the same name as "b"
         names.append("B")
     job.make(*names)
-    assert_clean(job())
+    assert_clean(job.run())
     assert [e["filename"] for e in job.entries()] == sorted(names, key=lambda n: n.split("/"))
 
 
 @pytest.mark.parametrize("prefix", ["daily/", "daily-", "a b/ä/"])
 def test_prefix_is_put_in_front(job: Job, prefix: str) -> None:
     files = job.make("a.dat", "sub/b.dat")
-    assert_clean(job("--prefix", prefix))
+    assert_clean(job.run("--prefix", prefix))
     assert job.objects() == {prefix + key: content for key, content in files.items()}
     assert set(job.state()) == set(job.objects())
 
@@ -73,7 +72,7 @@ def name_of_key(length: int) -> str:
 def test_key_of_1024_bytes_is_sent_and_longer_ones_fail(job: Job) -> None:
     fits, too_long = name_of_key(1024), name_of_key(1025)
     job.make(fits, too_long)
-    assert_failed(job(), [job.folder / too_long])
+    assert_failed(job.run(), [job.folder / too_long])
     assert list(job.objects()) == [fits]
     assert job.state() == {fits: 1, too_long: 0}
     assert "1025 bytes" in job.errors()[too_long]
@@ -83,7 +82,7 @@ def test_key_of_1024_bytes_is_sent_and_longer_ones_fail(job: Job) -> None:
 def test_prefix_and_bytes_count_in_the_length_of_a_key(job: Job) -> None:
     key = name_of_key(900) + "ä" * 60
     job.make(key, "a.dat")
-    assert_failed(job("--prefix", "12345"), [job.folder / key])
+    assert_failed(job.run("--prefix", "12345"), [job.folder / key])
     assert job.state() == {"12345a.dat": 1, "12345" + key: 0}
 
 
@@ -95,7 +94,7 @@ def test_name_that_is_not_utf8_fails(job: Job, name: bytes) -> None:
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(path, "wb") as file:
         file.write(b"bytes")
-    completed = job()
+    completed = job.run()
     assert completed.returncode == 1
     assert len(lines_with(completed.stderr, "failed: ")) == 1
     assert completed.stderr.isascii()
@@ -112,7 +111,7 @@ def test_name_that_is_not_utf8_fails(job: Job, name: bytes) -> None:
 def test_unreadable_file_fails(job: Job) -> None:
     job.make("a.dat", "secret.dat", "z.dat")
     (job.folder / "secret.dat").chmod(0)
-    assert_failed(job(user=NOBODY), [job.folder / "secret.dat"])
+    assert_failed(job.run(user=NOBODY), [job.folder / "secret.dat"])
     assert job.state() == {"a.dat": 1, "secret.dat": 0, "z.dat": 1}
     assert "permission denied" in job.errors()["secret.dat"]
     assert set(job.objects()) == {"a.dat", "z.dat"}
@@ -123,7 +122,7 @@ def test_unreadable_folder_fails_and_the_crash_run_walks_it(job: Job) -> None:
     files = job.make("a.dat", "secret/b.dat", "secret/deep/c.dat", "z.dat")
     secret = job.folder / "secret"
     secret.chmod(0)
-    assert_failed(job(user=NOBODY), [secret])
+    assert_failed(job.run(user=NOBODY), [secret])
     assert {e["filepath"]: e["uploadedSuccess"] for e in job.entries()} == {
         str(job.folder / "a.dat"): 1,
         str(secret): 0,
@@ -132,7 +131,6 @@ def test_unreadable_folder_fails_and_the_crash_run_walks_it(job: Job) -> None:
     assert_failed(job.crash_run(user=NOBODY), [secret])
 
     secret.chmod(0o755)
-    job.proxy  # noqa: B018
     assert_clean(job.crash_run(user=NOBODY))
     assert sorted(job.puts()) == ["secret/b.dat", "secret/deep/c.dat"]
     assert job.state() == dict.fromkeys(files, 1)
@@ -143,7 +141,7 @@ def test_unreadable_folder_fails_and_the_crash_run_walks_it(job: Job) -> None:
 def test_folder_that_may_be_listed_but_not_entered_fails(job: Job) -> None:
     job.make("a.dat", "secret/b.dat")
     (job.folder / "secret").chmod(0o644)
-    assert_failed(job(user=NOBODY), [job.folder / "secret/b.dat"])
+    assert_failed(job.run(user=NOBODY), [job.folder / "secret/b.dat"])
     assert job.state() == {"a.dat": 1, "secret/b.dat": 0}
 
 
@@ -152,7 +150,7 @@ def test_folder_that_may_be_listed_but_not_entered_fails(job: Job) -> None:
 def test_unreadable_backup_folder_fails_and_the_crash_run_walks_it(job: Job, prefix: str) -> None:
     job.make("a.dat", "sub/b.dat")
     job.folder.chmod(0)
-    assert_failed(job("--prefix", prefix, user=NOBODY), [job.folder])
+    assert_failed(job.run("--prefix", prefix, user=NOBODY), [job.folder])
     assert [e["uploadedSuccess"] for e in job.entries()] == [0]
     job.folder.chmod(0o755)
     assert_clean(job.crash_run("--prefix", prefix, user=NOBODY))
@@ -164,7 +162,7 @@ def test_broken_link_fails_until_it_is_mended(job: Job, tmp_path: Path) -> None:
     job.make("a.dat")
     link = job.folder / "link.dat"
     link.symlink_to(tmp_path / "target.dat")
-    assert_failed(job(), [link])
+    assert_failed(job.run(), [link])
     assert job.state() == {"a.dat": 1, "link.dat": 0}
     assert "link" in job.errors()["link.dat"]
     (tmp_path / "target.dat").write_bytes(b"found")
@@ -175,7 +173,7 @@ def test_broken_link_fails_until_it_is_mended(job: Job, tmp_path: Path) -> None:
 def test_link_to_itself_fails(job: Job) -> None:
     job.make("a.dat")
     (job.folder / "self").symlink_to("self")
-    assert_failed(job(), [job.folder / "self"])
+    assert_failed(job.run(), [job.folder / "self"])
     assert job.state() == {"a.dat": 1, "self": 0}
 
 
@@ -185,7 +183,7 @@ def test_file_that_vanishes_after_the_walk_fails(job: Job) -> None:
     job.proxy.add_fault(
         Fault(call(lambda _: (job.folder / "b.dat").unlink()), key="a.dat", operation="PutObject")
     )
-    assert_failed(job("--max-concurrency", "1"), [job.folder / "b.dat"])
+    assert_failed(job.run("--max-concurrency", "1"), [job.folder / "b.dat"])
     assert job.state() == {"a.dat": 1, "b.dat": 0, "c.dat": 1}
     assert "vanished" in job.errors()["b.dat"]
 
@@ -201,7 +199,7 @@ def test_links_are_followed_to_the_outside(job: Job, tmp_path: Path) -> None:
     (job.folder / "file-link").symlink_to(outside / "b.dat")
     (job.folder / "folder-link").symlink_to(outside)
     (job.folder / "same-again").symlink_to("folder-link")
-    assert_clean(job())
+    assert_clean(job.run())
     assert job.objects() == {
         "a.dat": b"bytes of a.dat",
         "file-link": b"outside",
@@ -215,7 +213,7 @@ def test_link_back_to_a_folder_above_is_a_notice(job: Job, target: str) -> None:
     files = job.make("a.dat", "sub/b.dat", "sub/deep/c.dat")
     link = job.folder / "sub" / "deep" / "loop"
     link.symlink_to(Path(target))
-    completed = job(timeout=HUNG_SECONDS)
+    completed = job.run(timeout=HUNG_SECONDS)
     assert completed.returncode == 0
     (notice,) = lines_with(completed.stderr, "notice: ")
     assert str(link) in notice
@@ -230,7 +228,7 @@ def test_links_between_two_folders_end(job: Job, tmp_path: Path) -> None:
         (tmp_path / name / f"{name}.dat").write_bytes(b"bytes")
         (tmp_path / name / "link").symlink_to(tmp_path / other)
     (job.folder / "one").symlink_to(tmp_path / "one")
-    completed = job(timeout=HUNG_SECONDS)
+    completed = job.run(timeout=HUNG_SECONDS)
     assert completed.returncode == 0
     assert set(job.state()) == {"a.dat", "one/one.dat", "one/link/two.dat"}
 
@@ -243,7 +241,7 @@ def test_no_follow_symlinks_skips_every_link_with_a_notice(job: Job, tmp_path: P
     links = [job.folder / name for name in targets]
     for name, target in targets.items():
         (job.folder / name).symlink_to(target)
-    completed = job("--no-follow-symlinks", "--verbose")
+    completed = job.run("--no-follow-symlinks", "--verbose")
     assert completed.returncode == 0
     notices = lines_with(completed.stderr, "notice: ")
     assert len(notices) == len(links)
@@ -255,7 +253,7 @@ def test_no_follow_symlinks_skips_every_link_with_a_notice(job: Job, tmp_path: P
 def test_no_follow_symlinks_follows_the_backup_folder_itself(job: Job, tmp_path: Path) -> None:
     files = job.make("a.dat")
     (tmp_path / "link").symlink_to(job.folder)
-    assert_clean(job("--no-follow-symlinks", "--backupfolder", "link"))
+    assert_clean(job.run("--no-follow-symlinks", "--backupfolder", "link"))
     assert job.objects() == files
 
 
@@ -280,7 +278,7 @@ def make_device_link(path: Path) -> None:
 def test_special_file_is_a_notice(job: Job, make: Callable[[Path], None]) -> None:
     files = job.make("a.dat", "z.dat")
     make(job.folder / "special")
-    completed = job(timeout=HUNG_SECONDS)
+    completed = job.run(timeout=HUNG_SECONDS)
     assert completed.returncode == 0
     (notice,) = completed.stderr.splitlines()
     assert notice.startswith("notice: ")
@@ -297,7 +295,7 @@ def test_file_that_turns_into_a_fifo_after_the_walk_does_not_hang(job: Job) -> N
         os.mkfifo(job.folder / "b.dat")
 
     job.proxy.add_fault(Fault(call(replace), key="a.dat", operation="PutObject"))
-    completed = job("--max-concurrency", "1", timeout=HUNG_SECONDS)
+    completed = job.run("--max-concurrency", "1", timeout=HUNG_SECONDS)
     assert_failed(completed, [job.folder / "b.dat"])
     assert job.state() == {"a.dat": 1, "b.dat": 0}
 
@@ -307,7 +305,7 @@ def test_many_notices_of_a_kind_are_counted(job: Job) -> None:
     job.make("a.dat")
     for number in range(20):
         os.mkfifo(job.folder / f"fifo-{number:02}")
-    completed = job()
+    completed = job.run()
     assert completed.returncode == 0
     listed = lines_with(completed.stderr, str(job.folder))
     (counted,) = set(completed.stderr.splitlines()) - set(listed)
@@ -322,10 +320,10 @@ def test_own_files_in_the_folder_are_left_out(job: Job) -> None:
     files = job.make("a.dat", "sub/state.json", "state.json.bak", "zz/state.json.lock")
     state = job.folder / "state.json"
     for _ in range(2):  # the second run finds all of them there
-        assert_clean(job("--statefile", state))
+        assert_clean(job.run("--statefile", state))
         assert state.exists()
         (job.folder / "state.json.tmp").write_text("left by a kill")
-    assert_clean(job("--statefile", state, "--crashrun", "1"))
+    assert_clean(job.run("--statefile", state, "--crashrun", "1"))
     assert job.objects() == files
 
 
@@ -344,7 +342,7 @@ def test_own_files_are_left_out_where_a_link_leads_to_them(job: Job, tmp_path: P
     (tmp_path / "states" / "other.txt").touch()
     (job.folder / "link").symlink_to(tmp_path / "states")
     for _ in range(2):
-        assert_clean(job("--statefile", tmp_path / "states" / "state.json"))
+        assert_clean(job.run("--statefile", tmp_path / "states" / "state.json"))
     assert set(job.objects()) == {"a.dat", "link/other.txt"}
 
 
@@ -352,7 +350,7 @@ def test_own_files_are_left_out_when_named_through_a_link(job: Job, tmp_path: Pa
     files = job.make("a.dat")
     (tmp_path / "link").symlink_to(job.folder)
     for _ in range(2):
-        assert_clean(job("--statefile", tmp_path / "link" / "state.json"))
+        assert_clean(job.run("--statefile", tmp_path / "link" / "state.json"))
     assert job.objects() == files
 
 
@@ -360,7 +358,7 @@ def test_link_in_the_folder_that_is_the_state_file_is_left_out(job: Job, tmp_pat
     files = job.make("a.dat")
     (tmp_path / "kept.json").write_text("[]")
     (job.folder / "state.json").symlink_to(tmp_path / "kept.json")
-    assert_clean(job("--statefile", job.folder / "state.json"))
+    assert_clean(job.run("--statefile", job.folder / "state.json"))
     assert job.objects() == files
 
 
@@ -404,14 +402,14 @@ TREE = (
 )
 def test_exclude(job: Job, globs: list[str], left_out: set[str]) -> None:
     job.make(*TREE)
-    listed = job("--dryrun", *(word for glob in globs for word in ("--exclude", glob)))
+    listed = job.run("--dryrun", *(word for glob in globs for word in ("--exclude", glob)))
     assert (listed.returncode, listed.stderr) == (0, "")
     assert {name for name in TREE if f" {job.folder / name} " not in listed.stdout} == left_out
 
 
 def test_excluded_files_are_neither_sent_nor_in_the_state(job: Job) -> None:
     job.make(*TREE)
-    assert_clean(job("--exclude", "*.tmp"))
+    assert_clean(job.run("--exclude", "*.tmp"))
     kept = set(TREE) - {"a.tmp", "conf.d/b.tmp"}
     assert set(job.objects()) == set(job.state()) == kept
 
@@ -420,7 +418,7 @@ def test_excluded_files_are_neither_sent_nor_in_the_state(job: Job) -> None:
 def test_exclude_of_all_below_a_folder_spares_a_look_into_it(job: Job) -> None:
     files = job.make("a.dat", "lost+found/b.dat")
     (job.folder / "lost+found").chmod(0)
-    assert_clean(job("--exclude", "lost+found/*", user=NOBODY))
+    assert_clean(job.run("--exclude", "lost+found/*", user=NOBODY))
     assert set(job.objects()) == {"a.dat"} < set(files)
 
 
@@ -432,7 +430,7 @@ def test_excluded_trouble_is_no_trouble(job: Job, name: str) -> None:
     (job.folder / "broken").symlink_to("missing")
     os.mkfifo(job.folder / "fifo")
     others = {"secret.dat", "broken", "fifo"} - {name}
-    completed = job("--exclude", name, user=NOBODY)
+    completed = job.run("--exclude", name, user=NOBODY)
     assert name not in completed.stderr
     assert [other for other in others if other not in completed.stderr] == []
 
@@ -441,7 +439,7 @@ def test_excluded_trouble_is_no_trouble(job: Job, name: str) -> None:
 def test_exclude_holds_for_a_folder_that_a_crash_run_walks(job: Job) -> None:
     job.make("a.dat", "secret/b.dat", "secret/c.tmp")
     (job.folder / "secret").chmod(0)
-    assert job("--exclude", "*.tmp", user=NOBODY).returncode == 1
+    assert job.run("--exclude", "*.tmp", user=NOBODY).returncode == 1
     (job.folder / "secret").chmod(0o755)
     assert_clean(job.crash_run("--exclude", "*.tmp", user=NOBODY))
     assert set(job.objects()) == {"a.dat", "secret/b.dat"}
@@ -451,7 +449,7 @@ def test_exclude_holds_for_a_folder_that_a_crash_run_walks(job: Job) -> None:
 def test_exclude_holds_for_the_files_of_a_crash_run(job: Job) -> None:
     job.make("a.dat", "b.dat")
     (job.folder / "b.dat").chmod(0)
-    assert job(user=NOBODY).returncode == 1
+    assert job.run(user=NOBODY).returncode == 1
     (job.folder / "b.dat").chmod(0o644)
     job.crash_run("--exclude", "b.*", user=NOBODY)
     assert set(job.objects()) == {"a.dat"}
@@ -462,7 +460,7 @@ def test_exclude_holds_for_the_files_of_a_crash_run(job: Job) -> None:
 
 def test_dry_run_lists_what_would_be_sent(job: Job) -> None:
     job.make("a.dat", "sub/b.dat")
-    completed = job("--dryrun", "--prefix", "daily/")
+    completed = job.run("--dryrun", "--prefix", "daily/")
     assert (completed.returncode, completed.stderr) == (0, "")
     *listed, summary = completed.stdout.splitlines()
     assert len(listed) == 2
@@ -474,21 +472,20 @@ def test_dry_run_lists_what_would_be_sent(job: Job) -> None:
 
 def test_dry_run_touches_neither_bucket_nor_state(job: Job) -> None:
     job.make("a.dat")
-    job.proxy  # noqa: B018
-    assert job("--dryrun").returncode == 0
+    assert job.run("--dryrun").returncode == 0
     assert list(job.state_path.parent.iterdir()) == []
     assert job.proxy.requests == []
 
 
 def test_dry_run_needs_no_credentials(job: Job) -> None:
     job.make("a.dat")
-    assert job("--dryrun", server=None).returncode == 0
+    assert job.run("--dryrun", server=None).returncode == 0
 
 
 def test_dry_run_says_what_could_not_be_sent(job: Job) -> None:
     job.make("a.dat")
     (job.folder / "broken").symlink_to("missing")
-    completed = job("--dryrun")
+    completed = job.run("--dryrun")
     assert_failed(completed, [job.folder / "broken"])
     assert len(lines_with(completed.stdout, "would upload")) == 1
 
@@ -497,7 +494,7 @@ def test_dry_run_of_a_crash_run_lists_what_is_missing(job: Job) -> None:
     job.make("a.dat", "b.dat", "c.tmp")
     (job.folder / "b.dat").unlink()
     (job.folder / "b.dat").symlink_to("target")
-    assert job("--exclude", "*.tmp").returncode == 1
+    assert job.run("--exclude", "*.tmp").returncode == 1
     (job.folder / "target").write_bytes(b"found")
     before = job.state_path.read_bytes()
     completed = job.crash_run("--dryrun")
@@ -513,7 +510,7 @@ def test_dry_run_of_a_crash_run_lists_what_is_missing(job: Job) -> None:
 @pytest.mark.parametrize("arguments", [[], ["--dryrun"]])
 def test_empty_folder_is_said(job: Job, arguments: list[str]) -> None:
     (job.folder / "empty" / "too").mkdir(parents=True)
-    completed = job(*arguments)
+    completed = job.run(*arguments)
     assert completed.returncode == 0
     (said,) = completed.stderr.splitlines()
     assert str(job.folder) in said
@@ -522,11 +519,11 @@ def test_empty_folder_is_said(job: Job, arguments: list[str]) -> None:
 
 def test_empty_folder_of_which_files_were_uploaded_is_refused(job: Job) -> None:
     job.make("a.dat", "b.dat")
-    assert_clean(job())
+    assert_clean(job.run())
     before = job.state_path.read_bytes()
     for name in ("a.dat", "b.dat"):
         (job.folder / name).unlink()
-    assert_stopped(job(), str(job.folder), "uploaded files")
+    assert_stopped(job.run(), str(job.folder), "uploaded files")
     assert job.state_path.read_bytes() == before
 
 

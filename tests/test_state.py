@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fault_proxy import Fault, answer, call, delay
-from jobs import NOBODY, Job, assert_clean, assert_failed, assert_stopped, named, prelude
-from script_runner import finish, is_root, wait_until
-from systems import (
-    WINDOWS_FORBIDS,
+from support.checks import assert_clean, assert_failed, assert_stopped
+from support.faults import Fault, answer, call, delay
+from support.files import WINDOWS_FORBIDS
+from support.job import NOBODY, Job, named, prelude
+from support.script import finish, is_root, wait_until
+from support.systems import (
     needs_limits,
     needs_limits_of_others,
     needs_permissions,
@@ -26,8 +27,6 @@ from systems import (
 
 if sys.platform != "win32":
     import resource
-
-pytest_plugins = ["job_fixtures"]
 
 
 def write_state(job: Job, *entries: object) -> bytes:
@@ -39,7 +38,7 @@ def write_state(job: Job, *entries: object) -> bytes:
 def assert_refused(job: Job, state: bytes, *words: str, arguments: tuple[str, ...] = ()) -> None:
     """Check that a run stops with these words, asks the server nothing and keeps the state."""
     proxy = job.proxy
-    assert_stopped(job(*arguments), *words)
+    assert_stopped(job.run(*arguments), *words)
     assert proxy.requests == []
     assert job.state_path.read_bytes() == state
 
@@ -50,7 +49,7 @@ def assert_refused(job: Job, state: bytes, *words: str, arguments: tuple[str, ..
 def test_fields_of_an_uploaded_file(job: Job) -> None:
     (content,) = job.make("sub/a.dat").values()
     path = job.folder / "sub/a.dat"
-    assert_clean(job())
+    assert_clean(job.run())
     assert job.entries() == [
         {
             "filepath": str(path),
@@ -67,7 +66,7 @@ def test_fields_of_an_uploaded_file(job: Job) -> None:
 def test_fields_of_a_failed_file(job: Job) -> None:
     job.make("a.dat")
     (job.folder / "b.dat").symlink_to("missing")
-    assert job().returncode == 1
+    assert job.run().returncode == 1
     failed = job.entries()[1]
     assert failed.pop("error")
     assert failed == {
@@ -84,7 +83,7 @@ def test_one_entry_a_line(job: Job) -> None:
         names = [name for name in names if not re.search(WINDOWS_FORBIDS, name)]
     job.make(*names)
     (job.folder / "z-broken").symlink_to("missing")
-    assert job().returncode == 1
+    assert job.run().returncode == 1
     lines = job.state_path.read_text(encoding="utf-8").splitlines()
     assert (lines[0], lines[-1]) == ("[", "]")
     entries = [json.loads(line.rstrip(",")) for line in lines[1:-1]]
@@ -97,7 +96,7 @@ def test_one_entry_a_line(job: Job) -> None:
 
 def test_names_are_readable_in_it(job: Job) -> None:
     job.make("Ünïcode 日本.dat")
-    assert_clean(job())
+    assert_clean(job.run())
     assert "Ünïcode 日本.dat" in job.state_path.read_text(encoding="utf-8")
 
 
@@ -110,7 +109,7 @@ def test_it_is_complete_before_the_first_upload(job: Job) -> None:
     job.proxy.add_fault(
         Fault(call(lambda _: seen.append(job.state())), operation="PutObject", times=1)
     )
-    assert_clean(job())
+    assert_clean(job.run())
     assert seen == [dict.fromkeys(files, 0)]
 
 
@@ -127,7 +126,7 @@ def watched(path="."):
     return scandir(path)
 os.scandir = watched
 """
-    assert_clean(job(python_flags=prelude(watch)))
+    assert_clean(job.run(python_flags=prelude(watch)))
     (entry,) = json.loads(copy.read_text(encoding="utf-8"))
     assert (entry["filepath"], entry["uploadedSuccess"]) == (str(job.folder), 0)
     # What a kill at that moment would have left is enough for a crash run.
@@ -160,14 +159,14 @@ def test_it_never_says_uploaded_before_the_server_has(job: Job) -> None:
 
     job.proxy.add_fault(Fault(delay(0.1), operation="PutObject", one_in=2))
     job.proxy.add_fault(Fault(call(lambda request: check(request.key)), operation="PutObject"))
-    assert_clean(job("--max-concurrency", "2"))
+    assert_clean(job.run("--max-concurrency", "2"))
     assert wrong == []
 
 
 @needs_replace_of_open_files
 def test_a_reader_never_sees_half_of_it(job: Job) -> None:
     job.make(*(f"{number:03}" for number in range(150)))
-    assert_clean(job())
+    assert_clean(job.run())
     job.proxy.add_fault(Fault(delay(0.05), operation="PutObject"))
     ended = threading.Event()
     sizes: set[int] = set()
@@ -184,7 +183,7 @@ def test_a_reader_never_sees_half_of_it(job: Job) -> None:
     reader = threading.Thread(target=read)
     reader.start()
     try:
-        completed = job("--max-concurrency", "2")
+        completed = job.run("--max-concurrency", "2")
     finally:
         ended.set()
         reader.join()
@@ -196,11 +195,11 @@ def test_a_reader_never_sees_half_of_it(job: Job) -> None:
 @needs_replace_of_open_files
 def test_an_open_state_stays_as_it_was(job: Job) -> None:
     files = job.make("a.dat", "b.dat")
-    assert_clean(job())
+    assert_clean(job.run())
     before = job.state_path.read_bytes()
     with job.state_path.open("rb") as held:
         job.make("c.dat")
-        assert_clean(job())
+        assert_clean(job.run())
         assert held.read() == before
     assert job.state() == dict.fromkeys([*files, "c.dat"], 1)
 
@@ -208,7 +207,7 @@ def test_an_open_state_stays_as_it_was(job: Job) -> None:
 def test_no_temporary_file_is_left(job: Job) -> None:
     job.make("a.dat")
     (job.state_path.parent / "state.json.tmp").write_text("left by a kill")
-    assert_clean(job())
+    assert_clean(job.run())
     names = {path.name for path in job.state_path.parent.iterdir()}
     assert names == {"state.json", "state.json.lock"}
 
@@ -218,7 +217,7 @@ def test_a_link_to_the_state_stays_a_link(job: Job, tmp_path: Path) -> None:
     target = tmp_path / "kept.json"
     job.state_path.symlink_to(target)
     for _ in range(2):
-        assert_clean(job())
+        assert_clean(job.run())
     assert job.state_path.is_symlink()
     assert job.state() == {"a.dat": 1}
     assert not target.is_symlink()
@@ -229,7 +228,7 @@ def test_its_mode_stays(job: Job) -> None:
     job.make("a.dat")
     job.state_path.write_text("[]")
     job.state_path.chmod(0o640)
-    assert_clean(job())
+    assert_clean(job.run())
     assert job.state_path.stat().st_mode & 0o777 == 0o640
 
 
@@ -243,7 +242,7 @@ def test_a_second_run_is_refused_until_the_first_is_gone(job: Job) -> None:
     wait_until(lambda: job.proxy.count("PutObject"), 60, "the first run's upload")
     before, requests = job.state_path.read_bytes(), len(job.proxy.requests)
     for arguments in ((), ("--crashrun", "1")):
-        assert_stopped(job(*arguments), named(first), "--statefile")
+        assert_stopped(job.run(*arguments), named(first), "--statefile")
     assert job.state_path.read_bytes() == before
     assert len(job.proxy.requests) == requests
 
@@ -257,7 +256,7 @@ def test_a_second_run_is_refused_until_the_first_is_gone(job: Job) -> None:
 def test_a_lock_left_by_a_dead_run_is_no_lock(job: Job) -> None:
     job.make("a.dat")
     (job.state_path.parent / "state.json.lock").write_text(str(os.getpid()))
-    assert_clean(job())
+    assert_clean(job.run())
 
 
 def test_two_links_to_one_state_are_one_lock(job: Job, tmp_path: Path) -> None:
@@ -267,7 +266,7 @@ def test_two_links_to_one_state_are_one_lock(job: Job, tmp_path: Path) -> None:
     link.symlink_to(job.state_path)
     first = job.start()
     wait_until(lambda: job.proxy.count("PutObject"), 60, "the first run's upload")
-    assert_stopped(job("--statefile", link, timeout=60), named(first))
+    assert_stopped(job.run("--statefile", link, timeout=60), named(first))
 
 
 def test_runs_with_states_of_their_own_go_side_by_side(job: Job, tmp_path: Path) -> None:
@@ -275,7 +274,7 @@ def test_runs_with_states_of_their_own_go_side_by_side(job: Job, tmp_path: Path)
     held = job.proxy.add_fault(Fault(delay(600), operation="PutObject", times=1))
     job.start()
     wait_until(lambda: held.hits, 60, "the first run's upload")
-    assert_clean(job("--statefile", tmp_path / "other.json"))
+    assert_clean(job.run("--statefile", tmp_path / "other.json"))
 
 
 # --- Whose it is -----------------------------------------------------------------------------
@@ -316,7 +315,7 @@ def test_a_crash_run_of_another_job_is_refused(job: Job, other: Any) -> None:
 def test_another_job_that_is_done_may_be_replaced(job: Job, other: Any) -> None:
     job.make("a.dat")
     write_state(job, {**other(job), "uploadedSuccess": 1})
-    assert_clean(job())
+    assert_clean(job.run())
     assert job.state() == {"a.dat": 1}
 
 
@@ -329,7 +328,7 @@ def test_own_failures_do_not_stop_the_next_run(
 ) -> None:
     job.make("a.dat", "a.tmp")
     write_state(job, job.pending_entry(key, bucket=job.bucket))
-    completed = job(*arguments)
+    completed = job.run(*arguments)
     assert completed.returncode == 0
     assert job.state()["a.dat"] == 1
 
@@ -389,9 +388,8 @@ def test_crash_run_sends_a_file_as_it_is_now(job: Job) -> None:
 
 def test_crash_run_with_nothing_to_do(job: Job) -> None:
     files = job.make("a.dat")
-    assert_clean(job())
+    assert_clean(job.run())
     before = job.state_path.read_bytes()
-    job.proxy  # noqa: B018
     assert_clean(job.crash_run())
     assert job.puts() == []
     assert job.objects() == files
@@ -403,7 +401,6 @@ def test_crash_run_without_a_state_is_refused(job: Job, content: bytes | None) -
     job.make("a.dat")
     if content is not None:
         job.state_path.write_bytes(content)
-    job.proxy  # noqa: B018
     assert_stopped(job.crash_run(), "--crashrun", "state")
     assert job.proxy.requests == []
     assert content is None or job.state_path.read_bytes() == content
@@ -480,8 +477,7 @@ def test_path_that_cannot_be_is_a_failure_or_a_refusal(job: Job, name: str) -> N
 def test_state_that_is_a_folder_is_refused(job: Job) -> None:
     job.make("a.dat")
     job.state_path.mkdir()
-    job.proxy  # noqa: B018
-    assert_stopped(job(), str(job.state_path))
+    assert_stopped(job.run(), str(job.state_path))
     assert job.proxy.requests == []
 
 
@@ -490,8 +486,7 @@ def test_unreadable_state_is_refused(job: Job) -> None:
     job.make("a.dat")
     state = write_state(job)
     job.state_path.chmod(0)
-    job.proxy  # noqa: B018
-    assert_stopped(job(user=NOBODY), str(job.state_path))
+    assert_stopped(job.run(user=NOBODY), str(job.state_path))
     assert job.proxy.requests == []
     job.state_path.chmod(0o600)
     assert job.state_path.read_bytes() == state
@@ -504,9 +499,8 @@ def test_unreadable_state_is_refused(job: Job) -> None:
 def old_state(job: Job) -> bytes:
     """The state of an earlier run of the job, after which a file came."""
     job.make(*(f"{number:03}" for number in range(50)))
-    assert_clean(job())
+    assert_clean(job.run())
     job.make("new.dat")
-    job.proxy  # noqa: B018
     return job.state_path.read_bytes()
 
 
@@ -519,7 +513,7 @@ def file_size_limit(size_bytes: int) -> list[str]:
 @needs_limits
 @pytest.mark.parametrize("size_bytes", [0, 100])  # no room for the lock's text, or for an entry
 def test_full_disk_keeps_the_old_state(job: Job, old_state: bytes, size_bytes: int) -> None:
-    assert_stopped(job(python_flags=file_size_limit(size_bytes)), str(job.state_path))
+    assert_stopped(job.run(python_flags=file_size_limit(size_bytes)), str(job.state_path))
     assert job.state_path.read_bytes() == old_state
     assert job.puts() == []
     assert not Path(f"{job.state_path}.tmp").exists()
@@ -537,7 +531,7 @@ def test_full_disk_keeps_the_old_state_in_a_crash_run(job: Job) -> None:
 def test_disk_that_is_full_after_the_walk_leaves_enough_for_a_crash_run(job: Job) -> None:
     files = job.make(*(f"{number:03}" for number in range(50)))
     # Room for the folder's entry, and not for those of its files.
-    assert_stopped(job(python_flags=file_size_limit(1000)), str(job.state_path))
+    assert_stopped(job.run(python_flags=file_size_limit(1000)), str(job.state_path))
     assert_clean(job.crash_run())
     assert job.objects() == files
 
@@ -572,8 +566,7 @@ def test_disk_that_fills_during_the_run_keeps_the_last_state(job: Job) -> None:
 def test_folder_of_the_state_that_cannot_be_written(job: Job, name: str) -> None:
     job.make("a.dat")
     (job.folder / "locked").mkdir(mode=0o555)
-    job.proxy  # noqa: B018
-    completed = job("--statefile", job.folder / name, user=NOBODY)
+    completed = job.run("--statefile", job.folder / name, user=NOBODY)
     assert_stopped(completed, str(job.folder / name), "--statefile")
     assert job.proxy.requests == []
 
@@ -581,7 +574,7 @@ def test_folder_of_the_state_that_cannot_be_written(job: Job, name: str) -> None
 def test_first_run_keeps_what_it_knows_when_the_bucket_refuses(job: Job) -> None:
     files = job.make("a.dat", "b.dat")
     job.proxy.add_fault(Fault(answer(403, "AccessDenied")))
-    assert job().returncode == 2
+    assert job.run().returncode == 2
     assert job.state() == dict.fromkeys(files, 0)
     job.proxy.clear_faults()
     assert_clean(job.crash_run())
@@ -592,5 +585,5 @@ def test_first_run_keeps_what_it_knows_when_the_bucket_refuses(job: Job) -> None
 def test_device_is_no_state_file(job: Job) -> None:
     job.make("a.dat")
     os.mknod(job.state_path, 0o600 | stat.S_IFCHR, os.makedev(1, 3))
-    assert_stopped(job(), "regular file")
+    assert_stopped(job.run(), "regular file")
     assert stat.S_ISCHR(job.state_path.stat().st_mode)

@@ -170,6 +170,10 @@ class Exchange:
         self.content_length = int(request.headers.get("Content-Length", 0))
         self.body = self._read_body()
 
+    def ask_more(self, query: str) -> None:
+        """Add to the query, such as `&max-keys=2`, for a server that checks no signature."""
+        self._connection.path += query
+
     def limit_rate(self, bytes_per_second: float) -> None:
         """Let the bodies of this exchange pass at no more than that rate."""
         self._limits.append(RateLimit(bytes_per_second, self._proxy.closing))
@@ -247,6 +251,8 @@ class Exchange:
     def _counted(self, source: Iterable[bytes]) -> Iterator[bytes]:
         for chunk in source:
             self.request.body_bytes += len(chunk)
+            if self._proxy.on_bytes:
+                self._proxy.on_bytes(time.monotonic())
             yield chunk
 
     def _read_sized(self, size_bytes: int) -> Iterator[bytes]:
@@ -388,6 +394,7 @@ class FaultProxy:
         ask: how a request that is passed on gets its answer; by asking the server, without it.
 
     `bandwidth` may be set: the rate of all bodies, both ways, over all connections together.
+    `on_bytes`, if set, is called with the time when some bytes of a request's body have come.
     """
 
     def __init__(
@@ -405,6 +412,7 @@ class FaultProxy:
         self.closing = threading.Event()
         self.bandwidth: RateLimit | None = None
         self.errors: list[BaseException] = []
+        self.on_bytes: Callable[[float], object] | None = None
         self.is_tls = tls
         self._ca = ca
         self._contexts: dict[str, ssl.SSLContext] = {}

@@ -9,11 +9,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import Proxied
-from fault_proxy import Fault, Request, answer, call, delay
-from proxied_job import ProxiedJob, Start, small_files
-from script_runner import finish, wait_until
-from servers import S3Server
+from support.faults import Fault, answer, call, delay
+from support.files import small_files
+from support.job import Job, Start
+from support.proxy import Request
+from support.script import finish, wait_until
+from support.servers import S3Server
 
 FILES_THAT_PAY = 1000
 CLIENT_OPTION = "--preferred-transfer-client"
@@ -27,8 +28,8 @@ on_linux = pytest.mark.skipif(not Path("/proc").exists(), reason="looks into /pr
 @pytest.fixture
 def job(
     proxied: Proxied, bucket_name: str, backup_folder: Path, start: Start, rclone_s3: S3Server
-) -> ProxiedJob:
-    return ProxiedJob(rclone_s3, proxied, bucket=bucket_name, folder=backup_folder, start=start)
+) -> Job:
+    return Job(rclone_s3, proxied, bucket=bucket_name, folder=backup_folder, start=start)
 
 
 def workers_of(pid: int) -> list[int]:
@@ -45,10 +46,10 @@ def is_alive(pid: int) -> bool:
 
 
 def start_with_workers(
-    job: ProxiedJob, *, after_puts: int = 100
+    job: Job, *, after_puts: int = 100
 ) -> tuple[subprocess.Popen[str], list[int]]:
     """Start a run of so many files that it has workers; return when they are at work."""
-    job.make(small_files(FILES_THAT_PAY))
+    job.write(small_files(FILES_THAT_PAY))
     job.proxy.add_fault(Fault(delay(0.05), operation="PutObject"))
     process = job.start(CLIENT_OPTION, "classic")
     job.wait_for("PutObject", after_puts)
@@ -58,8 +59,8 @@ def start_with_workers(
 @many_cores
 @on_linux
 @pytest.mark.parametrize("client", ["classic", "crt"])
-def test_many_files_are_spread_over_processes(job: ProxiedJob, client: str) -> None:
-    job.make(small_files(FILES_THAT_PAY * 4 if client == "crt" else FILES_THAT_PAY))
+def test_many_files_are_spread_over_processes(job: Job, client: str) -> None:
+    job.write(small_files(FILES_THAT_PAY * 4 if client == "crt" else FILES_THAT_PAY))
     process = job.start(CLIENT_OPTION, client)
     job.wait_for("PutObject", 1)
     assert len(workers_of(process.pid)) > 1
@@ -69,8 +70,8 @@ def test_many_files_are_spread_over_processes(job: ProxiedJob, client: str) -> N
 
 
 @on_linux
-def test_few_files_are_sent_in_one_process(job: ProxiedJob) -> None:
-    job.make(small_files(300))
+def test_few_files_are_sent_in_one_process(job: Job) -> None:
+    job.write(small_files(300))
     job.proxy.add_fault(Fault(delay(0.05), operation="PutObject"))
     process = job.start(CLIENT_OPTION, "classic")
     job.wait_for("PutObject", 50)
@@ -80,7 +81,7 @@ def test_few_files_are_sent_in_one_process(job: ProxiedJob) -> None:
 
 @many_cores
 @on_linux
-def test_a_killed_worker_costs_no_file(job: ProxiedJob) -> None:
+def test_a_killed_worker_costs_no_file(job: Job) -> None:
     process, workers = start_with_workers(job)
     os.kill(workers[0], signal.SIGKILL)
     completed = finish(process)
@@ -90,8 +91,8 @@ def test_a_killed_worker_costs_no_file(job: ProxiedJob) -> None:
 
 @many_cores
 @on_linux
-def test_a_file_that_kills_every_worker_fails_and_stops_nothing_else(job: ProxiedJob) -> None:
-    job.make(small_files(FILES_THAT_PAY))
+def test_a_file_that_kills_every_worker_fails_and_stops_nothing_else(job: Job) -> None:
+    job.write(small_files(FILES_THAT_PAY))
     deadly = "d0/0000.dat"
 
     def kill_workers(_: Request) -> None:
@@ -106,7 +107,7 @@ def test_a_file_that_kills_every_worker_fails_and_stops_nothing_else(job: Proxie
 
 @many_cores
 @on_linux
-def test_workers_end_with_a_killed_run_and_do_not_keep_the_lock(job: ProxiedJob) -> None:
+def test_workers_end_with_a_killed_run_and_do_not_keep_the_lock(job: Job) -> None:
     process, workers = start_with_workers(job)
     assert workers
     process.kill()
@@ -121,9 +122,7 @@ def test_workers_end_with_a_killed_run_and_do_not_keep_the_lock(job: ProxiedJob)
 @many_cores
 @on_linux
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_to_the_whole_group_is_answered_once(
-    job: ProxiedJob, signum: int, code: int
-) -> None:
+def test_a_signal_to_the_whole_group_is_answered_once(job: Job, signum: int, code: int) -> None:
     process, workers = start_with_workers(job)
     os.killpg(process.pid, signum)
     completed = finish(process, timeout=10)
@@ -138,9 +137,9 @@ def test_a_signal_to_the_whole_group_is_answered_once(
 
 
 @many_cores
-def test_what_every_file_would_meet_is_said_once_by_all_workers(job: ProxiedJob) -> None:
+def test_what_every_file_would_meet_is_said_once_by_all_workers(job: Job) -> None:
     files = small_files(FILES_THAT_PAY)
-    job.make(files)
+    job.write(files)
     job.proxy.add_fault(Fault(answer(403, "ExpiredToken"), operation="PutObject", after=300))
     completed = job.run(CLIENT_OPTION, "classic")
     assert completed.returncode == 2
@@ -151,8 +150,8 @@ def test_what_every_file_would_meet_is_said_once_by_all_workers(job: ProxiedJob)
 
 
 @many_cores
-def test_worker_processes_ride_out_faults(job: ProxiedJob) -> None:
-    job.make(small_files(FILES_THAT_PAY))
+def test_worker_processes_ride_out_faults(job: Job) -> None:
+    job.write(small_files(FILES_THAT_PAY))
     job.proxy.add_fault(Fault(answer(503, "SlowDown"), operation="PutObject", one_in=20))
     completed = job.run(CLIENT_OPTION, "classic")
     assert (completed.returncode, completed.stderr) == (0, "")
@@ -162,7 +161,7 @@ def test_worker_processes_ride_out_faults(job: ProxiedJob) -> None:
 # --- The AWS Common Runtime ------------------------------------------------------------------
 
 
-def put_of(job: ProxiedJob, key: str) -> Request:
+def put_of(job: Job, key: str) -> Request:
     """The PutObject of a key."""
     (request,) = (r for r in job.requests("PutObject") if r.key == key)
     return request
@@ -174,8 +173,8 @@ def is_by_crt(request: Request) -> bool:
 
 
 @pytest.mark.parametrize(("client", "by_crt"), [("auto", True), ("crt", True), ("classic", False)])
-def test_preferred_transfer_client(job: ProxiedJob, client: str, by_crt: bool) -> None:
-    job.make({"a.txt": b"bytes"})
+def test_preferred_transfer_client(job: Job, client: str, by_crt: bool) -> None:
+    job.write({"a.txt": b"bytes"})
     assert job.run(CLIENT_OPTION, client).returncode == 0
     assert is_by_crt(put_of(job, "a.txt")) == by_crt
     job.check_all_is_there()
@@ -189,12 +188,12 @@ CRT_CANNOT = {
 
 @pytest.mark.parametrize("why", CRT_CANNOT)
 def test_where_the_crt_cannot_do_what_is_asked_boto3_sends(
-    job: ProxiedJob, tmp_path: Path, why: str
+    job: Job, tmp_path: Path, why: str
 ) -> None:
     (tmp_path / "awscrt.py").write_text("raise ImportError")
     places = {"url": job.server.endpoint_url, "folder": str(tmp_path)}
     env = {name: value.format(**places) for name, value in CRT_CANNOT[why].items()}
-    job.make({"a.txt": b"bytes"})
+    job.write({"a.txt": b"bytes"})
     refused = job.run(CLIENT_OPTION, "crt", env=env)
     assert (refused.returncode, refused.stdout) == (2, "")
     assert re.fullmatch(r"s3FileTransfer: cannot use the AWS Common Runtime: .+\n", refused.stderr)
@@ -208,9 +207,9 @@ OF_ONE_REQUEST = {"authorization", "x-amz-date", "user-agent", "accept", "connec
 OF_ONE_CLIENT = {"amz-sdk-invocation-id", "amz-sdk-request", "accept-encoding"}
 
 
-def test_the_crt_sends_the_request_that_boto3_sends(job: ProxiedJob) -> None:
+def test_the_crt_sends_the_request_that_boto3_sends(job: Job) -> None:
     keys = ("plain.txt", "no extension", "sp ace+%&#?'\"ü~*()!$,;=:@.bin", "deep/er/file.html")
-    job.make({key: key.encode() for key in keys})
+    job.write({key: key.encode() for key in keys})
     options: tuple[str, ...] = (
         "--storage-class",
         "STANDARD",

@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Proxied
-from fault_proxy import Fault, call, delay, slow, stall
-from proxied_job import IN_PARTS, LARGE_BYTES, ProxiedJob, Start, small_files, some_bytes
-from script_runner import finish, wait_until
-from servers import S3Server
+from support.faults import Fault, call, delay, slow, stall
+from support.files import IN_PARTS, LARGE_BYTES, small_files, some_bytes
+from support.job import Job, Start
+from support.script import finish, wait_until
+from support.servers import S3Server
 
 if sys.platform == "win32":
     pytest.skip("POSIX only: SIGTERM and SIGHUP as signals", allow_module_level=True)
@@ -28,8 +28,8 @@ ENDS_WITHIN_SECONDS = 10
 @pytest.fixture
 def job(
     proxied: Proxied, bucket_name: str, backup_folder: Path, start: Start, moto_s3: S3Server
-) -> ProxiedJob:
-    return ProxiedJob(moto_s3, proxied, bucket=bucket_name, folder=backup_folder, start=start)
+) -> Job:
+    return Job(moto_s3, proxied, bucket=bucket_name, folder=backup_folder, start=start)
 
 
 def ended_by(process: subprocess.Popen[str], signum: int) -> tuple[int, str, str]:
@@ -40,9 +40,9 @@ def ended_by(process: subprocess.Popen[str], signum: int) -> tuple[int, str, str
 
 
 @pytest.mark.parametrize(("signum", "code"), SIGNALS)
-def test_a_signal_among_small_files_ends_the_run(job: ProxiedJob, signum: int, code: int) -> None:
+def test_a_signal_among_small_files_ends_the_run(job: Job, signum: int, code: int) -> None:
     files = small_files(200)
-    job.make(files)
+    job.write(files)
     job.proxy.add_fault(Fault(delay(0.2), operation="PutObject"))
     process = job.start("--max-concurrency", "16")
     job.wait_for("PutObject", 40)
@@ -52,7 +52,7 @@ def test_a_signal_among_small_files_ends_the_run(job: ProxiedJob, signum: int, c
     assert "--crashrun 1" in sentence
     (summary,) = stdout.splitlines()
     assert "not yet sent" in summary
-    assert set(job.entries()) == set(files)
+    assert set(job.state()) == set(files)
     assert 0 < len(job.uploaded()) < 200
     job.check_state_is_true()
     job.proxy.clear_faults()
@@ -62,9 +62,9 @@ def test_a_signal_among_small_files_ends_the_run(job: ProxiedJob, signum: int, c
 
 @pytest.mark.parametrize(("signum", "code"), SIGNALS)
 def test_a_signal_during_a_multipart_upload_keeps_its_parts(
-    job: ProxiedJob, signum: int, code: int
+    job: Job, signum: int, code: int
 ) -> None:
-    job.make({"large": some_bytes(LARGE_BYTES)})
+    job.write({"large": some_bytes(LARGE_BYTES)})
     job.proxy.add_fault(Fault(stall(600), part_number=2))
     process = job.start(*IN_PARTS)
     job.wait_for("UploadPart", 3)
@@ -74,16 +74,16 @@ def test_a_signal_during_a_multipart_upload_keeps_its_parts(
     assert "--crashrun 1" in stderr
     assert len(stderr.splitlines()) == len(stdout.splitlines()) == 1
     assert job.uploaded() == set()
-    upload_id = job.entries()["large"]["upload_id"]
-    assert job.server.open_uploads(job.bucket) == [("large", upload_id, 2)]
+    upload_id = job.entry("large")["upload_id"]
+    assert job.open_uploads() == [("large", upload_id, 2)]
     job.proxy.clear_faults()
     assert job.crash_run(*IN_PARTS).returncode == 0
     assert job.sent_parts() == [1, 2, 2, 3]
     job.check_all_is_there()
 
 
-def test_no_new_file_starts_after_a_signal_and_those_in_flight_end(job: ProxiedJob) -> None:
-    job.make(small_files(100))
+def test_no_new_file_starts_after_a_signal_and_those_in_flight_end(job: Job) -> None:
+    job.write(small_files(100))
     job.proxy.add_fault(Fault(delay(2), operation="PutObject"))
     process = job.start("--max-concurrency", "8")
     job.wait_for("PutObject", 8)
@@ -93,8 +93,8 @@ def test_no_new_file_starts_after_a_signal_and_those_in_flight_end(job: ProxiedJ
     job.check_state_is_true()
 
 
-def test_a_slow_upload_is_cut_off(job: ProxiedJob) -> None:
-    job.make({"slow": some_bytes(1_000_000), "fast": b"fast"})
+def test_a_slow_upload_is_cut_off(job: Job) -> None:
+    job.write({"slow": some_bytes(1_000_000), "fast": b"fast"})
     job.proxy.add_fault(Fault(slow(1000), key="slow"))
     process = job.start()
     job.wait_for("PutObject", 2)
@@ -103,8 +103,8 @@ def test_a_slow_upload_is_cut_off(job: ProxiedJob) -> None:
     assert job.uploaded() == {"fast"}
 
 
-def test_a_signal_while_a_request_is_tried_again_ends_the_run(job: ProxiedJob) -> None:
-    job.make({"f": b"f"})
+def test_a_signal_while_a_request_is_tried_again_ends_the_run(job: Job) -> None:
+    job.write({"f": b"f"})
     fault = job.proxy.add_fault(Fault(call(hang_up), operation="PutObject"))
     process = job.start()
     wait_until(lambda: fault.hits >= 3, 30, "some tries")
@@ -116,8 +116,8 @@ def hang_up(_: object) -> None:
     raise ConnectionResetError
 
 
-def test_a_second_signal_ends_the_run_at_once(job: ProxiedJob) -> None:
-    job.make({"large": some_bytes(LARGE_BYTES)})
+def test_a_second_signal_ends_the_run_at_once(job: Job) -> None:
+    job.write({"large": some_bytes(LARGE_BYTES)})
     job.proxy.add_fault(Fault(stall(600), operation="UploadPart"))
     process = job.start(*IN_PARTS)
     job.wait_for("UploadPart", 1)
@@ -135,8 +135,8 @@ def test_a_second_signal_ends_the_run_at_once(job: ProxiedJob) -> None:
     job.check_state_is_true()
 
 
-def test_two_signals_at_once_are_one(job: ProxiedJob) -> None:
-    job.make(small_files(100))
+def test_two_signals_at_once_are_one(job: Job) -> None:
+    job.write(small_files(100))
     job.proxy.add_fault(Fault(delay(0.5), operation="PutObject"))
     process = job.start()
     job.wait_for("PutObject", 10)
@@ -158,8 +158,8 @@ def ignored(signum: int) -> Iterator[None]:
         signal.signal(signum, before)
 
 
-def test_a_hangup_ignored_at_the_start_stays_ignored(job: ProxiedJob) -> None:
-    job.make(small_files(60))
+def test_a_hangup_ignored_at_the_start_stays_ignored(job: Job) -> None:
+    job.write(small_files(60))
     job.proxy.add_fault(Fault(delay(0.2), operation="PutObject"))
     with ignored(signal.SIGHUP):
         process = job.start()
@@ -171,10 +171,8 @@ def test_a_hangup_ignored_at_the_start_stays_ignored(job: ProxiedJob) -> None:
 
 
 @pytest.mark.parametrize(("signum", "code"), SIGNALS)
-def test_a_signal_during_the_first_request_ends_the_run(
-    job: ProxiedJob, signum: int, code: int
-) -> None:
-    job.make({"f": b"f"})
+def test_a_signal_during_the_first_request_ends_the_run(job: Job, signum: int, code: int) -> None:
+    job.write({"f": b"f"})
     job.proxy.add_fault(Fault(stall(600)))
     process = job.start()
     job.wait_for("HeadBucket", 1)
@@ -184,8 +182,8 @@ def test_a_signal_during_the_first_request_ends_the_run(
     assert not job.state_path.exists()
 
 
-def test_a_signal_leaves_no_temporary_file(job: ProxiedJob) -> None:
-    job.make(small_files(50))
+def test_a_signal_leaves_no_temporary_file(job: Job) -> None:
+    job.write(small_files(50))
     job.proxy.add_fault(Fault(delay(0.5), operation="PutObject"))
     process = job.start()
     job.wait_for("PutObject", 10)

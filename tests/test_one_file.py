@@ -1,0 +1,367 @@
+"""How one file is sent in one part: what is read, hashed and sent, and what is taken as proof."""
+
+from __future__ import annotations
+
+import base64
+import errno
+import os
+import signal
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import NewJob
+from support.checks import assert_clean, assert_failed
+from support.faults import (
+    Fault,
+    answer,
+    call,
+    cut_before_etag,
+    drop_after_forward,
+    drop_mid_body,
+    flip_byte,
+    set_headers,
+    slow,
+    wrong_etag,
+)
+from support.files import IN_MEMORY_BYTES, IN_PARTS, LARGE_BYTES, MIB, md5, some_bytes
+from support.job import Job
+from support.proxy import Action
+from support.script import finish, wait_until
+from support.servers import S3Server
+from support.systems import needs_proc, needs_signals
+
+BODY = b"some bytes of a file"
+FOREIGN_ETAG = '"0123456789abcdef0123456789abcdef"'
+CHANGED = "changed while it was sent"
+# Read into memory, streamed, and sent in parts.
+SIZES_OF_WAYS = {"memory": 20, "streamed": IN_MEMORY_BYTES + MIB, "parts": LARGE_BYTES}
+AS_WAYS = ("--multipart-threshold", str(LARGE_BYTES - 1000), "--multipart-chunksize", "5MiB")
+
+
+@pytest.fixture
+def small_job(new_job: NewJob, rclone_server: S3Server, each_client: tuple[str, ...]) -> Job:
+    """A job by each of the clients, on a server that checks signatures and Content-MD5."""
+    return new_job(rclone_server, *each_client)
+
+
+def base64_md5(body: bytes) -> str:
+    return base64.b64encode(bytes.fromhex(md5(body))).decode()
+
+
+# --- What is sent ----------------------------------------------------------------------------
+
+SIZES = [0, 1, 256 * 1024, 256 * 1024 + 1, IN_MEMORY_BYTES, IN_MEMORY_BYTES + 1]
+CONTENT_TYPES = {
+    "a.txt": "text/plain",
+    "b.html": "text/html",
+    "c.tar.gz": "application/x-tar",
+    "d.jpg": "image/jpeg",
+    "large.json": "application/json",
+}
+
+
+def test_a_file_is_sent_once_with_its_md5_and_nothing_else_to_prove_it(small_job: Job) -> None:
+    job = small_job
+    files = {str(size): some_bytes(size) for size in SIZES}
+    job.write(files)
+    assert_clean(job.run())
+    job.check_all_is_there()
+    puts = {put.key: put for put in job.requests("PutObject")}
+    assert len(puts) == len(job.puts()) == len(files)
+    for key, body in files.items():
+        headers = puts[key].headers
+        assert headers["Content-MD5"] == base64_md5(body)
+        assert (job.entry(key)["etag"], job.entry(key)["size"]) == (md5(body), len(body))
+        names = {name.lower() for name in headers}
+        assert [n for n in names if "checksum" in n or "trailer" in n] == []
+        assert "aws-chunked" not in headers.get("Content-Encoding", "")
+        # To wait for leave to send costs a small file a whole round trip.
+        assert ("expect" in names) <= (len(body) > IN_MEMORY_BYTES)
+
+
+def test_an_object_has_the_type_and_the_time_of_its_file(
+    new_job: NewJob, moto_server: S3Server, each_client: tuple[str, ...]
+) -> None:
+    job = new_job(moto_server, *each_client)
+    large = {"large.json": some_bytes(IN_MEMORY_BYTES + 1)}
+    job.write({**dict.fromkeys(CONTENT_TYPES, BODY), "no extension": BODY, **large})
+    for path in job.folder.iterdir():
+        os.utime(path, ns=(0, 1_600_000_000_123_456_789))
+    assert_clean(job.run())
+    for key, content_type in CONTENT_TYPES.items():
+        assert job.head(key)["ContentType"] == content_type
+    untyped = {"binary/octet-stream", "application/octet-stream"}
+    assert job.head("no extension")["ContentType"] in untyped
+    for key in job.state():
+        assert job.head(key)["Metadata"]["mtime"] == "1600000000.123456789"
+
+
+# --- The proof -------------------------------------------------------------------------------
+
+BOTH_SIZES = {"small": BODY, "streamed": some_bytes(IN_MEMORY_BYTES + 1)}
+
+
+@pytest.mark.parametrize(
+    ("action", "said"),
+    [
+        pytest.param(wrong_etag(), "ETag", id="wrong-etag"),
+        pytest.param(set_headers({"ETag": ""}), "ETag is missing", id="no-etag"),
+        pytest.param(flip_byte(), "BadDigest", id="flipped-byte"),
+    ],
+)
+def test_what_is_damaged_again_and_again_is_tried_three_times_and_fails(
+    small_job: Job, action: Action, said: str
+) -> None:
+    job = small_job
+    job.write({**BOTH_SIZES, "good": b"good"})
+    job.proxy.add_fault(Fault(action, operation="PutObject", key=lambda key: key in BOTH_SIZES))
+    job.check_failed(job.run(), *BOTH_SIZES, said=said)
+    assert sorted(job.puts()) == sorted(["good", *BOTH_SIZES, *BOTH_SIZES, *BOTH_SIZES])
+    if said == "BadDigest":
+        assert set(job.in_bucket()) == {"good"}
+        assert "damage" in job.errors()["small"]
+
+
+@pytest.mark.parametrize(
+    "action",
+    [
+        pytest.param(wrong_etag(), id="wrong-etag"),
+        pytest.param(set_headers({"ETag": ""}), id="no-etag"),
+        pytest.param(flip_byte(), id="flipped-byte"),
+        pytest.param(cut_before_etag(), id="cut-answer"),
+        pytest.param(drop_after_forward(), id="lost-answer"),
+        pytest.param(answer(400, "BadDigest"), id="refused"),
+    ],
+)
+def test_a_fault_once_is_mended_by_sending_again(small_job: Job, action: Action) -> None:
+    job = small_job
+    job.write(BOTH_SIZES)
+    for key in BOTH_SIZES:
+        job.proxy.add_fault(Fault(action, operation="PutObject", key=key, times=1))
+    assert_clean(job.run())
+    assert sorted(job.puts()) == ["small", "small", "streamed", "streamed"]
+    job.check_all_is_there()
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"x-amz-server-side-encryption": "aws:kms"},
+        {"x-amz-server-side-encryption": "aws:kms:dsse"},
+        {"x-amz-server-side-encryption-customer-algorithm": "AES256"},
+    ],
+    ids=lambda headers: next(iter(headers.values())),
+)
+def test_an_etag_that_is_no_md5_is_not_compared(small_job: Job, headers: dict[str, str]) -> None:
+    small_job.write({"f": BODY})
+    small_job.proxy.add_fault(Fault(set_headers({**headers, "ETag": FOREIGN_ETAG})))
+    assert_clean(small_job.run())
+    small_job.check_all_is_there()
+    assert small_job.puts() == ["f"]
+
+
+def test_an_etag_under_the_servers_own_keys_is_compared(small_job: Job) -> None:
+    small_job.write({"f": BODY})
+    headers = {"x-amz-server-side-encryption": "AES256", "ETag": FOREIGN_ETAG}
+    small_job.proxy.add_fault(Fault(set_headers(headers), operation="PutObject"))
+    small_job.check_failed(small_job.run(), "f", said="ETag")
+
+
+# --- Files that change -----------------------------------------------------------------------
+
+
+def changing(job: Job, change: Callable[[Path], object], times: int | None = None) -> None:
+    """Make a file for each way of sending, which changes when its bytes are under way."""
+    job.write({key: some_bytes(size) for key, size in SIZES_OF_WAYS.items()} | {"good": b"good"})
+    for key in SIZES_OF_WAYS:
+        job.proxy.add_fault(
+            Fault(
+                call(lambda request: change(job.path(request.key))),
+                operation=("PutObject", "UploadPart"),
+                part_number=2 if key == "parts" else None,
+                key=key,
+                times=times,
+            )
+        )
+
+
+def append(path: Path) -> None:
+    with path.open("ab") as file:
+        file.write(b"one more line\n")
+
+
+def rewrite(path: Path) -> None:
+    path.write_bytes(os.urandom(path.stat().st_size))
+
+
+def shrink(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def test_a_growing_file_is_sent_as_long_as_it_was(each_job: Job) -> None:
+    job = each_job
+    changing(job, append)
+    at_first = job.in_folder()
+    assert_clean(job.run(*AS_WAYS))
+    now = job.in_folder()
+    assert {key for key in at_first if now[key] != at_first[key]} == set(SIZES_OF_WAYS)
+    assert job.in_bucket() == at_first
+    assert {key: job.entry(key)["size"] for key in SIZES_OF_WAYS} == SIZES_OF_WAYS
+
+
+def test_a_file_that_grows_in_the_middle_of_its_body_is_sent_as_long_as_it_was(job: Job) -> None:
+    job.write({"f": some_bytes(IN_MEMORY_BYTES + MIB)})
+    at_first = job.in_folder()
+    job.proxy.add_fault(Fault(slow(10 * MIB), operation="PutObject"))
+    process = job.start()
+    job.wait_for("PutObject")
+    while process.poll() is None and not job.requests("PutObject")[0].status:
+        append(job.path("f"))
+    assert_clean(finish(process))
+    assert job.in_bucket() == at_first
+
+
+@pytest.mark.parametrize("change", [rewrite, shrink])
+def test_a_file_that_changes_once_is_sent_again(job: Job, change: Callable[[Path], None]) -> None:
+    changing(job, change, times=1)
+    assert_clean(job.run(*AS_WAYS))
+    job.check_all_is_there()
+
+
+@pytest.mark.parametrize("change", [rewrite, shrink])
+def test_a_file_that_changes_all_the_time_is_tried_three_times(
+    job: Job, change: Callable[[Path], None]
+) -> None:
+    changing(job, change)
+    job.check_failed(job.run(*AS_WAYS), *SIZES_OF_WAYS, said=CHANGED)
+    tries = Counter(job.sent())
+    assert (tries["memory"], tries["parts"], tries["good"]) == (3, 3, 1)
+    assert job.open_uploads() == []
+
+
+# --- Files that cannot be read to their end --------------------------------------------------
+
+# In the script's process: each read of a file named so fails once it is past its first bytes.
+BAD_DISK = """\
+import errno, io, os
+
+def is_bad(file):
+    path = f"/proc/self/fd/{{file.fileno()}}"
+    return os.path.basename(os.readlink(path)).startswith("bad") and file.tell() >= {start}
+
+class FileIO(io.FileIO):
+    def read(self, *args):
+        if is_bad(self):
+            raise OSError({errno}, os.strerror({errno}))
+        return super().read(*args)
+
+    def readinto(self, buffer):
+        if is_bad(self):
+            raise OSError({errno}, os.strerror({errno}))
+        return super().readinto(buffer)
+
+    def readall(self):
+        if is_bad(self):
+            raise OSError({errno}, os.strerror({errno}))
+        return super().readall()
+
+io.FileIO = FileIO
+"""
+
+
+@needs_proc
+@pytest.mark.parametrize("start", [0, MIB], ids=["at-once", "in-the-middle"])
+def test_a_file_that_the_disk_cannot_read_fails_alone(job: Job, tmp_path: Path, start: int) -> None:
+    (tmp_path / "sitecustomize.py").write_text(BAD_DISK.format(errno=errno.EIO, start=start))
+    bad = {f"bad-{way}": size for way, size in SIZES_OF_WAYS.items() if size > start}
+    job.write({key: some_bytes(size) for key, size in bad.items()} | {"good": b"good"})
+    completed = job.run(*AS_WAYS, env={"PYTHONPATH": str(tmp_path)})
+    job.check_failed(completed, *bad, said=f"{os.strerror(errno.EIO).lower()}; check the disk")
+    assert set(job.in_bucket()) == {"good"}
+    assert_clean(job.crash_run(*AS_WAYS))
+    job.check_all_is_there()
+
+
+@needs_proc
+def test_a_file_that_holds_more_than_its_size_fails(job: Job) -> None:
+    job.make("a.dat")
+    (job.folder / "version").symlink_to("/proc/version")
+    completed = job.run()
+    assert_failed(completed, [job.folder / "version"])
+    assert "more than its size" in job.errors()["version"]
+    assert set(job.in_bucket()) == {"a.dat"}
+
+
+# --- --max-bandwidth -------------------------------------------------------------------------
+
+RATE_BYTES = 2_000_000
+LIMIT = ("--max-bandwidth", "2MB/s")
+
+
+def seconds_of(job: Job, *options: str) -> float:
+    """Run to a good end; return the time from the first to the last byte, as the proxy saw it."""
+    seen: list[float] = []
+    job.proxy.on_bytes = seen.append
+    assert_clean(job.run(*LIMIT, *options))
+    return seen[-1] - seen[0]
+
+
+def test_small_files_take_as_long_as_the_limit_says(small_job: Job) -> None:
+    # By several processes: the limit is for all of them together.
+    files = {f"{number:03}": os.urandom(20_000) for number in range(200)}
+    small_job.write(files)
+    total = sum(map(len, files.values()))
+    # The first file may leave at once, and what was sent last is seen when it begins to arrive.
+    assert seconds_of(small_job) > 0.9 * total / RATE_BYTES
+    small_job.check_all_is_there()
+    assert len(small_job.puts()) == len(files)
+
+
+@pytest.mark.parametrize("way", ["memory", "streamed", "parts"])
+def test_a_large_file_takes_as_long_as_the_limit_says(job: Job, way: str) -> None:
+    size = {"memory": 4 * MIB, "streamed": IN_MEMORY_BYTES + 1, "parts": LARGE_BYTES}[way]
+    rate = ("--max-bandwidth", "5MB/s")
+    job.write({"f": os.urandom(size)})
+    assert seconds_of(job, *rate, *(IN_PARTS if way == "parts" else ())) > 0.8 * size / 5_000_000
+    # Each byte once: a body is not read to be signed, and nothing is tried twice.
+    assert sum(r.body_bytes for r in job.requests("PutObject", "UploadPart")) == size
+    job.check_all_is_there()
+
+
+@pytest.mark.parametrize("rate", ["10kB/s", "1TB/s", " 0.7 mb/s ", "1MiB"])
+def test_rates_are_written_like_sizes(job: Job, rate: str) -> None:
+    job.make(*(f"{number:03}" for number in range(100)))
+    assert_clean(job.run("--max-bandwidth", rate))
+    job.check_all_is_there()
+
+
+@pytest.mark.parametrize(
+    "action",
+    [answer(503, "SlowDown"), drop_mid_body(), flip_byte()],
+    ids=["throttled", "cut-off", "damaged"],
+)
+def test_what_fails_once_is_sent_again_below_a_limit(job: Job, action: Action) -> None:
+    job.write({key: some_bytes(size) for key, size in SIZES_OF_WAYS.items()})
+    faults = [
+        job.proxy.add_fault(Fault(action, operation=operation, times=2))
+        for operation in ("PutObject", "UploadPart")
+    ]
+    assert_clean(job.run("--max-bandwidth", "100MB/s", *AS_WAYS))
+    assert [fault.hits for fault in faults] == [2, 2]
+    job.check_all_is_there()
+
+
+@needs_signals
+def test_a_signal_ends_a_run_that_waits_for_its_turn(job: Job) -> None:
+    job.write({key: some_bytes(size) for key, size in SIZES_OF_WAYS.items()})
+    process = job.start("--max-bandwidth", "100kB/s", *AS_WAYS)
+    wait_until(lambda: job.requests("PutObject"), 60, "the first upload")
+    process.send_signal(signal.SIGTERM)
+    completed = finish(process, timeout=30)
+    assert completed.returncode == 143
+    assert "--crashrun 1" in completed.stderr
+    assert 0 in job.state().values()
+    assert_clean(job.crash_run(*AS_WAYS))
+    job.check_all_is_there()
