@@ -967,7 +967,7 @@ def build_client(
     except (botocore.exceptions.BotoCoreError, ValueError) as error:
         why = f"cannot start S3: {one_line(error)}"
         raise StopRun(f"{why}; check profile, credentials and endpoint") from error
-    client.meta.events.register_last("before-call.s3.PutObject", send_small_body_at_once)
+    client.meta.events.register_first("before-call.s3.PutObject", send_small_body_at_once)
 
     def name_owner(params: dict[str, Any], model: Any, **_: object) -> None:
         if "ExpectedBucketOwner" in model.input_shape.members:  # CreateBucket lacks it
@@ -981,8 +981,7 @@ def build_client(
 def send_small_body_at_once(params: dict[str, Any], **_: object) -> None:
     """Spare small puts the `Expect: 100-continue` round trip (a botocore event handler)."""
     if isinstance(params["body"], io.BytesIO):
-        params["headers"].pop("Expect", None)
-        # As bytes it leaves in the same packets as the headers.
+        # botocore waits for leave to send what it has to read; bytes leave with the headers.
         params["body"] = params["body"].getvalue()
 
 
