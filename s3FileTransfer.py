@@ -1023,7 +1023,7 @@ def trouble_of_answer(response: Any) -> UploadError:
     error = response.get("Error", {})
     code = str(error.get("Code") or status)
     said = f"S3 answered {code}"
-    message = one_line(error.get("Message") or "").rstrip(".")
+    message = shown(" ".join(str(error.get("Message") or "").split())).rstrip(".")
     if message.replace(" ", "").lower() not in ("", code.lower()):
         said += f" ({message})"
     for kind, codes in (("stops", STOPPING_CODES), ("stops at first", STOPPING_AT_FIRST_CODES)):

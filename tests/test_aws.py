@@ -14,9 +14,10 @@ import pytest
 import trustme
 from conftest import NewJob
 from support.aws import AwsRules, Upload, signing_region
-from support.checks import assert_clean
+from support.checks import assert_clean, assert_stopped
 from support.faults import (
     Fault,
+    answer,
     drop_after_forward,
     flip_byte,
     replace_in_answer,
@@ -275,3 +276,12 @@ def test_a_lost_answer_to_complete_costs_no_part(aws: Aws, is_kms: bool) -> None
     assert_clean(job.run(*IN_PARTS))
     assert job.sent_parts() == [1, 2, 3]
     job.check_all_is_there()
+
+
+def test_a_region_that_aws_refuses_stops_the_run(aws: Aws) -> None:
+    job = aws.job
+    job.make("a.dat")
+    refusal = Fault(answer(400, "IllegalLocationConstraintException"), operation="CreateBucket")
+    job.proxy.add_fault(refusal)
+    assert_stopped(job.run(), "create", "IllegalLocationConstraintException", "--region")
+    assert refusal.hits == 1

@@ -20,18 +20,12 @@ def assert_clean(completed: Completed) -> None:
 
 
 def assert_stopped(completed: Completed, *words: str) -> None:
-    """Check that a run ended with exit code 2 and one sentence that has these words."""
+    """Check that a run ended with exit code 2 and one sentence, no more, that has these words."""
     assert completed.returncode == 2, completed
-    said = [line for line in completed.stderr.splitlines() if line.startswith("s3FileTransfer: ")]
-    assert len(said) == 1, completed.stderr
+    (said,) = completed.stderr.splitlines()
+    assert said.startswith("s3FileTransfer: ")
     for word in words:
-        assert word.lower() in said[0].lower()
-
-
-def assert_stopped_at_once(completed: Completed, *words: str) -> None:
-    """Check that a run stopped with one sentence, and that this is all that stderr has."""
-    assert_stopped(completed, *words)
-    assert completed.stderr.count("\n") == 1
+        assert word.lower() in said.lower(), said
 
 
 def assert_failed(completed: Completed, paths: Iterable[Path | str]) -> None:

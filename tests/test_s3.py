@@ -1,0 +1,357 @@
+"""The client: credentials, the endpoint, and what S3's error codes mean for a run."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import re
+import socket
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import NewJob
+from support.checks import assert_clean, assert_stopped
+from support.faults import Fault, answer, call
+from support.files import IN_PARTS, LARGE_BYTES, small_files, some_bytes
+from support.job import Job
+from support.proxy import Answer, Exchange, Request
+from support.script import Completed
+from support.servers import S3Server
+
+SECRET = "a-very-secret-key"
+
+
+@pytest.fixture
+def small_job(new_job: NewJob, moto_server: S3Server, each_client: tuple[str, ...]) -> Job:
+    """A job by each of the clients, on a server that takes any credentials."""
+    return new_job(moto_server, *each_client)
+
+
+def environment_without(server: S3Server, *names: str) -> dict[str, str]:
+    """The variables of a server but for some."""
+    return {name: v for name, v in server.environment().items() if name not in names}
+
+
+def assert_not_begun(job: Job) -> None:
+    """Check that a run asked nothing of the server and left no state."""
+    assert job.proxy.requests == []
+    assert not job.state_path.exists()
+
+
+# --- Credentials -----------------------------------------------------------------------------
+
+KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+
+
+@pytest.mark.parametrize("missing", [KEYS, KEYS[1:]], ids=["none", "half"])
+def test_without_credentials_nothing_is_begun(job: Job, missing: tuple[str, ...]) -> None:
+    job.make("a.dat")
+    env = environment_without(job.endpoint, *missing)
+    assert_stopped(job.run(server=None, env=env), "credentials")
+    assert_not_begun(job)
+
+
+@pytest.mark.parametrize(
+    "name", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"]
+)
+@pytest.mark.parametrize("odd", [f"{SECRET} ", f"{SECRET}\n", f"{SECRET}ü"], ids=ascii)
+def test_credentials_with_odd_characters_are_refused_and_not_shown(
+    job: Job, name: str, odd: str
+) -> None:
+    job.make("a.dat")
+    completed = job.run(env={name: odd})
+    assert_stopped(completed, "credentials", "white space")
+    assert SECRET not in completed.stdout + completed.stderr
+    assert_not_begun(job)
+
+
+def test_an_unknown_profile_is_refused(job: Job) -> None:
+    job.make("a.dat")
+    assert_stopped(job.run("--profile", "no-such"), "no-such", "profile")
+    assert_not_begun(job)
+
+
+def test_a_profile_is_used(rclone_job: Job, tmp_path: Path) -> None:
+    job, server = rclone_job, rclone_job.endpoint
+    job.make("a.dat")
+    (tmp_path / "credentials").write_text(
+        f"[backup]\naws_access_key_id={server.access_key}\n"
+        f"aws_secret_access_key={server.secret_key}\n"
+    )
+    env = environment_without(server, *KEYS, "AWS_SHARED_CREDENTIALS_FILE")
+    env["AWS_SHARED_CREDENTIALS_FILE"] = str(tmp_path / "credentials")
+    assert_clean(job.run("--profile", "backup", server=None, env=env))
+    job.check_all_is_there()
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"secret_key": "entirely-wrong"}, "SignatureDoesNotMatch"),
+        ({"access_key": "unknown"}, "InvalidAccessKeyId"),
+    ],
+)
+def test_wrong_credentials_are_said_once(
+    rclone_job: Job, changes: dict[str, Any], code: str
+) -> None:
+    job = rclone_job
+    files = small_files(60)
+    job.write(files)
+    wrong = replace(job.endpoint, **changes)
+    completed = job.run(server=wrong)
+    assert_stopped(completed, code, "check the credentials")
+    assert wrong.secret_key not in completed.stdout + completed.stderr
+    assert job.state() == dict.fromkeys(files, 0)
+    assert job.in_bucket() == {}
+    assert_clean(job.crash_run())
+    job.check_all_is_there()
+
+
+def test_a_session_token_is_sent_with_every_request(small_job: Job) -> None:
+    job = small_job
+    job.write({"small": b"small", "large": some_bytes(LARGE_BYTES)})
+    assert_clean(job.run(*IN_PARTS, env={"AWS_SESSION_TOKEN": "a/session+token=="}))
+    operations = {request.operation for request in job.proxy.requests}
+    assert operations >= {"HeadBucket", "PutObject", "UploadPart", "CompleteMultipartUpload"}
+    tokens = {request.headers["x-amz-security-token"] for request in job.proxy.requests}
+    assert tokens == {"a/session+token=="}
+    for put in job.requests("PutObject"):
+        assert "x-amz-security-token" in str(put.headers["Authorization"])
+
+
+def signer(request: Request) -> tuple[str, str]:
+    """The access key and the session token that a request was signed with."""
+    match = re.search("Credential=(.*?)/", str(request.headers["Authorization"]))
+    assert match
+    return match[1], str(request.headers["x-amz-security-token"])
+
+
+def test_credentials_that_are_refreshed_in_the_middle_of_a_run_are_used(
+    small_job: Job, tmp_path: Path
+) -> None:
+    job, path = small_job, tmp_path / "credentials.json"
+
+    def give(name: str) -> None:
+        # So soon that they are asked for anew whenever they are used.
+        expires = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(minutes=2)
+        credentials = {
+            "Version": 1,
+            "AccessKeyId": f"key-{name}",
+            "SecretAccessKey": SECRET,
+            "SessionToken": f"token-{name}",
+            "Expiration": expires.isoformat(),
+        }
+        path.with_suffix(".new").write_text(json.dumps(credentials))
+        path.with_suffix(".new").replace(path)
+
+    give("first")
+    (tmp_path / "config").write_text(f"[default]\ncredential_process = cat '{path}'\n")
+    env = environment_without(job.endpoint, *KEYS, "AWS_CONFIG_FILE")
+    env["AWS_CONFIG_FILE"] = str(tmp_path / "config")
+    job.write(small_files(30))
+    job.write({"large": some_bytes(LARGE_BYTES)})
+    renew = Fault(call(lambda _: give("second")), operation="PutObject", after=10, times=1)
+    job.proxy.add_fault(renew)
+    assert_clean(job.run("--max-concurrency", "2", server=None, env=env))
+    job.check_all_is_there()
+    signers = [signer(request) for request in job.requests("PutObject")]
+    old, new = ("key-first", "token-first"), ("key-second", "token-second")
+    assert set(signers) == {old, new}
+    assert set(signers[:10]) == {old}
+    assert set(signers[20:]) == {new}  # those before may have been signed before they came
+
+
+# --- The endpoint ----------------------------------------------------------------------------
+
+
+def test_endpoint_url_is_used(job: Job, closed_port: int) -> None:
+    job.make("a.dat")
+    elsewhere = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{closed_port}"}
+    assert_clean(job.run("--endpoint-url", job.endpoint.endpoint_url, env=elsewhere))
+    job.check_all_is_there()
+
+
+# Should a request of a test go to AWS after all, it gets as far as this port.
+NO_WAY_OUT = {"HTTPS_PROXY": "http://127.0.0.1:1", "HTTP_PROXY": "http://127.0.0.1:1"}
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "not a url",
+        "localhost:9000",
+        "http://",
+        "http://[::1",
+        "http://a b",
+        "http://127.0.0.1:99999",
+        "ftp://127.0.0.1:1",
+        "",
+    ],
+)
+def test_what_is_no_endpoint_is_refused(job: Job, url: str) -> None:
+    job.make("a.dat")
+    # Without an endpoint in the environment, an empty one must not mean AWS.
+    env = environment_without(job.endpoint, "AWS_ENDPOINT_URL") | NO_WAY_OUT
+    assert_stopped(job.run("--endpoint-url", url, server=None, env=env), "endpoint")
+    assert_not_begun(job)
+
+
+@pytest.fixture
+def silent_port() -> Iterator[int]:
+    """A port where connections are taken and nothing is ever said."""
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as listening:
+        yield listening.getsockname()[1]
+
+
+# Each run is hasty; the real time of 20 seconds is for the long tests.
+GIVEN_UP = pytest.mark.parametrize(
+    ("real_time", "within_seconds"),
+    [(False, 15), pytest.param(True, 22, marks=pytest.mark.long)],
+    ids=["hasty", "real"],
+)
+
+
+def assert_given_up(job: Job, run: Callable[[], Completed], within_seconds: float) -> None:
+    started = time.monotonic()
+    assert_stopped(run(), "endpoint")
+    assert time.monotonic() - started < within_seconds
+    assert not job.state_path.exists()
+
+
+@GIVEN_UP
+def test_a_closed_port_is_given_up(
+    job: Job, closed_port: int, real_time: bool, within_seconds: float
+) -> None:
+    job.make("a.dat")
+    where = ("--endpoint-url", f"http://127.0.0.1:{closed_port}")
+    assert_given_up(job, lambda: job.run(*where, real_time=real_time), within_seconds)
+
+
+def test_a_name_that_does_not_resolve_is_given_up(job: Job) -> None:
+    job.make("a.dat")
+    assert_given_up(job, lambda: job.run("--endpoint-url", "http://s3.invalid:9000"), 15)
+
+
+@GIVEN_UP
+def test_a_server_that_says_nothing_is_given_up(
+    job: Job, silent_port: int, real_time: bool, within_seconds: float
+) -> None:
+    job.make("a.dat")
+    where = ("--endpoint-url", f"http://127.0.0.1:{silent_port}")
+    assert_given_up(job, lambda: job.run(*where, real_time=real_time), within_seconds)
+
+
+@GIVEN_UP
+def test_a_server_that_only_fails_is_given_up(
+    job: Job, real_time: bool, within_seconds: float
+) -> None:
+    job.make("a.dat")
+    job.proxy.add_fault(Fault(answer(503, "SlowDown")))
+    started = time.monotonic()
+    assert_stopped(job.run(real_time=real_time), "503")
+    assert time.monotonic() - started < within_seconds
+    assert len(job.requests("HeadBucket")) > 1
+
+
+def say_yes(exchange: Exchange) -> None:
+    """Answer 200 and nothing more, as a web server may that is no S3 server."""
+    exchange.discard_body()
+    exchange.reply(Answer(200, "OK", [("Content-Length", "0")], [], 0))
+
+
+def test_a_server_that_says_yes_to_everything_proves_nothing(job: Job) -> None:
+    job.write({"small": b"small", "large": some_bytes(LARGE_BYTES)})
+    job.proxy.add_fault(Fault(say_yes))
+    completed = job.run(*IN_PARTS)
+    assert completed.returncode == 1
+    assert job.state() == {"small": 0, "large": 0}
+    assert "ETag" in job.errors()["small"]
+    assert "UploadId" in job.errors()["large"]
+
+
+# --- S3's error codes ------------------------------------------------------------------------
+
+# What every upload would meet, and what its one sentence has to name.
+# https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html
+STOPPING = [
+    (400, "ExpiredToken", "renew"),
+    (400, "InvalidToken", "token"),
+    (400, "TokenRefreshRequired", "token"),
+    (403, "RequestTimeTooSkewed", "clock"),
+    (404, "NoSuchBucket", "--bucketname"),
+    (403, "AllAccessDisabled", "owner"),
+    (403, "AccountProblem", "owner"),
+    (400, "AuthorizationHeaderMalformed", "--region"),
+    (400, "InvalidStorageClass", "--storage-class"),
+    (400, "InvalidEncryptionAlgorithmError", "--sse"),
+    (400, "KMS.NotFoundException", "--sse-kms-key-id"),
+    (400, "KMS.DisabledException", "--sse-kms-key-id"),
+    (501, "NotImplemented", "--storage-class"),
+    (403, "QuotaExceeded", "room"),
+    (507, "XMinioStorageFull", "room"),
+    (403, "AccessDenied", "s3:PutObject"),
+    (403, "InvalidAccessKeyId", "credentials"),
+    (403, "SignatureDoesNotMatch", "credentials"),
+]
+
+
+@pytest.mark.parametrize(("status", "code", "advice"), STOPPING)
+def test_what_every_file_would_meet_stops_the_run_with_one_message(
+    job: Job, client: tuple[str, ...], status: int, code: str, advice: str
+) -> None:
+    files = small_files(40)
+    job.write(files)
+    job.proxy.add_fault(Fault(answer(status, code), operation="PutObject"))
+    completed = job.run("--max-concurrency", "4", *client)
+    assert_stopped(completed, f"S3 answered {code}; ", advice)
+    assert "40 not yet sent" in completed.stdout
+    assert job.state() == dict.fromkeys(files, 0)
+    assert len(job.puts()) < 20
+
+
+def test_a_refusal_of_everything_is_said_once(small_job: Job) -> None:
+    files = small_files(120)
+    small_job.write(files)
+    small_job.proxy.add_fault(Fault(answer(403, "AccessDenied")))
+    assert_stopped(small_job.run(), "AccessDenied", "s3:PutObject")
+    assert small_job.state() == dict.fromkeys(files, 0)
+
+
+@pytest.mark.parametrize("denied", ["d0/0000.dat", "d6/0020.dat"], ids=["first", "late"])
+@pytest.mark.parametrize("code", ["AccessDenied", "403"])
+def test_a_key_that_is_denied_is_one_failure(small_job: Job, denied: str, code: str) -> None:
+    job = small_job
+    job.write(small_files(30))
+    job.proxy.add_fault(Fault(answer(403, code), operation="PutObject", key=denied))
+    job.check_failed(job.run(), denied, said=code)
+    assert set(job.in_bucket()) == job.uploaded()
+
+
+@pytest.mark.parametrize("code", ["EntityTooLarge", "InvalidRequest", "SomethingNew"])
+def test_what_one_file_meets_is_its_failure_alone(job: Job, code: str) -> None:
+    job.make("a.dat", "b.dat", "c.dat")
+    job.proxy.add_fault(Fault(answer(400, code), operation="PutObject", key="b.dat"))
+    job.check_failed(job.run(), "b.dat", said=code)
+    assert job.puts().count("b.dat") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("No such thing.", "S3 answered SomethingNew (No such thing)"),
+        ("", "S3 answered SomethingNew"),
+        ("Something new", "S3 answered SomethingNew"),
+    ],
+)
+def test_the_words_of_the_server_are_said_where_they_tell_more(
+    small_job: Job, words: str, said: str
+) -> None:
+    job = small_job
+    job.make("a.dat")
+    job.proxy.add_fault(Fault(answer(400, "SomethingNew", words), operation="PutObject"))
+    job.check_failed(job.run(), "a.dat", said=said)
+    assert job.errors()["a.dat"] == said
