@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
+import signal
 import socket
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from support.checks import assert_clean, assert_failed, assert_stopped, lines_with
-from support.faults import Fault, call
-from support.job import NOBODY, Job
-from support.systems import needs_byte_names, needs_fifos, needs_long_paths, needs_permissions
+from support.faults import Fault, call, delay
+from support.files import digests, make_files
+from support.job import NOBODY, Job, prelude
+from support.kills import killing_call
+from support.script import Completed, finish, wait_until
+from support.shards import NAMES, SPLIT_IN_3, keys_of, shards_of
+from support.systems import (
+    needs_byte_names,
+    needs_fifos,
+    needs_long_paths,
+    needs_permissions,
+    needs_signals,
+)
 
 HUNG_SECONDS = 60
 
@@ -25,7 +36,7 @@ HUNG_SECONDS = 60
 def test_nested_folders_become_keys(job: Job) -> None:
     files = job.make("a.dat", "sub/a.dat", "sub/deep/er/b.dat", "sub.dat", ".hidden/.c")
     assert_clean(job.run())
-    assert job.objects() == files
+    assert job.in_bucket() == digests(files)
     assert job.state() == dict.fromkeys(files, 1)
 
 
@@ -43,7 +54,7 @@ def test_keys_do_not_depend_on_how_the_folder_is_written(
     files = job.make("a.dat", "sub/b.dat")
     (tmp_path / "link").symlink_to(job.folder)
     assert_clean(job.run("--backupfolder", written))
-    assert job.objects() == files
+    assert job.in_bucket() == digests(files)
 
 
 def test_walk_is_sorted(job: Job) -> None:
@@ -60,7 +71,7 @@ def test_prefix_is_put_in_front(job: Job, prefix: str) -> None:
     files = job.make("a.dat", "sub/b.dat")
     assert_clean(job.run("--prefix", prefix))
     assert job.objects() == {prefix + key: content for key, content in files.items()}
-    assert set(job.state()) == set(job.objects())
+    assert set(job.state()) == set(job.in_bucket())
 
 
 def name_of_key(length: int) -> str:
@@ -73,7 +84,7 @@ def test_key_of_1024_bytes_is_sent_and_longer_ones_fail(job: Job) -> None:
     fits, too_long = name_of_key(1024), name_of_key(1025)
     job.make(fits, too_long)
     assert_failed(job.run(), [job.folder / too_long])
-    assert list(job.objects()) == [fits]
+    assert list(job.in_bucket()) == [fits]
     assert job.state() == {fits: 1, too_long: 0}
     assert "1025 bytes" in job.errors()[too_long]
 
@@ -114,7 +125,7 @@ def test_unreadable_file_fails(job: Job) -> None:
     assert_failed(job.run(user=NOBODY), [job.folder / "secret.dat"])
     assert job.state() == {"a.dat": 1, "secret.dat": 0, "z.dat": 1}
     assert "permission denied" in job.errors()["secret.dat"]
-    assert set(job.objects()) == {"a.dat", "z.dat"}
+    assert set(job.in_bucket()) == {"a.dat", "z.dat"}
 
 
 @needs_permissions
@@ -131,10 +142,11 @@ def test_unreadable_folder_fails_and_the_crash_run_walks_it(job: Job) -> None:
     assert_failed(job.crash_run(user=NOBODY), [secret])
 
     secret.chmod(0o755)
+    since = job.seen()
     assert_clean(job.crash_run(user=NOBODY))
-    assert sorted(job.puts()) == ["secret/b.dat", "secret/deep/c.dat"]
+    assert job.sent(since) == ["secret/b.dat", "secret/deep/c.dat"]
     assert job.state() == dict.fromkeys(files, 1)
-    assert job.objects() == files
+    assert job.in_bucket() == digests(files)
 
 
 @needs_permissions
@@ -154,7 +166,7 @@ def test_unreadable_backup_folder_fails_and_the_crash_run_walks_it(job: Job, pre
     assert [e["uploadedSuccess"] for e in job.entries()] == [0]
     job.folder.chmod(0o755)
     assert_clean(job.crash_run("--prefix", prefix, user=NOBODY))
-    assert set(job.objects()) == {prefix + "a.dat", prefix + "sub/b.dat"}
+    assert set(job.in_bucket()) == {prefix + "a.dat", prefix + "sub/b.dat"}
     assert job.state() == dict.fromkeys(job.objects(), 1)
 
 
@@ -208,7 +220,7 @@ def test_links_are_followed_to_the_outside(job: Job, tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("target", [".", "..", "../..", "../../sub", "../../../backup"])
+@pytest.mark.parametrize("target", [".", "../..", "../../../backup"])
 def test_link_back_to_a_folder_above_is_a_notice(job: Job, target: str) -> None:
     files = job.make("a.dat", "sub/b.dat", "sub/deep/c.dat")
     link = job.folder / "sub" / "deep" / "loop"
@@ -218,7 +230,7 @@ def test_link_back_to_a_folder_above_is_a_notice(job: Job, target: str) -> None:
     (notice,) = lines_with(completed.stderr, "notice: ")
     assert str(link) in notice
     assert job.state() == dict.fromkeys(files, 1)
-    assert job.objects() == files
+    assert job.in_bucket() == digests(files)
 
 
 def test_links_between_two_folders_end(job: Job, tmp_path: Path) -> None:
@@ -246,7 +258,7 @@ def test_no_follow_symlinks_skips_every_link_with_a_notice(job: Job, tmp_path: P
     notices = lines_with(completed.stderr, "notice: ")
     assert len(notices) == len(links)
     assert [link for link in links if not lines_with("\n".join(notices), str(link))] == []
-    assert job.objects() == files
+    assert job.in_bucket() == digests(files)
     assert job.state() == dict.fromkeys(files, 1)
 
 
@@ -254,7 +266,7 @@ def test_no_follow_symlinks_follows_the_backup_folder_itself(job: Job, tmp_path:
     files = job.make("a.dat")
     (tmp_path / "link").symlink_to(job.folder)
     assert_clean(job.run("--no-follow-symlinks", "--backupfolder", "link"))
-    assert job.objects() == files
+    assert job.in_bucket() == digests(files)
 
 
 # --- Sockets, FIFOs and devices --------------------------------------------------------------
@@ -324,16 +336,16 @@ def test_own_files_in_the_folder_are_left_out(job: Job) -> None:
         assert state.exists()
         (job.folder / "state.json.tmp").write_text("left by a kill")
     assert_clean(job.run("--statefile", state, "--crashrun", "1"))
-    assert job.objects() == files
+    assert job.in_bucket() == digests(files)
 
 
 def test_default_state_file_in_the_folder_is_left_out(job: Job) -> None:
     files = job.make("a.dat")
     arguments = ["--bucketname", job.bucket, "--backupfolder", "."]
     for _ in range(2):
-        assert_clean(job._run(*arguments, server=job.server, cwd=job.folder))
+        assert_clean(job.run_plainly(*arguments, cwd=job.folder))
     assert (job.folder / "stateFile.json").exists()
-    assert job.objects() == files
+    assert job.in_bucket() == digests(files)
 
 
 def test_own_files_are_left_out_where_a_link_leads_to_them(job: Job, tmp_path: Path) -> None:
@@ -343,7 +355,7 @@ def test_own_files_are_left_out_where_a_link_leads_to_them(job: Job, tmp_path: P
     (job.folder / "link").symlink_to(tmp_path / "states")
     for _ in range(2):
         assert_clean(job.run("--statefile", tmp_path / "states" / "state.json"))
-    assert set(job.objects()) == {"a.dat", "link/other.txt"}
+    assert set(job.in_bucket()) == {"a.dat", "link/other.txt"}
 
 
 def test_own_files_are_left_out_when_named_through_a_link(job: Job, tmp_path: Path) -> None:
@@ -351,7 +363,7 @@ def test_own_files_are_left_out_when_named_through_a_link(job: Job, tmp_path: Pa
     (tmp_path / "link").symlink_to(job.folder)
     for _ in range(2):
         assert_clean(job.run("--statefile", tmp_path / "link" / "state.json"))
-    assert job.objects() == files
+    assert job.in_bucket() == digests(files)
 
 
 def test_link_in_the_folder_that_is_the_state_file_is_left_out(job: Job, tmp_path: Path) -> None:
@@ -359,7 +371,7 @@ def test_link_in_the_folder_that_is_the_state_file_is_left_out(job: Job, tmp_pat
     (tmp_path / "kept.json").write_text("[]")
     (job.folder / "state.json").symlink_to(tmp_path / "kept.json")
     assert_clean(job.run("--statefile", job.folder / "state.json"))
-    assert job.objects() == files
+    assert job.in_bucket() == digests(files)
 
 
 # --- --exclude -------------------------------------------------------------------------------
@@ -411,28 +423,26 @@ def test_excluded_files_are_neither_sent_nor_in_the_state(job: Job) -> None:
     job.make(*TREE)
     assert_clean(job.run("--exclude", "*.tmp"))
     kept = set(TREE) - {"a.tmp", "conf.d/b.tmp"}
-    assert set(job.objects()) == set(job.state()) == kept
+    assert set(job.in_bucket()) == set(job.state()) == kept
 
 
 @needs_permissions
 def test_exclude_of_all_below_a_folder_spares_a_look_into_it(job: Job) -> None:
-    files = job.make("a.dat", "lost+found/b.dat")
+    job.make("a.dat", "lost+found/b.dat")
     (job.folder / "lost+found").chmod(0)
     assert_clean(job.run("--exclude", "lost+found/*", user=NOBODY))
-    assert set(job.objects()) == {"a.dat"} < set(files)
+    assert set(job.in_bucket()) == set(job.state()) == {"a.dat"}
 
 
 @needs_permissions
-@pytest.mark.parametrize("name", ["secret.dat", "broken", "fifo"])
-def test_excluded_trouble_is_no_trouble(job: Job, name: str) -> None:
+def test_excluded_trouble_is_no_trouble(job: Job) -> None:
     job.make("a.dat", "secret.dat")
     (job.folder / "secret.dat").chmod(0)
     (job.folder / "broken").symlink_to("missing")
     os.mkfifo(job.folder / "fifo")
-    others = {"secret.dat", "broken", "fifo"} - {name}
-    completed = job.run("--exclude", name, user=NOBODY)
-    assert name not in completed.stderr
-    assert [other for other in others if other not in completed.stderr] == []
+    excluded = [word for name in ("secret.dat", "broken", "fifo") for word in ("--exclude", name)]
+    assert_clean(job.run(*excluded, user=NOBODY))
+    assert job.state() == {"a.dat": 1}
 
 
 @needs_permissions
@@ -442,17 +452,19 @@ def test_exclude_holds_for_a_folder_that_a_crash_run_walks(job: Job) -> None:
     assert job.run("--exclude", "*.tmp", user=NOBODY).returncode == 1
     (job.folder / "secret").chmod(0o755)
     assert_clean(job.crash_run("--exclude", "*.tmp", user=NOBODY))
-    assert set(job.objects()) == {"a.dat", "secret/b.dat"}
+    assert set(job.in_bucket()) == {"a.dat", "secret/b.dat"}
 
 
-@needs_permissions
 def test_exclude_holds_for_the_files_of_a_crash_run(job: Job) -> None:
-    job.make("a.dat", "b.dat")
-    (job.folder / "b.dat").chmod(0)
-    assert job.run(user=NOBODY).returncode == 1
-    (job.folder / "b.dat").chmod(0o644)
-    job.crash_run("--exclude", "b.*", user=NOBODY)
-    assert set(job.objects()) == {"a.dat"}
+    job.make("a.dat", "b.dat", "c.tmp", "d.dat")
+    job.refuse("b.dat", "c.tmp")
+    assert_failed(job.run(), [job.folder / "b.dat", job.folder / "c.tmp"])
+    job.proxy.clear_faults()
+    since = job.seen()
+    assert_clean(job.crash_run("--exclude", "c.*"))
+    assert job.puts(since) == ["b.dat"]
+    # What is excluded now is no longer to be sent, and the next crash run has nothing to do.
+    assert job.state() == {"a.dat": 1, "b.dat": 1, "d.dat": 1}
 
 
 # --- --dryrun --------------------------------------------------------------------------------
@@ -504,6 +516,43 @@ def test_dry_run_of_a_crash_run_lists_what_is_missing(job: Job) -> None:
     assert job.state_path.read_bytes() == before
 
 
+# --- Interrupted -----------------------------------------------------------------------------
+
+BLOCKED = """
+import os, time
+scandir = os.scandir
+def blocked(path="."):
+    if os.path.basename(os.fspath(path)) == "sub" and os.path.exists({state!r}):
+        open({there!r}, "w").close()
+        while not os.path.exists({leave!r}):
+            time.sleep(0.01)
+    return scandir(path)
+os.scandir = blocked
+"""
+
+
+@needs_signals
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_during_the_walk_ends_the_run(
+    job: Job, tmp_path: Path, signum: int, code: int
+) -> None:
+    job.make("a.dat", "sub/b.dat", "sub/c.dat", "z.dat")
+    there, leave = tmp_path / "there", tmp_path / "leave"
+    places = {"state": str(job.state_path), "there": str(there), "leave": str(leave)}
+    process = job.start(python_flags=prelude(BLOCKED.format(**places)))
+    wait_until(there.exists, 60, "the walk in the folder")
+    process.send_signal(signum)
+    leave.touch()
+    completed = finish(process)
+    assert (completed.returncode, completed.stdout) == (code, "")
+    (sentence,) = completed.stderr.splitlines()
+    assert "--crashrun 1" in sentence
+    assert job.puts() == []
+    assert [entry["filepath"] for entry in job.entries()] == [str(job.folder)]
+    assert_clean(job.crash_run())
+    job.check_all_is_there()
+
+
 # --- Empty folders ---------------------------------------------------------------------------
 
 
@@ -527,10 +576,225 @@ def test_empty_folder_of_which_files_were_uploaded_is_refused(job: Job) -> None:
     assert job.state_path.read_bytes() == before
 
 
-def test_folder_that_was_walked_when_the_run_was_killed_and_is_empty_now_is_said(job: Job) -> None:
+def test_a_folder_that_was_walked_at_a_kill_and_is_empty_now_is_not_forgotten(job: Job) -> None:
     job.folder.mkdir()
-    folder = {"filepath": str(job.folder), "uploadedSuccess": 0, "filename": ""}
-    job.state_path.write_text(json.dumps([folder]))
-    completed = job.crash_run()
-    assert re.search(r"nothing|empty", completed.stderr)
-    assert str(job.folder) in completed.stderr
+    state = job.write_state({"filepath": str(job.folder), "uploadedSuccess": 0, "filename": ""})
+    assert_stopped(job.crash_run(), "nothing", str(job.folder), "mounted")
+    assert job.state_path.read_bytes() == state
+    job.make("a.dat")
+    assert_clean(job.crash_run())
+    job.check_all_is_there()
+
+
+# --- --shard: the split ----------------------------------------------------------------------
+
+
+def listed(completed: Completed) -> list[str]:
+    """The keys that a dry run lists, in their order."""
+    assert (completed.returncode, completed.stderr) == (0, "")
+    return re.findall(r" -> s3://[^/]+/(.*) \(.*?\)$", completed.stdout, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_the_shards_together_are_the_folder(job: Job, count: int) -> None:
+    job.make(*NAMES)
+    names = [f"{index}/{count}" for index in range(1, count + 1)]
+    sent = [key for name in names for key in listed(job.run("--dryrun", "--shard", name))]
+    assert sorted(sent) == NAMES
+
+
+def test_the_split_is_by_crc32_of_the_key_wherever_the_folder_is(job: Job, tmp_path: Path) -> None:
+    assert {shard: keys_of(shard, NAMES) for shard in SPLIT_IN_3} == SPLIT_IN_3
+    elsewhere = tmp_path / "another" / "mount point"
+    make_files(elsewhere, dict.fromkeys(NAMES, b"bytes"))
+    job.make(*NAMES)
+    for shard, part in shards_of(job, 3).items():
+        there = ("--dryrun", "--shard", shard, "--backupfolder", elsewhere)
+        assert listed(part.run(*there)) == SPLIT_IN_3[shard]
+        assert_clean(part.run("--shard", shard))
+        assert part.state() == dict.fromkeys(SPLIT_IN_3[shard], 1)
+        assert {entry["shard"] for entry in part.entries()} == {shard}
+    assert job.in_bucket() == job.in_folder()
+    assert len(job.puts()) == len(NAMES)
+
+
+def test_the_split_does_not_depend_on_the_other_files(job: Job) -> None:
+    job.make("sub/a.dat", "b.dat")
+    part = shards_of(job, 3)["3/3"]
+    assert_clean(part.run("--shard", "3/3"))
+    assert part.state() == {"sub/a.dat": 1}
+
+
+def test_many_files_in_worker_processes_are_split_too(job: Job) -> None:
+    names = [f"{number:04}" for number in range(160)]
+    job.write(dict.fromkeys(names, b"bytes"))
+    part = shards_of(job, 2)["2/2"]
+    assert_clean(part.run("--shard", "2/2", "--preferred-transfer-client", "classic"))
+    assert sorted(part.state()) == keys_of("2/2", names)
+    assert job.sent() == keys_of("2/2", names)
+
+
+# --- A shard with nothing in it --------------------------------------------------------------
+
+
+def test_a_shard_without_files_is_fine(job: Job) -> None:
+    job.make(*NAMES)
+    assert keys_of("3/7", NAMES) == []
+    assert_clean(job.run("--shard", "3/7"))
+    assert job.puts() == []
+    assert job.state() == {}
+    assert_clean(job.crash_run("--shard", "3/7"))
+    assert_clean(job.run("--verify", "--shard", "3/7"))
+    assert_clean(job.run("--shard", "3/7"))
+
+
+def test_a_shard_whose_last_file_is_gone_is_fine(job: Job) -> None:
+    job.make("a.dat", "b.dat")
+    assert_clean(job.run("--shard", "1/3"))
+    assert job.state() == {"a.dat": 1}
+    (job.folder / "a.dat").unlink()
+    assert_clean(job.run("--shard", "1/3"))
+    assert job.state() == {}
+
+
+def test_an_empty_folder_is_said_by_a_shard_too(job: Job) -> None:
+    job.folder.mkdir()
+    completed = job.run("--shard", "1/2")
+    assert completed.returncode == 0
+    (said,) = completed.stderr.splitlines()
+    assert "nothing" in said
+
+
+# --- Shards in crash runs --------------------------------------------------------------------
+
+
+def test_a_crash_run_sends_what_is_missing_of_its_shard(job: Job) -> None:
+    job.make(*NAMES)
+    mine = SPLIT_IN_3["2/3"]
+    missing = mine[::2]
+    job.refuse(*missing)
+    assert_failed(job.run("--shard", "2/3"), [job.folder / key for key in missing])
+    assert {entry["shard"] for entry in job.entries()} == {"2/3"}
+    job.proxy.clear_faults()
+    since = job.seen()
+    assert_clean(job.crash_run("--shard", "2/3"))
+    assert job.sent(since) == missing
+    assert job.state() == dict.fromkeys(mine, 1)
+    assert {entry["shard"] for entry in job.entries()} == {"2/3"}
+
+
+@needs_signals
+def test_a_crash_run_after_a_kill_during_the_walk_sends_its_shard(job: Job, tmp_path: Path) -> None:
+    options = ("--skip-unchanged",)
+    job.make(*NAMES)
+    # In the walk for the plan, which the state precedes.
+    walked = f"(os.path.basename(args[0]) == 'sub' and os.path.exists({str(job.state_path)!r}))"
+    env = killing_call(tmp_path / "killer", "scandir", count=1, condition=walked)
+    assert job.start("--shard", "2/3", *options, env=env).wait(60) == -9
+    (folder,) = job.entries()
+    assert (folder["filepath"], folder["shard"]) == (str(job.folder), "2/3")
+    assert_clean(job.crash_run("--shard", "2/3", *options))
+    assert job.sent() == SPLIT_IN_3["2/3"]
+    assert job.state() == dict.fromkeys(SPLIT_IN_3["2/3"], 1)
+
+
+@needs_permissions
+def test_a_folder_that_cannot_be_read_is_of_every_shard(job: Job) -> None:
+    job.make(*NAMES)
+    sub = job.folder / "sub"
+    readable = [name for name in NAMES if not name.startswith("sub/")]
+    sub.chmod(0)
+    shards = shards_of(job, 3)
+    for shard, part in shards.items():
+        assert_failed(part.run("--shard", shard, user=NOBODY), [sub])
+        expected = {**dict.fromkeys(keys_of(shard, readable), 1), "sub/": 0}
+        assert part.state() == expected
+        assert {entry["shard"] for entry in part.entries()} == {shard}
+    sub.chmod(0o755)
+    for shard, part in shards.items():
+        since = job.seen()
+        assert_clean(part.crash_run("--shard", shard, user=NOBODY))
+        assert job.sent(since) == [k for k in SPLIT_IN_3[shard] if k.startswith("sub/")]
+        assert part.state() == dict.fromkeys(SPLIT_IN_3[shard], 1)
+
+
+@needs_permissions
+@pytest.mark.parametrize("prefix", ["", "daily-"])
+def test_a_backup_folder_that_cannot_be_read_is_of_every_shard(job: Job, prefix: str) -> None:
+    names = [f"{prefix}{name}" for name in NAMES]
+    job.make(*NAMES)
+    job.folder.chmod(0)
+    shards = shards_of(job, 3)
+    for shard, part in shards.items():
+        options = ("--shard", shard, "--prefix", prefix)
+        assert_failed(part.run(*options, user=NOBODY), [job.folder])
+    job.folder.chmod(0o755)
+    for shard, part in shards.items():
+        assert_clean(part.crash_run("--shard", shard, "--prefix", prefix, user=NOBODY))
+        assert part.state() == dict.fromkeys(keys_of(shard, names), 1)
+    assert sorted(job.in_bucket()) == names
+
+
+def test_a_broken_link_that_leads_to_a_folder_later_is_of_every_shard(job: Job) -> None:
+    job.make("other.dat")
+    disk = job.folder.parent / "disk"
+    (job.folder / "sub").symlink_to(disk)
+    shards = shards_of(job, 3)
+    for shard, part in shards.items():
+        assert_failed(part.run("--shard", shard), [job.folder / "sub"])
+    names = [name for name in NAMES if name.startswith("sub/")]
+    make_files(disk, {name.removeprefix("sub/"): name.encode() for name in names})
+    for shard, part in shards.items():
+        assert_clean(part.crash_run("--shard", shard))
+        assert part.state() == dict.fromkeys(keys_of(shard, [*names, "other.dat"]), 1)
+    assert sorted(job.in_bucket()) == sorted([*names, "other.dat"])
+
+
+@needs_permissions
+def test_a_file_that_cannot_be_read_is_of_one_shard(job: Job) -> None:
+    job.make("a.dat", "c.dat")
+    (job.folder / "c.dat").chmod(0)
+    shards = shards_of(job, 3)
+    assert_clean(shards["1/3"].run("--shard", "1/3", user=NOBODY))
+    assert_failed(shards["3/3"].run("--shard", "3/3", user=NOBODY), [job.folder / "c.dat"])
+
+
+def test_an_unchanged_shard_is_skipped_and_is_right(job: Job) -> None:
+    job.make(*NAMES)
+    assert_clean(job.run("--shard", "2/3"))
+    since = job.seen()
+    completed = job.run("--shard", "2/3", "--skip-unchanged")
+    assert_clean(completed)
+    assert re.search(r"\b5 unchanged", completed.stdout)
+    assert job.sent(since) == []
+    completed = job.run("--shard", "2/3", "--verify")
+    assert_clean(completed)
+    assert re.search(r"\b5 files right", completed.stdout)
+    job.server.client().delete_object(Bucket=job.bucket, Key="d.dat")
+    assert job.run("--shard", "2/3", "--verify").returncode == 1
+    assert_clean(job.crash_run("--shard", "2/3"))
+    assert job.sent(since) == ["d.dat"]
+
+
+# --- Shards side by side ---------------------------------------------------------------------
+
+
+def test_shards_may_run_at_the_same_time(job: Job) -> None:
+    files = job.make(*NAMES)
+    held = Fault(
+        delay(600), operation="PutObject", times=2, key=lambda key: key in ("a.dat", "c.dat")
+    )
+    job.proxy.add_fault(held)
+    running: list[tuple[Job, subprocess.Popen[str]]] = []
+    for shard in ("1/3", "3/3"):
+        part = shards_of(job, 3)[shard]
+        running.append((part, part.start("--shard", shard)))
+    wait_until(lambda: held.hits == 2, 60, "a held upload of each")
+    assert_clean(shards_of(job, 3)["2/3"].run("--shard", "2/3"))  # while both others are at work
+    for part, process in running:
+        assert process.poll() is None
+        process.kill()
+        process.communicate()
+        shard = part.entries()[0]["shard"]
+        assert_clean(part.crash_run("--shard", shard))
+    assert job.in_bucket() == digests(files)

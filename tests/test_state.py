@@ -9,37 +9,46 @@ import re
 import stat
 import sys
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import NewJob
 from support.checks import assert_clean, assert_failed, assert_stopped
 from support.faults import Fault, answer, call, delay
-from support.files import WINDOWS_FORBIDS
+from support.files import WINDOWS_FORBIDS, digests, small_files
 from support.job import NOBODY, Job, named, prelude
+from support.kills import killing_call
+from support.proxy import Exchange
 from support.script import finish, is_root, wait_until
+from support.servers import S3Server
+from support.shards import NAMES, SPLIT_IN_3, keys_of
 from support.systems import (
+    needs_byte_names,
     needs_limits,
     needs_limits_of_others,
     needs_permissions,
+    needs_proc,
     needs_replace_of_open_files,
+    needs_signals,
 )
 
 if sys.platform != "win32":
     import resource
 
 
-def write_state(job: Job, *entries: object) -> bytes:
-    """Write a state file and return its bytes."""
-    job.state_path.write_text(json.dumps(list(entries)), encoding="utf-8")
-    return job.state_path.read_bytes()
+@pytest.fixture
+def small_job(new_job: NewJob, rclone_server: S3Server, each_client: tuple[str, ...]) -> Job:
+    """A job by each of the clients that send small files."""
+    return new_job(rclone_server, *each_client)
 
 
-def assert_refused(job: Job, state: bytes, *words: str, arguments: tuple[str, ...] = ()) -> None:
+def assert_refused(job: Job, *arguments: str, words: Iterable[str]) -> None:
     """Check that a run stops with these words, asks the server nothing and keeps the state."""
-    proxy = job.proxy
+    state, seen = job.state_path.read_bytes(), job.seen()
     assert_stopped(job.run(*arguments), *words)
-    assert proxy.requests == []
+    assert job.seen() == seen
     assert job.state_path.read_bytes() == state
 
 
@@ -100,6 +109,34 @@ def test_names_are_readable_in_it(job: Job) -> None:
     assert "Ünïcode 日本.dat" in job.state_path.read_text(encoding="utf-8")
 
 
+# --- How it is written -----------------------------------------------------------------------
+
+RECORDER = """
+import os
+def recorded(name, real):
+    def call(*args):
+        paths = [os.readlink(f"/proc/self/fd/{a}") if isinstance(a, int) else a for a in args[:2]]
+        with open(__RECORD__, "a") as record:
+            print(name, *map(os.path.basename, paths), file=record)
+        return real(*args)
+    return call
+os.fsync, os.replace = recorded("fsync", os.fsync), recorded("replace", os.replace)
+"""
+
+
+@needs_proc
+def test_every_save_is_on_the_disk_before_it_is_the_state(job: Job, tmp_path: Path) -> None:
+    job.make("a.dat", "b.dat")
+    record = tmp_path / "record"
+    flags = prelude(RECORDER.replace("__RECORD__", repr(str(record))))
+    assert_clean(job.run(python_flags=flags))
+    name, folder = job.state_path.name, job.state_path.parent.name
+    one_save = [f"fsync {name}.tmp", f"replace {name}.tmp {name}", f"fsync {folder}"]
+    calls = record.read_text().splitlines()
+    assert len(calls) >= 3 * len(one_save)  # at the walk, of the plan, at the end
+    assert calls == one_save * (len(calls) // len(one_save))
+
+
 # --- When it is written ----------------------------------------------------------------------
 
 
@@ -136,36 +173,54 @@ os.scandir = watched
 
 
 @needs_replace_of_open_files
-def test_it_is_saved_during_the_run(job: Job) -> None:
-    job.make(*(f"{number:03}" for number in range(60)))
+def test_it_is_saved_as_often_as_is_said(job: Job) -> None:
+    job.write(small_files(30))
     job.proxy.add_fault(Fault(delay(0.1), operation="PutObject"))
     process = job.start("--max-concurrency", "1")
-    wait_until(
-        lambda: job.state_path.exists() and 0 < sum(job.state().values()) < 60,
-        60,
-        "a state with some of the files uploaded",
-    )
+    seen: set[int] = set()
+
+    def look() -> bool:
+        if job.state_path.exists():
+            seen.add(sum(job.state().values()))
+        return process.poll() is not None
+
+    wait_until(look, 60, "the end of the run")
     assert_clean(finish(process))
+    # The hasty script saves every tenth of a second, in which one file is sent.
+    assert len(seen & set(range(1, 30))) > 5
 
 
 @needs_replace_of_open_files
-def test_it_never_says_uploaded_before_the_server_has(job: Job) -> None:
-    job.make(*(f"{number:03}" for number in range(40)))
-    wrong: list[tuple[str, int]] = []
+def test_it_never_says_uploaded_before_the_server_has(small_job: Job) -> None:
+    job = small_job
+    files = small_files(30)
+    job.write(files)
+    held = {key for number, key in enumerate(sorted(files)) if number % 3 == 1}
+    leave = threading.Event()
 
-    def check(key: str) -> None:
-        if uploaded := job.state()[key]:
-            wrong.append((key, uploaded))
+    def hold(exchange: Exchange) -> None:
+        answer = exchange.forward()  # the server has it now, and the script does not know
+        leave.wait(60)
+        exchange.reply(answer)
 
-    job.proxy.add_fault(Fault(delay(0.1), operation="PutObject", one_in=2))
-    job.proxy.add_fault(Fault(call(lambda request: check(request.key)), operation="PutObject"))
-    assert_clean(job.run("--max-concurrency", "2"))
-    assert wrong == []
+    job.proxy.add_fault(Fault(hold, operation="PutObject", key=lambda key: key in held))
+    process = job.start("--max-concurrency", "30")
+    try:
+        wait_until(
+            lambda: job.state_path.exists() and sum(job.state().values()) == 20,
+            60,
+            "a state with all that has been answered",
+        )
+        assert job.uploaded() == set(files) - held
+    finally:
+        leave.set()
+    assert_clean(finish(process))
+    assert job.uploaded() == set(files)
 
 
 @needs_replace_of_open_files
 def test_a_reader_never_sees_half_of_it(job: Job) -> None:
-    job.make(*(f"{number:03}" for number in range(150)))
+    job.make(*(f"{number:03}" for number in range(60)))
     assert_clean(job.run())
     job.proxy.add_fault(Fault(delay(0.05), operation="PutObject"))
     ended = threading.Event()
@@ -189,7 +244,7 @@ def test_a_reader_never_sees_half_of_it(job: Job) -> None:
         reader.join()
     assert_clean(completed)
     # The folder alone during the walk, or else all of its files.
-    assert (broken, sizes | {1}) == ([], {1, 150})
+    assert (broken, sizes | {1}) == ([], {1, 60})
 
 
 @needs_replace_of_open_files
@@ -204,12 +259,11 @@ def test_an_open_state_stays_as_it_was(job: Job) -> None:
     assert job.state() == dict.fromkeys([*files, "c.dat"], 1)
 
 
-def test_no_temporary_file_is_left(job: Job) -> None:
+def test_nothing_is_left_beside_it_but_the_lock(job: Job) -> None:
     job.make("a.dat")
-    (job.state_path.parent / "state.json.tmp").write_text("left by a kill")
+    job.state_path.with_name("state.json.tmp").write_text("left by a kill")
     assert_clean(job.run())
-    names = {path.name for path in job.state_path.parent.iterdir()}
-    assert names == {"state.json", "state.json.lock"}
+    job.check_no_leftovers()
 
 
 def test_a_link_to_the_state_stays_a_link(job: Job, tmp_path: Path) -> None:
@@ -300,21 +354,21 @@ OTHER_JOBS = [other_bucket, other_folder, folder_with_the_same_start]
 def test_failures_of_another_job_are_not_buried(job: Job, other: Any) -> None:
     job.make("a.dat")
     entry = other(job)
-    state = write_state(job, {**entry, "uploadedSuccess": 1}, entry)
-    assert_refused(job, state, "--crashrun 1", "--statefile")
+    job.write_state({**entry, "uploadedSuccess": 1}, entry)
+    assert_refused(job, words=("--crashrun 1", "--statefile"))
 
 
 @pytest.mark.parametrize("other", OTHER_JOBS)
 def test_a_crash_run_of_another_job_is_refused(job: Job, other: Any) -> None:
     job.make("a.dat", "b.dat")
-    state = write_state(job, job.pending_entry("a.dat", bucket=job.bucket), other(job))
-    assert_refused(job, state, "--statefile", arguments=("--crashrun", "1"))
+    job.write_state(job.pending_entry("a.dat", bucket=job.bucket), other(job))
+    assert_refused(job, "--crashrun", "1", words=("--statefile",))
 
 
 @pytest.mark.parametrize("other", OTHER_JOBS)
 def test_another_job_that_is_done_may_be_replaced(job: Job, other: Any) -> None:
     job.make("a.dat")
-    write_state(job, {**other(job), "uploadedSuccess": 1})
+    job.write_state({**other(job), "uploadedSuccess": 1})
     assert_clean(job.run())
     assert job.state() == {"a.dat": 1}
 
@@ -327,20 +381,77 @@ def test_own_failures_do_not_stop_the_next_run(
     job: Job, key: str, arguments: tuple[str, ...]
 ) -> None:
     job.make("a.dat", "a.tmp")
-    write_state(job, job.pending_entry(key, bucket=job.bucket))
+    job.write_state(job.pending_entry(key, bucket=job.bucket))
     completed = job.run(*arguments)
     assert completed.returncode == 0
     assert job.state()["a.dat"] == 1
+
+
+# --- Whose shard it is -----------------------------------------------------------------------
+
+OTHERS = [("--shard", "2/2"), ("--shard", "1/3"), ()]
+
+
+@pytest.mark.parametrize("other", OTHERS, ids=["other", "other-count", "whole"])
+def test_files_that_a_shard_has_yet_to_send_are_not_buried(
+    job: Job, other: tuple[str, ...]
+) -> None:
+    job.make(*NAMES)
+    job.refuse("a.dat")
+    assert job.run("--shard", "1/2").returncode == 1
+    for arguments in (other, (*other, "--dryrun"), (*other, "--skip-unchanged")):
+        assert_refused(job, *arguments, words=("shard 1/2", "--crashrun 1", "--statefile"))
+    assert_refused(job, *other, "--crashrun", "1", words=("shard 1/2", "--statefile"))
+    assert_refused(job, *other, "--verify", words=("shard 1/2", "--statefile"))
+
+
+def test_files_that_a_whole_run_has_yet_to_send_are_not_buried_by_a_shard(job: Job) -> None:
+    job.make(*NAMES)
+    job.refuse("a.dat")
+    assert job.run().returncode == 1
+    assert_refused(job, "--shard", "1/2", words=("no shard", "--crashrun 1", "--statefile"))
+    assert_refused(job, "--shard", "1/2", "--crashrun", "1", words=("no shard", "--statefile"))
+
+
+@pytest.mark.parametrize("other", OTHERS, ids=["other", "other-count", "whole"])
+def test_a_shard_that_is_done_may_be_replaced_but_not_gone_on_with(
+    job: Job, other: tuple[str, ...]
+) -> None:
+    job.make(*NAMES)
+    assert_clean(job.run("--shard", "1/2"))
+    assert_refused(job, *other, "--crashrun", "1", words=("shard 1/2", "--statefile"))
+    assert_clean(job.run(*other))
+    expected = keys_of(other[1], NAMES) if other else NAMES
+    assert job.state() == dict.fromkeys(expected, 1)
+    assert {entry.get("shard") for entry in job.entries()} == {other[1] if other else None}
+
+
+@needs_signals
+def test_a_kill_during_the_walk_of_another_shard_leaves_a_state_for_that_one(
+    job: Job, tmp_path: Path
+) -> None:
+    job.make(*NAMES)
+    assert_clean(job.run("--shard", "1/3"))
+    walked = "os.path.basename(os.fspath(args[0])) == 'sub'"
+    env = killing_call(tmp_path / "killer", "scandir", count=1, condition=walked)
+    process = job.start("--shard", "2/3", "--skip-unchanged", env=env)
+    assert process.wait(60) == -9
+    assert_clean(job.crash_run("--shard", "2/3"))
+    assert job.state() == dict.fromkeys(SPLIT_IN_3["2/3"], 1)
+
+
+def test_a_shard_in_the_state_that_is_no_text_is_damage(job: Job) -> None:
+    job.make("a.dat")
+    job.state_path.write_text(json.dumps([job.pending_entry("a.dat", shard=1)]))
+    assert_refused(job, "--shard", "1/2", words=(str(job.state_path), "damaged"))
 
 
 # --- Crash runs ------------------------------------------------------------------------------
 
 
 def test_crash_run_sends_what_is_marked_as_missing(job: Job) -> None:
-    job.create_bucket()
     files = job.make("a.dat", "b.dat", "sub/c.dat", "new.dat")
-    write_state(
-        job,
+    job.write_state(
         job.pending_entry("a.dat", uploadedSuccess=1),
         job.pending_entry("b.dat"),
         job.pending_entry("sub/c.dat"),
@@ -352,24 +463,25 @@ def test_crash_run_sends_what_is_marked_as_missing(job: Job) -> None:
 
 def test_crash_run_sends_all_again_when_the_bucket_is_gone(job: Job) -> None:
     files = job.make("a.dat", "b.dat")
-    write_state(job, job.pending_entry("a.dat", uploadedSuccess=1), job.pending_entry("b.dat"))
+    job.server.remove_bucket(job.bucket)
+    job.write_state(job.pending_entry("a.dat", uploadedSuccess=1), job.pending_entry("b.dat"))
     completed = job.crash_run()
     assert completed.returncode == 0
     assert "was gone" in completed.stderr
-    assert job.objects() == files
+    assert job.in_bucket() == digests(files)
     assert job.state() == {"a.dat": 1, "b.dat": 1}
 
 
 def test_crash_run_keeps_the_keys_of_the_state(job: Job) -> None:
     job.make("a.dat")
-    write_state(job, job.pending_entry("a.dat", filename="daily/a.dat"))
+    job.write_state(job.pending_entry("a.dat", filename="daily/a.dat"))
     assert_clean(job.crash_run())
     assert set(job.objects()) == {"daily/a.dat"}
 
 
 def test_crash_run_says_of_a_file_that_it_is_gone(job: Job) -> None:
     job.make("a.dat")
-    write_state(job, job.pending_entry("a.dat"), job.pending_entry("gone.dat"))
+    job.write_state(job.pending_entry("a.dat"), job.pending_entry("gone.dat"))
     assert_failed(job.crash_run(), [job.folder / "gone.dat"])
     assert job.state() == {"a.dat": 1, "gone.dat": 0}
     assert "no such file" in job.errors()["gone.dat"]
@@ -377,7 +489,7 @@ def test_crash_run_says_of_a_file_that_it_is_gone(job: Job) -> None:
 
 def test_crash_run_sends_a_file_as_it_is_now(job: Job) -> None:
     job.make("a.dat")
-    write_state(job, job.pending_entry("a.dat", size=1, mtime_ns=1, error="an old reason"))
+    job.write_state(job.pending_entry("a.dat", size=1, mtime_ns=1, error="an old reason"))
     (job.folder / "a.dat").write_bytes(b"changed since")
     assert_clean(job.crash_run())
     assert job.objects() == {"a.dat": b"changed since"}
@@ -389,10 +501,10 @@ def test_crash_run_sends_a_file_as_it_is_now(job: Job) -> None:
 def test_crash_run_with_nothing_to_do(job: Job) -> None:
     files = job.make("a.dat")
     assert_clean(job.run())
-    before = job.state_path.read_bytes()
+    before, since = job.state_path.read_bytes(), job.seen()
     assert_clean(job.crash_run())
-    assert job.puts() == []
-    assert job.objects() == files
+    assert job.puts(since) == []
+    assert job.in_bucket() == digests(files)
     assert job.state_path.read_bytes() == before
 
 
@@ -408,16 +520,9 @@ def test_crash_run_without_a_state_is_refused(job: Job, content: bytes | None) -
 
 def test_crash_run_with_an_empty_list_has_nothing_to_do(job: Job) -> None:
     job.make("a.dat")
-    write_state(job)
+    job.write_state()
     assert job.crash_run().returncode == 0
     assert job.state() == {}
-
-
-def test_crash_run_creates_a_missing_bucket(job: Job) -> None:
-    files = job.make("a.dat")
-    write_state(job, job.pending_entry("a.dat"))
-    assert_clean(job.crash_run())
-    assert job.objects() == files
 
 
 # --- Damaged states --------------------------------------------------------------------------
@@ -457,21 +562,33 @@ DAMAGED = [
 def test_damaged_state_is_refused(job: Job, content: bytes) -> None:
     job.make("a.dat")
     job.state_path.write_bytes(content)
-    assert_refused(job, content, str(job.state_path), "--statefile")
+    assert_refused(job, words=(str(job.state_path), "--statefile"))
 
 
 def test_damaged_state_is_refused_by_a_crash_run(job: Job) -> None:
     job.make("a.dat")
     content = DAMAGED[1]
     job.state_path.write_bytes(content)
-    assert_refused(job, content, str(job.state_path), arguments=("--crashrun", "1"))
+    assert_refused(job, "--crashrun", "1", words=(str(job.state_path),))
 
 
-@pytest.mark.parametrize("name", ["a\0b", "a\ud800b"])
-def test_path_that_cannot_be_is_a_failure_or_a_refusal(job: Job, name: str) -> None:
+@pytest.mark.parametrize("name", ["a\0b", "a\ud800b"], ids=ascii)
+def test_a_path_that_no_system_can_have_is_damage(job: Job, name: str) -> None:
     job.make("a.dat")
-    write_state(job, job.pending_entry("a.dat"), job.pending_entry(name))
-    assert job.crash_run().returncode in (1, 2)
+    job.write_state(job.pending_entry("a.dat"), job.pending_entry(name))
+    assert_refused(job, "--crashrun", "1", words=("damaged",))
+
+
+@needs_byte_names
+def test_a_path_of_bytes_that_are_no_text_is_found_again(job: Job) -> None:
+    job.make("a.dat")
+    name = "caf\udce9.dat"
+    (job.folder / name).write_bytes(b"bytes")
+    job.write_state(job.pending_entry("a.dat"), job.pending_entry(name))
+    completed = job.crash_run()
+    assert completed.returncode == 1
+    assert job.state() == {"a.dat": 1, name: 0}
+    assert "UTF-8" in job.errors()[name]
 
 
 def test_state_that_is_a_folder_is_refused(job: Job) -> None:
@@ -484,7 +601,7 @@ def test_state_that_is_a_folder_is_refused(job: Job) -> None:
 @needs_permissions
 def test_unreadable_state_is_refused(job: Job) -> None:
     job.make("a.dat")
-    state = write_state(job)
+    state = job.write_state()
     job.state_path.chmod(0)
     assert_stopped(job.run(user=NOBODY), str(job.state_path))
     assert job.proxy.requests == []
@@ -513,16 +630,17 @@ def file_size_limit(size_bytes: int) -> list[str]:
 @needs_limits
 @pytest.mark.parametrize("size_bytes", [0, 100])  # no room for the lock's text, or for an entry
 def test_full_disk_keeps_the_old_state(job: Job, old_state: bytes, size_bytes: int) -> None:
+    since = job.seen()
     assert_stopped(job.run(python_flags=file_size_limit(size_bytes)), str(job.state_path))
     assert job.state_path.read_bytes() == old_state
-    assert job.puts() == []
+    assert job.puts(since) == []
     assert not Path(f"{job.state_path}.tmp").exists()
 
 
 @needs_limits
 def test_full_disk_keeps_the_old_state_in_a_crash_run(job: Job) -> None:
     job.make("a.dat")
-    state = write_state(job, job.pending_entry("a.dat", error="a long reason" * 10))
+    state = job.write_state(job.pending_entry("a.dat", error="a long reason" * 10))
     assert_stopped(job.crash_run(python_flags=file_size_limit(100)), str(job.state_path))
     assert job.state_path.read_bytes() == state
 
@@ -533,7 +651,7 @@ def test_disk_that_is_full_after_the_walk_leaves_enough_for_a_crash_run(job: Job
     # Room for the folder's entry, and not for those of its files.
     assert_stopped(job.run(python_flags=file_size_limit(1000)), str(job.state_path))
     assert_clean(job.crash_run())
-    assert job.objects() == files
+    assert job.in_bucket() == digests(files)
 
 
 @needs_limits_of_others
@@ -555,7 +673,7 @@ def test_disk_that_fills_during_the_run_keeps_the_last_state(job: Job) -> None:
     assert len([line for line in completed.stderr.splitlines() if "cannot save" in line]) == 1
     assert str(job.state_path) in completed.stderr
     assert job.state_path.read_bytes() == at_first[0]
-    assert job.objects() == files
+    assert job.in_bucket() == digests(files)
     # It lags behind, and that is all: the crash run sends again what it knows nothing of.
     assert_clean(job.crash_run())
     assert job.state() == dict.fromkeys(files, 1)
@@ -578,7 +696,7 @@ def test_first_run_keeps_what_it_knows_when_the_bucket_refuses(job: Job) -> None
     assert job.state() == dict.fromkeys(files, 0)
     job.proxy.clear_faults()
     assert_clean(job.crash_run())
-    assert job.objects() == files
+    assert job.in_bucket() == digests(files)
 
 
 @pytest.mark.skipif(not is_root(), reason="only root may make a device")

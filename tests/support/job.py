@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from .faults import Fault, answer
 from .files import digests, make_files, md5
 from .proxy import FaultProxy, Request
 from .script import Completed, kill_group, read_state, wait_until
@@ -49,6 +50,10 @@ class Job:
     def run(self, *more: str | Path, **options: Any) -> Completed:
         """Run the script to its end; `options` are those of `run_script`."""
         return self._run(*self.arguments(*more), **{"server": self.endpoint, **options})
+
+    def run_plainly(self, *arguments: str | Path, **options: Any) -> Completed:
+        """Run the script with these arguments and no others."""
+        return self._run(*arguments, **{"server": self.endpoint, **options})
 
     def crash_run(self, *more: str | Path, **options: Any) -> Completed:
         """Run the script with --crashrun 1."""
@@ -166,6 +171,12 @@ class Job:
     def sent_parts(self, since: int = 0) -> list[int]:
         """The numbers of the parts that were sent, sorted."""
         return sorted(r.part_number or 0 for r in self.requests("UploadPart", since=since))
+
+    def refuse(self, *keys: str) -> None:
+        """Have the server refuse these keys until the proxy's faults are cleared."""
+        for operation in ("PutObject", "CreateMultipartUpload"):
+            refusal = answer(400, "EntityTooLarge")
+            self.proxy.add_fault(Fault(refusal, operation=operation, key=lambda key: key in keys))
 
     def wait_for(self, operation: str, count: int = 1, *, answered: bool = False) -> None:
         """Wait until so many requests of an operation have come, or have been answered with 200."""
