@@ -1,0 +1,1024 @@
+"""The commands and their options together: incremental runs, --verify, dry runs, crash runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import NewJob
+from support.checks import assert_clean, assert_failed, assert_stopped, lines_with
+from support.faults import Fault, answer, delay, replace_in_answer, set_headers
+from support.files import IN_PARTS, LARGE_BYTES, digests, make_files, md5, odd_names, some_bytes
+from support.job import NOBODY, Job
+from support.kills import killing_call
+from support.proxy import Action, Exchange, Request
+from support.script import Completed, finish, wait_until
+from support.servers import S3Server
+from support.systems import needs_permissions, needs_signals
+
+SKIP = "--skip-unchanged"
+
+
+def sent_by(job: Job, *arguments: str) -> list[str]:
+    """Run with --skip-unchanged, which has to end well; return the keys that it sent."""
+    since = job.seen()
+    assert_clean(job.run(SKIP, *arguments))
+    return job.sent(since)
+
+
+def unchanged(completed: Completed) -> int:
+    """The number of unchanged files in the summary."""
+    match = re.search(r"; ([\d,]+) unchanged, 0 failed", completed.stdout)
+    assert match, completed.stdout
+    return int(match[1].replace(",", ""))
+
+
+def backed_up(job: Job, *names: str) -> dict[str, bytes]:
+    """Make files and send them with a normal run; return them by key."""
+    files = job.make(*names)
+    assert_clean(job.run())
+    return files
+
+
+def change_state(job: Job, key: str, *dropped: str) -> None:
+    """Take fields out of one entry of the state file."""
+    entries = job.entries()
+    for entry in entries:
+        if entry["filename"] == key:
+            for name in dropped:
+                del entry[name]
+    job.state_path.write_text(json.dumps(entries), encoding="utf-8")
+
+
+VERIFY = "--verify"
+
+KMS = ("--sse", "aws:kms")
+
+
+def verify(job: Job, *arguments: str | Path) -> Completed:
+    """Run with --verify, which may only look."""
+    since = job.seen()
+    completed = job.run(VERIFY, *arguments)
+    assert {request.method for request in job.proxy.requests[since:]} <= {"HEAD", "GET"}
+    return completed
+
+
+def assert_right(job: Job, files: int) -> None:
+    """Check that --verify finds nothing wrong, says how much is right, and changes nothing."""
+    state, objects = job.state_path.read_bytes(), job.objects()
+    completed = verify(job)
+    assert_clean(completed)
+    assert re.search(rf"\b{files:,} files? right, .*; 0 wrong, 0 not yet sent", completed.stdout)
+    assert job.state_path.read_bytes() == state
+    assert job.objects() == objects
+
+
+def assert_wrong(job: Job, completed: Completed, **said: str) -> None:
+    """Check that exactly these keys were named as wrong, and the way out; now the state is 0."""
+    assert completed.returncode == 1, completed
+    lines = [line for line in completed.stdout.splitlines() if line.startswith("wrong: ")]
+    assert len(lines) == len(said), completed.stdout
+    for key, words in said.items():
+        (line,) = lines_with(completed.stdout, f"wrong: s3://{job.bucket}/{key} ")
+        assert str(job.folder / key) in line
+        assert words in line
+        assert words in job.errors()[key]
+    (sentence,) = completed.stderr.splitlines()
+    assert "--crashrun 1" in sentence
+    assert {key for key, uploaded in job.state().items() if not uploaded} == set(said)
+
+
+def write_three_fields(job: Job, *keys: str) -> bytes:
+    """Write a state with the original three fields of each entry; return its bytes."""
+    entries = [job.pending_entry(key, uploadedSuccess=1) for key in keys]
+    job.state_path.write_text(json.dumps(entries), encoding="utf-8")
+    return job.state_path.read_bytes()
+
+
+# --- --skip-unchanged: nothing has changed ---------------------------------------------------
+
+
+def test_an_unchanged_folder_sends_nothing(job: Job) -> None:
+    files = backed_up(job, "a.dat", "sub/b.dat", "sub/deep/c.dat")
+    before, since = job.entries(), job.seen()
+    completed = job.run(SKIP)
+    assert_clean(completed)
+    assert job.sent(since) == []
+    assert len(job.requests("ListObjectsV2")) == 1
+    assert unchanged(completed) == 3
+    assert "sent 0 files" in completed.stdout
+    assert job.entries() == before
+    for entry in before:
+        content = files[entry["filename"]]
+        assert entry["uploadedSuccess"] == 1
+        assert entry["etag"] == md5(content)
+    assert job.in_bucket() == digests(files)
+
+
+def test_a_multipart_object_that_is_unchanged_is_not_sent(each_job: Job) -> None:
+    job = each_job
+    job.write({"parts.dat": some_bytes(LARGE_BYTES), "small.dat": b"small", "empty": b""})
+    assert_clean(job.run(*IN_PARTS))
+    before = job.entries()
+    if job.server.name == "moto":
+        assert re.fullmatch("[0-9a-f]{32}-3", job.entry("parts.dat")["etag"])
+    assert sent_by(job, *IN_PARTS) == []
+    assert job.entries() == before
+
+
+def test_odd_names_are_known_again(each_job: Job) -> None:
+    job = each_job
+    names = odd_names(job.server.name)
+    names += [f"folder {name}/{name}" for name in names]
+    backed_up(job, *names)
+    completed = job.run(SKIP)
+    assert_clean(completed)
+    assert unchanged(completed) == len(names)
+    assert job.sent() == sorted(names)  # by the first run, once
+
+
+def test_the_listing_is_of_the_prefix_alone(job: Job) -> None:
+    job.make("a.dat", "b.dat")
+    assert_clean(job.run("--prefix", "host1/"))
+    assert sent_by(job, "--prefix", "host1/") == []
+    (listing,) = (r for r in job.proxy.requests if r.operation == "ListObjectsV2")
+    assert listing.query["prefix"].startswith("host1/")
+
+
+# --- --skip-unchanged: something has changed in the folder -----------------------------------
+
+
+def longer(path: Path) -> None:
+    status = path.stat()
+    path.write_bytes(b"some more bytes than before")
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def touched(path: Path) -> None:
+    status = path.stat()
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1_000_000_000))
+
+
+def older(path: Path) -> None:
+    os.utime(path, (0, 0))
+
+
+def test_a_file_with_another_size_or_time_is_sent(job: Job) -> None:
+    changes = {"longer": longer, "older": older, "touched": touched}
+    backed_up(job, *changes, "as it was")
+    for key, change in changes.items():
+        change(job.path(key))
+    assert sent_by(job) == sorted(changes)
+    job.check_all_is_there()
+    assert sent_by(job) == []
+
+
+def test_a_new_file_is_sent(job: Job) -> None:
+    files = backed_up(job, "a.dat", "c.dat")
+    files |= job.make("b.dat")
+    assert sent_by(job) == ["b.dat"]
+    assert job.in_bucket() == digests(files)
+    assert job.state() == dict.fromkeys(files, 1)
+
+
+def test_a_file_that_failed_before_is_sent(job: Job) -> None:
+    files = job.make("a.dat", "b.dat")
+    job.refuse("b.dat")
+    assert job.run().returncode == 1
+    assert job.state() == {"a.dat": 1, "b.dat": 0}
+    job.proxy.clear_faults()
+    assert sent_by(job) == ["b.dat"]
+    assert job.in_bucket() == digests(files)
+    assert job.state() == dict.fromkeys(files, 1)
+
+
+def test_a_file_that_failed_is_sent_even_if_the_bucket_has_such_an_object(job: Job) -> None:
+    files = backed_up(job, "a.dat", "b.dat")
+    state = job.state_path.read_text(encoding="utf-8")
+    changed = re.sub(r'(b\.dat", "uploadedSuccess": )1', r"\g<1>0", state)
+    assert changed != state
+    job.state_path.write_text(changed, encoding="utf-8")
+    assert sent_by(job) == ["b.dat"]
+    assert job.state() == dict.fromkeys(files, 1)
+
+
+def test_an_entry_that_lacks_what_is_compared_is_sent(job: Job) -> None:
+    lacking = {"no-etag": "etag", "no-size": "size", "no-time": "mtime_ns"}
+    backed_up(job, *lacking, "whole")
+    for key, field in lacking.items():
+        change_state(job, key, field)
+    assert sent_by(job) == sorted(lacking)
+    assert sent_by(job) == []
+
+
+def test_a_state_with_the_original_three_fields_has_all_sent(job: Job) -> None:
+    files = backed_up(job, "a.dat", "b.dat")
+    job.state_path.write_text(
+        json.dumps([job.pending_entry(key, uploadedSuccess=1) for key in files])
+    )
+    assert sent_by(job) == ["a.dat", "b.dat"]
+    assert sent_by(job) == []
+
+
+def test_another_prefix_has_all_sent(job: Job) -> None:
+    files = backed_up(job, "a.dat", "b.dat")
+    assert sent_by(job, "--prefix", "daily/") == ["daily/a.dat", "daily/b.dat"]
+    assert job.objects() == {**files, **{f"daily/{key}": files[key] for key in files}}
+    assert sent_by(job, "--prefix", "daily/") == []
+
+
+def test_nothing_is_ever_deleted_from_the_bucket(job: Job) -> None:
+    files = backed_up(job, "a.dat", "b.dat")
+    (job.folder / "b.dat").unlink()
+    assert sent_by(job) == []
+    assert job.in_bucket() == digests(files)
+    assert job.state() == {"a.dat": 1}
+    assert {r.method for r in job.proxy.requests} <= {"HEAD", "GET", "PUT"}
+
+
+# --- --skip-unchanged: something has changed in the bucket -----------------------------------
+
+
+def test_an_object_that_is_not_as_recorded_is_sent_again(each_job: Job) -> None:
+    job = each_job
+    backed_up(job, "a.dat", "changed", "missing", "shorter")
+    damage(job)
+    assert sent_by(job) == ["changed", "missing", "shorter"]
+    job.check_all_is_there()
+
+
+def test_a_bucket_that_is_gone_has_all_sent(job: Job) -> None:
+    files = backed_up(job, "a.dat", "b.dat")
+    job.server.remove_bucket(job.bucket)
+    assert sent_by(job) == ["a.dat", "b.dat"]
+    assert job.in_bucket() == digests(files)
+
+
+def test_a_state_of_another_bucket_proves_nothing_here(job: Job) -> None:
+    backed_up(job, "a.dat", "b.dat")
+    other = replace(job, bucket=f"{job.bucket[:50]}-other")
+    other.create_bucket()
+    assert sent_by(other) == ["a.dat", "b.dat"]
+    other.check_all_is_there()
+    assert {entry["bucket"] for entry in job.entries()} == {other.bucket}
+    job.server.remove_bucket(other.bucket)
+
+
+# --- --skip-unchanged: the listing -----------------------------------------------------------
+
+
+def test_a_listing_that_is_refused_is_said_and_all_is_sent(job: Job) -> None:
+    files = backed_up(job, "a.dat", "b.dat")
+    since = job.seen()
+    job.proxy.add_fault(Fault(answer(403, "AccessDenied"), operation="ListObjectsV2"))
+    completed = job.run(SKIP)
+    assert completed.returncode == 0
+    (said,) = completed.stderr.splitlines()
+    assert "cannot list the bucket" in said
+    assert "AccessDenied" in said
+    assert job.sent(since) == ["a.dat", "b.dat"]
+    assert unchanged(completed) == 0
+    assert job.state() == dict.fromkeys(files, 1)
+
+
+def in_pages_of_two(change: Callable[[bytes], bytes] = bytes) -> Action:
+    """Ask a server that checks no signature for pages of two, and change what they say."""
+
+    def act(exchange: Exchange) -> None:
+        exchange.ask_more("&max-keys=2")
+        replace_in_answer(change)(exchange)
+
+    return act
+
+
+def test_a_listing_of_several_pages_is_read_to_its_end(moto_job: Job) -> None:
+    job = moto_job
+    backed_up(job, *"abcde")
+    job.proxy.add_fault(Fault(in_pages_of_two(), operation="ListObjectsV2"))
+    completed = job.run(SKIP)
+    assert_clean(completed)
+    assert unchanged(completed) == 5
+    assert len(job.requests("ListObjectsV2")) == 3
+    assert_right(job, files=5)
+    job.delete("a")
+    job.put("e", b"other")
+    assert_wrong(job, verify(job), a="not in the bucket", e="bytes")
+
+
+def test_a_listing_that_breaks_off_is_said_and_the_rest_is_sent(moto_job: Job) -> None:
+    job = moto_job
+    backed_up(job, *"abc")
+    token = re.compile(rb"<NextContinuationToken>.*</NextContinuationToken>")
+    change = in_pages_of_two(lambda page: token.sub(b"", page))
+    job.proxy.add_fault(Fault(change, operation="ListObjectsV2"))
+    since = job.seen()
+    completed = job.run(SKIP)
+    assert completed.returncode == 0
+    assert "cannot list the bucket" in completed.stderr
+    assert job.sent(since) == ["c"]
+    assert set(job.state().values()) == {1}
+
+
+def test_a_listing_that_goes_in_circles_is_said_and_the_rest_is_sent(moto_job: Job) -> None:
+    job = moto_job
+    backed_up(job, *"abc")
+    pages: list[bytes] = []
+
+    def first_page(page: bytes) -> bytes:
+        pages.append(page)
+        return pages[0]
+
+    job.proxy.add_fault(Fault(in_pages_of_two(first_page), operation="ListObjectsV2"))
+    since = job.seen()
+    completed = job.run(SKIP, timeout=60)
+    assert completed.returncode == 0
+    assert "cannot list the bucket" in completed.stderr
+    assert len(pages) == 2
+    assert job.sent(since) == ["c"]
+
+
+def test_a_listing_that_is_throttled_once_is_asked_for_again(job: Job) -> None:
+    backed_up(job, "a.dat", "b.dat")
+    fault = Fault(answer(503, "SlowDown"), operation="ListObjectsV2", times=1)
+    job.proxy.add_fault(fault)
+    assert sent_by(job) == []
+    assert fault.hits == 1
+    assert len(job.requests("ListObjectsV2")) == 2
+
+
+@needs_signals
+@pytest.mark.parametrize("dryrun", [(), ("--dryrun",)], ids=["run", "dryrun"])
+def test_a_signal_during_the_listing_ends_the_run_and_forgets_nothing(
+    job: Job, dryrun: tuple[str, ...]
+) -> None:
+    files = backed_up(job, "a.dat", "b.dat")
+    before = job.entries()
+    job.proxy.add_fault(Fault(delay(600), operation="ListObjectsV2", times=1))
+    process = job.start(SKIP, *dryrun)
+    wait_until(lambda: len(job.requests("ListObjectsV2")), 30, "the listing")
+    process.send_signal(signal.SIGTERM)
+    completed = finish(process, timeout=10)
+    assert completed.returncode == 143
+    assert len(completed.stderr.splitlines()) == 1
+    if dryrun:
+        assert job.entries() == before
+    assert job.state().items() >= dict.fromkeys(files, 1).items()
+    assert sent_by(job) == []
+    assert job.entries() == before
+
+
+# --- --skip-unchanged: the state file --------------------------------------------------------
+
+
+def test_without_a_state_all_is_sent(job: Job) -> None:
+    files = backed_up(job, "a.dat", "b.dat")
+    job.state_path.unlink()
+    assert sent_by(job) == ["a.dat", "b.dat"]
+    assert job.state() == dict.fromkeys(files, 1)
+    assert sent_by(job) == []
+
+
+def test_a_first_run_needs_no_listing(job: Job) -> None:
+    job.make("a.dat")
+    assert sent_by(job) == ["a.dat"]
+    assert job.requests("ListObjectsV2") == []
+
+
+def killed_in_the_walk(job: Job, tmp_path: Path, *arguments: str) -> None:
+    """Kill a --skip-unchanged run when it comes to the folder `sub`."""
+    walked = "os.path.basename(os.fspath(args[0])) == 'sub'"
+    env = killing_call(tmp_path / "killer", "scandir", count=1, condition=walked)
+    assert job.start(SKIP, *arguments, env=env).wait(60) == -9
+
+
+@needs_signals
+@pytest.mark.parametrize(
+    ("arguments", "sent"),
+    [
+        ((), ["a.dat", "new.dat", "sub/b.dat"]),
+        (("--crashrun", "1"), ["new.dat"]),
+        ((SKIP,), ["new.dat"]),
+        ((SKIP, "--crashrun", "1"), ["new.dat"]),
+    ],
+    ids=["normal", "crash", "skip", "crash-skip"],
+)
+def test_a_kill_during_the_walk_forgets_no_upload(
+    job: Job, tmp_path: Path, arguments: tuple[str, ...], sent: list[str]
+) -> None:
+    files = backed_up(job, "a.dat", "sub/b.dat")
+    uploaded = job.entries()
+    files |= job.make("new.dat")
+    since = job.seen()
+    killed_in_the_walk(job, tmp_path)
+    assert job.sent(since) == []
+    folder, *kept = job.entries()
+    assert (folder["filepath"], folder["uploadedSuccess"]) == (str(job.folder), 0)
+    assert kept == uploaded
+    since = job.seen()
+    assert_clean(job.run(*arguments))
+    assert job.sent(since) == sent
+    assert job.in_bucket() == digests(files)
+    assert job.state() == dict.fromkeys(files, 1)
+
+
+@needs_signals
+@pytest.mark.parametrize("skip", [(), (SKIP,)], ids=["plain", "skip"])
+def test_a_kill_during_the_walk_of_a_run_for_another_bucket_leaves_a_state_for_that_one(
+    job: Job, tmp_path: Path, skip: tuple[str, ...]
+) -> None:
+    files = backed_up(job, "a.dat", "sub/b.dat")
+    to_other = ("--bucketname", f"{job.bucket[:50]}-other")
+    killed_in_the_walk(job, tmp_path, *to_other)
+    since = job.seen()
+    assert_clean(job.run("--crashrun", "1", *skip, *to_other))
+    assert job.sent(since) == ["a.dat", "sub/b.dat"]
+    assert job.server.objects(to_other[1]) == files
+    assert job.state() == dict.fromkeys(files, 1)
+    job.server.remove_bucket(to_other[1])
+
+
+@needs_signals
+def test_a_kill_during_the_walk_of_a_run_for_another_folder_leaves_a_state_for_that_one(
+    job: Job, tmp_path: Path
+) -> None:
+    backed_up(job, "a.dat")
+    other = tmp_path / "elsewhere"
+    make_files(other, {"b.dat": b"b", "sub/c.dat": b"c"})
+    killed_in_the_walk(job, tmp_path, "--backupfolder", str(other))
+    assert_clean(job.crash_run("--backupfolder", other))
+    assert job.state() == {"b.dat": 1, "sub/c.dat": 1}
+    assert job.objects()["sub/c.dat"] == b"c"
+
+
+def test_a_kill_while_files_are_sent_has_only_the_others_sent(job: Job) -> None:
+    backed_up(job, *(f"{n:02}" for n in range(40)))
+    for number in range(20):
+        touched(job.folder / f"{number:02}")
+    job.proxy.add_fault(Fault(delay(600), operation="PutObject", after=5))
+    since = job.seen()
+    process = job.start(SKIP, "--max-concurrency", "4")
+    wait_until(lambda: len(job.sent(since)) >= 9, 30, "all that may be under way")
+    process.kill()
+    process.communicate()
+    job.proxy.clear_faults()
+    # No unchanged file is sent; of the touched ones the state may lag behind by the last moments.
+    confirmed = {key for key, uploaded in job.state().items() if uploaded}
+    assert {f"{n:02}" for n in range(20, 40)} <= confirmed
+    since = job.seen()
+    assert_clean(job.crash_run())
+    assert set(job.sent(since)) == {f"{n:02}" for n in range(40)} - confirmed
+    assert set(job.state().values()) == {1}
+
+
+# --- --skip-unchanged with --dryrun and --crashrun 1 -----------------------------------------
+
+
+def listed(job: Job, stdout: str) -> list[str]:
+    """The keys that a dry run lists."""
+    urls = (
+        line.partition(f" s3://{job.bucket}/")[2] for line in lines_with(stdout, "would upload")
+    )
+    return [url.rpartition(" (")[0] for url in urls]
+
+
+def methods_since(job: Job, since: int) -> set[str]:
+    return {request.method for request in job.proxy.requests[since:]}
+
+
+def test_dry_run_lists_only_what_would_be_sent(job: Job) -> None:
+    files = backed_up(job, "a.dat", "b.dat", "c.dat")
+    touched(job.folder / "b.dat")
+    job.make("new.dat")
+    state, since = job.state_path.read_bytes(), job.seen()
+    completed = job.run(SKIP, "--dryrun")
+    assert (completed.returncode, completed.stderr) == (0, "")
+    assert listed(job, completed.stdout) == ["b.dat", "new.dat"]
+    assert unchanged(completed) == 2
+    assert methods_since(job, since) == {"HEAD", "GET"}
+    assert job.state_path.read_bytes() == state
+    assert job.in_bucket() == digests(files)
+
+
+def test_dry_run_without_the_bucket_lists_all_and_creates_nothing(job: Job) -> None:
+    backed_up(job, "a.dat", "b.dat")
+    state = job.state_path.read_bytes()
+    job.server.remove_bucket(job.bucket)
+    completed = job.run(SKIP, "--dryrun")
+    assert (completed.returncode, completed.stderr) == (0, "")
+    assert listed(job, completed.stdout) == ["a.dat", "b.dat"]
+    assert job.bucket not in {b["Name"] for b in job.server.client().list_buckets()["Buckets"]}
+    assert job.state_path.read_bytes() == state
+
+
+def test_a_crash_run_sends_what_is_missing_and_nothing_else(job: Job) -> None:
+    files = job.make("a.dat", "b.dat")
+    job.refuse("b.dat")
+    assert job.run().returncode == 1
+    job.proxy.clear_faults()
+    touched(job.folder / "a.dat")
+    job.make("new.dat")  # of which the state knows nothing
+    assert sent_by(job, "--crashrun", "1") == ["b.dat"]
+    assert job.in_bucket() == digests(files)
+    assert job.state() == dict.fromkeys(files, 1)
+    assert sent_by(job, "--crashrun", "1") == []
+
+
+# --- --verify: all is right ------------------------------------------------------------------
+
+
+def test_a_backup_is_right(each_job: Job) -> None:
+    job = each_job
+    names = odd_names(job.server.name)
+    job.make(*names, *(f"folder {name}/{name}" for name in names))
+    job.write({"empty": b"", "parts": some_bytes(LARGE_BYTES)})
+    assert_clean(job.run(*IN_PARTS))
+    assert_right(job, files=2 * len(names) + 2)
+    assert len(job.requests("ListObjectsV2")) == 1
+    assert job.requests("GetObject", "HeadObject") == []
+
+
+def test_what_changed_in_the_folder_does_not_matter(job: Job) -> None:
+    backed_up(job, "a.dat", "b.dat", "c.dat")
+    (job.folder / "a.dat").unlink()
+    (job.folder / "b.dat").write_bytes(b"changed since")
+    job.make("new.dat")
+    assert_right(job, files=3)
+
+
+def test_the_prefix_is_in_the_state(job: Job) -> None:
+    job.make("a.dat")
+    assert_clean(job.run("--prefix", "daily/"))
+    job.put("a.dat", b"of somebody else")
+    assert_right(job, files=1)
+
+
+def test_a_run_that_had_nothing_to_send_is_right(job: Job) -> None:
+    job.folder.mkdir()
+    job.state_path.write_text("[]\n")
+    assert_right(job, files=0)
+    assert job.requests("ListObjectsV2") == []
+
+
+def test_encrypted_objects_are_right(moto_job: Job) -> None:
+    job = moto_job
+    job.write({"small": b"small", "parts": some_bytes(LARGE_BYTES)})
+    assert_clean(job.run(*IN_PARTS, *KMS))
+    head = job.server.client().head_object(Bucket=job.bucket, Key="small")
+    assert head["ServerSideEncryption"] == "aws:kms"
+    assert_right(job, files=2)
+
+
+FOREIGN_ETAG = "0123456789abcdef0123456789abcdef"
+
+
+def with_foreign_etags(job: Job) -> None:
+    """Have the server give ETags of 32 digits that are no MD5, as S3 does under SSE-KMS."""
+    headers = {"x-amz-server-side-encryption": "aws:kms", "ETag": f'"{FOREIGN_ETAG}"'}
+    for operation in ("PutObject", "HeadObject"):
+        job.proxy.add_fault(Fault(set_headers(headers), operation=operation))
+    etags = re.compile(rb"<ETag>[^<]*</ETag>")
+    other = f"<ETag>&quot;{FOREIGN_ETAG}&quot;</ETag>".encode()
+    change = replace_in_answer(lambda body: etags.sub(other, body))
+    job.proxy.add_fault(Fault(change, operation="ListObjectsV2"))
+
+
+def test_an_etag_that_is_no_md5_is_compared_with_the_recorded_one(moto_job: Job) -> None:
+    job = moto_job
+    with_foreign_etags(job)
+    job.make("a.dat")
+    assert_clean(job.run(*KMS))
+    (entry,) = job.entries()
+    assert entry["etag"] == FOREIGN_ETAG
+    assert_right(job, files=1)
+
+
+def test_an_etag_that_is_no_md5_is_not_compared_with_the_local_bytes(moto_job: Job) -> None:
+    job = moto_job
+    files = backed_up(job, "a.dat")
+    write_three_fields(job, *files)
+    with_foreign_etags(job)
+    assert_right(job, files=1)
+    assert len(job.requests("HeadObject")) == 1
+
+
+# --- --verify: something is wrong ------------------------------------------------------------
+
+
+def damage(job: Job) -> None:
+    """Make the bucket another than the state says, in each of the ways there are."""
+    job.delete("missing")
+    job.put("shorter", b"other size")
+    job.put("changed", b"BYTES of changed")
+
+
+def test_an_object_that_is_not_as_recorded_is_named_and_repaired(each_job: Job) -> None:
+    job = each_job
+    backed_up(job, "a.dat", "changed", "missing", "shorter", "z.dat")
+    others = [job.entry("a.dat"), job.entry("z.dat")]
+    damage(job)
+    completed = verify(job)
+    assert_wrong(job, completed, changed="ETag", missing="not in the bucket", shorter="10 bytes")
+    assert re.search(r"\b2 files right, .*; 3 wrong, 0 not yet sent", completed.stdout)
+    assert [entry for entry in job.entries() if entry["uploadedSuccess"]] == others
+
+    since = job.seen()
+    assert_clean(job.crash_run())
+    assert job.sent(since) == ["changed", "missing", "shorter"]
+    job.check_all_is_there()
+    assert_right(job, files=5)
+
+
+def test_a_multipart_object_that_was_replaced_is_named(each_job: Job) -> None:
+    job = each_job
+    size = LARGE_BYTES
+    job.write({"parts": os.urandom(size), "small": b"small"})
+    assert_clean(job.run(*IN_PARTS))
+    job.put("parts", b"x" * size)
+    assert_wrong(job, verify(job), parts="ETag")
+    assert_clean(job.crash_run(*IN_PARTS))
+    assert_right(job, files=2)
+
+
+def test_each_of_many_is_named_and_the_others_stay_right(job: Job) -> None:
+    files = backed_up(job, *(f"{n:02}" for n in range(30)))
+    gone = [f"{n:02}" for n in range(0, 30, 3)]
+    for key in gone:
+        job.delete(key)
+    assert_wrong(job, verify(job), **dict.fromkeys(gone, "not in the bucket"))
+    assert_clean(job.crash_run())
+    assert job.in_bucket() == digests(files)
+
+
+def test_what_is_missing_already_is_counted_and_named_once_more_by_nobody(job: Job) -> None:
+    job.make("a.dat", "b.dat")
+    job.refuse("b.dat")
+    assert_failed(job.run(), [job.folder / "b.dat"])
+    job.proxy.clear_faults()
+    state = job.state_path.read_bytes()
+    completed = verify(job)
+    assert completed.returncode == 1
+    assert "--crashrun 1" in completed.stderr
+    assert re.search(r"; 0 wrong, 1 not yet sent", completed.stdout)
+    assert lines_with(completed.stdout, "wrong: ") == []
+    assert job.state_path.read_bytes() == state
+
+
+def test_wrong_and_missing_files_are_counted_apart(job: Job) -> None:
+    files = job.make("a.dat", "b.dat", "c.dat")
+    job.refuse("b.dat")
+    assert_failed(job.run(), [job.folder / "b.dat"])
+    job.proxy.clear_faults()
+    job.delete("c.dat")
+    completed = verify(job)
+    assert completed.returncode == 1
+    assert re.search(r"\b1 files? right, .*; 1 wrong, 1 not yet sent", completed.stdout)
+    assert len(lines_with(completed.stdout, "wrong: ")) == 1
+    assert job.state() == {"a.dat": 1, "b.dat": 0, "c.dat": 0}
+    assert_clean(job.crash_run())
+    assert job.in_bucket() == digests(files)
+
+
+def test_quiet_still_lists_what_is_wrong(job: Job) -> None:
+    backed_up(job, "a.dat", "b.dat")
+    job.delete("b.dat")
+    completed = verify(job, "--quiet")
+    assert_wrong(job, completed, **{"b.dat": "not in the bucket"})
+    assert len(completed.stdout.splitlines()) == 1
+
+
+def test_quiet_says_nothing_when_all_is_right(job: Job) -> None:
+    backed_up(job, "a.dat")
+    assert verify(job, "--quiet") == Completed(0, "", "")
+
+
+def test_control_characters_of_a_listing_do_not_reach_the_terminal(job: Job) -> None:
+    backed_up(job, "a.dat")
+    etag = "<ETag>\u009b31m</ETag>".encode()
+    change = replace_in_answer(lambda body: re.sub(rb"<ETag>[^<]*</ETag>", etag, body))
+    job.proxy.add_fault(Fault(change, operation="ListObjectsV2"))
+    completed = verify(job)
+    assert completed.returncode == 1
+    assert "\u009b" not in completed.stdout + completed.stderr
+    assert "\u009b" not in job.state_path.read_text(encoding="utf-8")
+
+
+# --- --verify without a recorded ETag --------------------------------------------------------
+
+
+def test_objects_that_hold_the_local_bytes_are_right(job: Job) -> None:
+    files = backed_up(job, "a.dat", "sub/b.dat")
+    write_three_fields(job, *files)
+    assert_right(job, files=2)
+
+
+def test_objects_that_do_not_hold_the_local_bytes_are_wrong(job: Job) -> None:
+    files = backed_up(job, "a.dat", "changed", "missing", "shorter")
+    write_three_fields(job, *files)
+    damage(job)
+    said = {"changed": "other bytes", "missing": "not in the bucket", "shorter": "10 bytes"}
+    assert_wrong(job, verify(job), **said)
+    assert_clean(job.crash_run())
+    job.check_all_is_there()
+
+
+def test_an_object_whose_file_is_gone_cannot_be_compared(job: Job) -> None:
+    files = backed_up(job, "a.dat", "b.dat")
+    write_three_fields(job, *files)
+    (job.folder / "b.dat").unlink()
+    completed = verify(job)
+    assert completed.returncode == 1
+    (line,) = lines_with(completed.stdout, "b.dat")
+    assert line.startswith("unproven: ")
+    assert "cannot be compared" in line
+    assert job.state() == dict.fromkeys(files, 1)
+    assert lines_with(completed.stdout, "/a.dat") == []
+    assert job.in_bucket() == digests(files)
+
+
+def test_of_a_multipart_object_the_size_is_compared(moto_job: Job) -> None:
+    job = moto_job
+    size = LARGE_BYTES
+    job.write({"parts": os.urandom(size)})
+    assert_clean(job.run(*IN_PARTS))
+    write_three_fields(job, "parts")
+    # Of the bytes a multipart ETag says nothing to who does not know the size of the parts.
+    (job.folder / "parts").write_bytes(os.urandom(size))
+    assert_right(job, files=1)
+    (job.folder / "parts").write_bytes(os.urandom(size + 1))
+    assert_wrong(job, verify(job), parts=f"{size:,} bytes")
+
+
+# --- --verify cannot be done -----------------------------------------------------------------
+
+
+def assert_refused(job: Job, *arguments: str | Path, words: tuple[str, ...]) -> None:
+    """Check that --verify stops with these words and changes nothing."""
+    state = job.state_path.read_bytes()
+    completed = verify(job, *arguments)
+    assert_stopped(completed, *words)
+    assert completed.stdout == ""
+    assert job.state_path.read_bytes() == state
+
+
+def test_a_listing_that_is_refused_stops_it(job: Job) -> None:
+    backed_up(job, "a.dat")
+    job.proxy.add_fault(Fault(answer(403, "AccessDenied"), operation="ListObjectsV2"))
+    assert_refused(job, words=("cannot list", job.bucket, "AccessDenied"))
+
+
+def test_a_second_page_that_is_refused_stops_it(moto_job: Job) -> None:
+    job = moto_job
+    backed_up(job, *"abc")
+    job.proxy.add_fault(Fault(in_pages_of_two(), operation="ListObjectsV2", times=1))
+    job.proxy.add_fault(Fault(answer(403, "AccessDenied"), operation="ListObjectsV2"))
+    assert_refused(job, words=("cannot list", "AccessDenied"))
+
+
+def test_a_listing_that_breaks_off_is_not_the_whole(job: Job) -> None:
+    backed_up(job, "a.dat", "b.dat")
+    job.proxy.add_fault(Fault(replace_in_answer(break_off), operation="ListObjectsV2"))
+    assert_refused(job, words=("cannot list",))
+
+
+def break_off(page: bytes) -> bytes:
+    """A listing that says that it goes on, and not where."""
+    page = re.sub(rb"<Contents>.*</Contents>", b"", page, flags=re.DOTALL)
+    return page.replace(b"<IsTruncated>false<", b"<IsTruncated>true<")
+
+
+def test_verify_asks_again_for_a_listing_that_is_throttled(job: Job) -> None:
+    backed_up(job, "a.dat")
+    fault = Fault(answer(503, "SlowDown"), operation="ListObjectsV2", times=1)
+    job.proxy.add_fault(fault)
+    assert_right(job, files=1)
+    assert fault.hits == 1
+
+
+def test_a_missing_bucket_is_said_and_not_created(job: Job) -> None:
+    backed_up(job, "a.dat")
+    job.server.remove_bucket(job.bucket)
+    assert_refused(job, words=(job.bucket, "no bucket"))
+    assert job.bucket not in {b["Name"] for b in job.server.client().list_buckets()["Buckets"]}
+
+
+@needs_signals
+def test_a_signal_while_verify_lists_changes_nothing(job: Job) -> None:
+    backed_up(job, "a.dat")
+    state = job.state_path.read_bytes()
+    job.proxy.add_fault(Fault(delay(600), operation="ListObjectsV2"))
+    process = job.start(VERIFY)
+    wait_until(lambda: len(job.requests("ListObjectsV2")), 30, "the listing")
+    process.send_signal(signal.SIGTERM)
+    completed = finish(process, timeout=10)
+    assert (completed.returncode, completed.stdout) == (143, "")
+    assert len(completed.stderr.splitlines()) == 1
+    assert job.state_path.read_bytes() == state
+
+
+def test_verify_without_a_state_is_refused(job: Job) -> None:
+    job.make("a.dat")
+    assert_stopped(verify(job), "--verify", "state file")
+    assert job.proxy.requests == []
+    assert not job.state_path.exists()
+
+
+@pytest.mark.parametrize("what", ["bucket", "folder", "shard"])
+def test_verify_of_another_job_is_refused(job: Job, tmp_path: Path, what: str) -> None:
+    backed_up(job, "a.dat")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    others: dict[str, tuple[list[str], str]] = {
+        "bucket": (["--bucketname", "another-bucket"], job.bucket),
+        "folder": (["--backupfolder", str(elsewhere)], str(job.folder)),
+        "shard": (["--shard", "1/2"], "shard"),
+    }
+    arguments, word = others[what]
+    since = job.seen()
+    assert_refused(job, *arguments, words=("state file", word))
+    assert job.seen() == since
+
+
+def test_another_run_keeps_verify_out(job: Job) -> None:
+    backed_up(job, "a.dat")
+    job.proxy.add_fault(Fault(delay(600), operation="PutObject"))
+    puts = len(job.requests("PutObject"))
+    process = job.start()
+    wait_until(lambda: len(job.requests("PutObject")) > puts, 60, "the other run's upload")
+    assert_refused(job, words=(f"process {process.pid}",))
+
+
+OBJECT = ("--storage-class", "STANDARD_IA", "--sse", "AES256")
+WHERE = ("--prefix", "daily/", "--exclude", "*.tmp", "--exclude", "cache/*")
+TREE = ["a.dat", "b.tmp", "cache/c.dat", "cache/deep/d.dat", "sub/e.dat", "sub/f.tmp"]
+SENT = ["daily/a.dat", "daily/sub/e.dat"]
+
+
+def local(job: Job, *keys: str, prefix: str = "daily/") -> dict[str, bytes]:
+    """What the bucket should hold under these keys."""
+    return {key: (job.folder / key.removeprefix(prefix)).read_bytes() for key in keys}
+
+
+def started(job: Job, key: str, *, since: int = 0) -> Request:
+    """The one request that says how the object of a key is to be kept."""
+    begun = job.requests("PutObject", "CreateMultipartUpload", since=since)
+    (request,) = (request for request in begun if request.key == key)
+    return request
+
+
+def assert_kept_as_asked(job: Job, key: str, *, since: int = 0) -> None:
+    """Check that an object was sent with the options of OBJECT, and has them where it can."""
+    headers = started(job, key, since=since).headers
+    assert headers["x-amz-storage-class"] == "STANDARD_IA"
+    assert headers["x-amz-server-side-encryption"] == "AES256"
+    if job.server.name == "moto":  # rclone knows neither
+        head = job.head(key)
+        assert (head["StorageClass"], head["ServerSideEncryption"]) == ("STANDARD_IA", "AES256")
+
+
+@pytest.fixture
+def small_job(new_job: NewJob, server: S3Server, each_client: tuple[str, ...]) -> Job:
+    """A job by each of the clients that send small files."""
+    return new_job(server, *each_client)
+
+
+# --- Options together: a normal run ----------------------------------------------------------
+
+
+def test_exclude_prefix_storage_class_and_sse(small_job: Job) -> None:
+    job = small_job
+    job.make(*TREE)
+    job.write({"parts": some_bytes(LARGE_BYTES), "parts.tmp": some_bytes(LARGE_BYTES)})
+    sent = sorted([*SENT, "daily/parts"])
+    assert_clean(job.run(*WHERE, *OBJECT, *IN_PARTS))
+    assert job.objects() == local(job, *sent)
+    assert job.state() == dict.fromkeys(sent, 1)
+    for key in sent:
+        assert_kept_as_asked(job, key)
+
+
+def test_a_dry_run_of_them_lists_what_the_run_sends(job: Job) -> None:
+    job.make(*TREE)
+    completed = job.run(*WHERE, *OBJECT, "--dryrun")
+    assert (completed.returncode, completed.stderr) == (0, "")
+    listed = lines_with(completed.stdout, "would upload")
+    urls = [re.findall(r" -> s3://([^ ]+) \(", line) for line in listed]
+    assert urls == [[f"{job.bucket}/{key}"] for key in SENT]
+    assert job.proxy.requests == []
+    assert list(job.state_path.parent.iterdir()) == []
+    assert_clean(job.run(*WHERE, *OBJECT))
+    assert sorted(job.puts()) == SENT
+
+
+def test_skip_unchanged_with_them(job: Job) -> None:
+    job.make(*TREE)
+    assert_clean(job.run(*WHERE, *OBJECT))
+    since = job.seen()
+    job.make("new.dat", "new.tmp")
+    completed = job.run(*WHERE, *OBJECT, "--skip-unchanged")
+    assert_clean(completed)
+    assert re.search(r"\b2 unchanged", completed.stdout)
+    assert [r.key for r in job.proxy.requests[since:] if r.method == "PUT"] == ["daily/new.dat"]
+    assert_kept_as_asked(job, "daily/new.dat")
+    assert_clean(job.run(*WHERE, "--verify"))
+
+
+def test_skip_unchanged_sends_what_was_excluded_before(job: Job) -> None:
+    job.make(*TREE)
+    assert_clean(job.run("--exclude", "*.tmp"))
+    since = job.seen()
+    assert_clean(job.run("--skip-unchanged"))
+    assert job.sent(since) == ["b.tmp", "sub/f.tmp"]
+    assert job.objects() == local(job, *TREE)
+
+
+def test_a_file_excluded_now_leaves_the_state_and_stays_in_the_bucket(job: Job) -> None:
+    job.make(*TREE)
+    assert_clean(job.run())
+    since = job.seen()
+    assert_clean(job.run("--skip-unchanged", "--exclude", "*.tmp"))
+    assert job.puts(since) == []
+    assert job.objects() == local(job, *TREE)
+    assert sorted(job.state()) == [name for name in TREE if not name.endswith(".tmp")]
+
+
+# --- Options together: a crash run -----------------------------------------------------------
+
+
+def test_storage_class_and_sse_apply_to_what_a_crash_run_sends(small_job: Job) -> None:
+    job = small_job
+    job.make(*TREE)
+    job.write({"parts": some_bytes(LARGE_BYTES)})
+    missing = ["daily/parts", "daily/sub/e.dat"]
+    job.refuse(*missing)
+    completed = job.run(*WHERE, *OBJECT, *IN_PARTS)
+    assert_failed(completed, [job.folder / "parts", job.folder / "sub/e.dat"])
+    job.proxy.clear_faults()
+    since = job.seen()
+    assert_clean(job.crash_run(*WHERE, *OBJECT, *IN_PARTS))
+    for key in missing:
+        assert_kept_as_asked(job, key, since=since)
+    uploads = {r.key for r in job.proxy.requests[since:] if r.method in ("PUT", "POST")}
+    assert uploads == set(missing)
+    assert job.objects() == local(job, "daily/a.dat", *missing)
+    assert job.state() == dict.fromkeys(job.objects(), 1)
+
+
+def test_a_crash_run_sends_with_its_own_storage_class_and_sse(job: Job) -> None:
+    job.make("a.dat", "b.dat")
+    job.refuse("b.dat")
+    assert_failed(job.run(), [job.folder / "b.dat"])
+    job.proxy.clear_faults()
+    since = job.seen()
+    assert_clean(job.crash_run(*OBJECT))
+    assert_kept_as_asked(job, "b.dat", since=since)
+    assert "x-amz-storage-class" not in started(job, "a.dat").headers
+
+
+@needs_permissions
+def test_exclude_and_prefix_hold_in_a_folder_that_a_crash_run_walks(job: Job) -> None:
+    job.make(*TREE)
+    (job.folder / "sub").chmod(0)
+    assert_failed(job.run(*WHERE, *OBJECT, user=NOBODY), [job.folder / "sub"])
+    (job.folder / "sub").chmod(0o755)
+    since = job.seen()
+    assert_clean(job.crash_run(*WHERE, *OBJECT, user=NOBODY))
+    assert_kept_as_asked(job, "daily/sub/e.dat", since=since)
+    assert job.objects() == local(job, *SENT)
+    assert job.state() == dict.fromkeys(SENT, 1)
+
+
+def test_a_dry_run_of_a_crash_run_lists_what_it_would_send(job: Job) -> None:
+    job.make("a.dat", "b.dat", "c.dat", "d.tmp")
+    missing = ["daily/b.dat", "daily/c.dat", "daily/d.tmp"]
+    job.refuse(*missing)
+    assert job.run("--prefix", "daily/").returncode == 1
+    job.proxy.clear_faults()
+    (job.folder / "c.dat").unlink()
+    state, since = job.state_path.read_bytes(), job.seen()
+    options = ("--prefix", "daily/", "--exclude", "*.tmp", *OBJECT)
+    completed = job.crash_run(*options, "--dryrun")
+    assert_failed(completed, [job.folder / "c.dat"])
+    (listed,) = lines_with(completed.stdout, "would upload")
+    assert f"{job.folder / 'b.dat'} -> s3://{job.bucket}/daily/b.dat (" in listed
+    assert job.seen() == since
+    assert job.state_path.read_bytes() == state
+    assert_failed(job.crash_run(*options), [job.folder / "c.dat"])
+    assert job.puts()[-1] == "daily/b.dat"
+
+
+def test_what_verify_found_is_repaired_with_storage_class_and_sse(job: Job) -> None:
+    job.make(*TREE)
+    assert_clean(job.run(*WHERE, *OBJECT))
+    job.delete("daily/sub/e.dat")
+    assert job.run(*WHERE, "--verify").returncode == 1
+    since = job.seen()
+    assert_clean(job.crash_run(*WHERE, *OBJECT))
+    assert_kept_as_asked(job, "daily/sub/e.dat", since=since)
+    assert_clean(job.run(*WHERE, "--verify"))
+    assert job.objects() == local(job, *SENT)
