@@ -144,8 +144,12 @@ def test_a_kill_during_the_walk_of_a_second_run_forgets_no_upload(job: Job, tmp_
 def test_a_kill_after_complete_costs_no_part(job: Job, crashrun: str) -> None:
     processes: list[subprocess.Popen[str]] = []
     job.write({"large": some_bytes(LARGE_BYTES)})
-    killing = after_forward(lambda: processes[0].kill())
-    job.proxy.add_fault(Fault(killing, operation="CompleteMultipartUpload", times=1))
+
+    def kill_it() -> None:
+        processes[0].kill()
+
+    killing = Fault(after_forward(kill_it), operation="CompleteMultipartUpload", times=1)
+    job.proxy.add_fault(killing)
     processes.append(job.start(*IN_PARTS))
     assert processes[0].wait(60) == -signal.SIGKILL
     assert job.uploaded() == set()

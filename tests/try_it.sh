@@ -24,6 +24,12 @@ show() { # a command as it is typed, then what it prints
     "$@" || printf '(exit code %s)\n' "$?"
 }
 
+if ! "${PYTHON:-python3}" -c 'import ensurepip, venv' 2>/dev/null; then
+    echo "try_it.sh: ${PYTHON:-python3} lacks pip and venv; on Debian or Ubuntu:" \
+        "apt install python3-venv" >&2
+    exit 2
+fi
+
 say "Installing boto3, and rclone as the S3 server, into a virtual environment"
 "${PYTHON:-python3}" -m venv "$work/venv"
 PATH="$work/venv/bin:$PATH"

@@ -16,16 +16,17 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from xml.sax.saxutils import escape
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from fault_proxy import FaultProxy
-from screen import Cell, Terminal
-from script_runner import SCRIPT_PATH, make_files, wait_until
-from servers import S3Server, rclone
+from support.files import make_files
+from support.screen import Cell, Terminal
+from support.script import SCRIPT_PATH, wait_until
+from support.servers import S3Server, rclone
 
 PLACE, FOLDER = Path("/srv"), "backup"
 COLUMNS, ROWS = 104, 40
@@ -93,8 +94,9 @@ def distant_server(work: Path) -> Iterator[S3Server]:
     (work / "buckets").mkdir()
     with ExitStack() as stack:
         server = stack.enter_context(rclone(work / "buckets", log_path=work / "server.log"))
-        proxy = stack.enter_context(FaultProxy(server.endpoint_url, LINE_BYTES_PER_SECOND))
-        yield S3Server("line", proxy.url, server.access_key, server.secret_key)
+        proxy = stack.enter_context(server.proxy())
+        proxy.limit_bandwidth(LINE_BYTES_PER_SECOND)
+        yield replace(server, endpoint_url=proxy.url)
 
 
 def record(place: Path) -> tuple[Picture, Picture]:

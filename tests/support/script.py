@@ -204,16 +204,21 @@ def launch_for(user: int | None, *, real_time: bool = False) -> Launch:
 
 @functools.cache
 def hasty_script() -> Path:
-    """Make the copy of the script that has less patience; every constant must be there."""
-    text = SCRIPT_PATH.read_text(encoding="utf-8")
-    for line, value in HASTE.items():
-        name = line.partition(" = ")[0]
-        text, count = re.subn(rf"(?m)^( *){re.escape(line)}$", rf"\g<1>{name} = {value}", text)
-        assert count == 1, f"{count} lines of the script are {line!r}"
+    """Make the copy of the script that has less patience."""
+    text = with_haste(SCRIPT_PATH.read_text(encoding="utf-8"), HASTE)
     path = shared_folder() / "hasty" / SCRIPT_PATH.name
     path.parent.mkdir()
     path.write_text(text, encoding="utf-8")
     return path
+
+
+def with_haste(text: str, haste: Mapping[str, str]) -> str:
+    """Put other values into lines that assign constants; each must be there, once."""
+    for line, value in haste.items():
+        name = line.partition(" = ")[0]
+        text, count = re.subn(rf"(?m)^( *){re.escape(line)}$", rf"\g<1>{name} = {value}", text)
+        assert count == 1, f"{count} lines of the script are {line!r}"
+    return text
 
 
 def _can_launch(launch: Launch, user: int) -> bool:
