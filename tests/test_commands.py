@@ -39,13 +39,6 @@ def unchanged(completed: Completed) -> int:
     return int(match[1].replace(",", ""))
 
 
-def backed_up(job: Job, *names: str) -> dict[str, bytes]:
-    """Make files and send them with a normal run; return them by key."""
-    files = job.make(*names)
-    assert_clean(job.run())
-    return files
-
-
 def change_state(job: Job, key: str, *dropped: str) -> None:
     """Take fields out of one entry of the state file."""
     entries = job.entries()
@@ -105,7 +98,7 @@ def write_three_fields(job: Job, *keys: str) -> bytes:
 
 
 def test_an_unchanged_folder_sends_nothing(job: Job) -> None:
-    files = backed_up(job, "a.dat", "sub/b.dat", "sub/deep/c.dat")
+    files = job.back_up("a.dat", "sub/b.dat", "sub/deep/c.dat")
     before, since = job.entries(), job.seen()
     completed = job.run(SKIP)
     assert_clean(completed)
@@ -136,11 +129,11 @@ def test_odd_names_are_known_again(each_job: Job) -> None:
     job = each_job
     names = odd_names(job.server.name)
     names += [f"folder {name}/{name}" for name in names]
-    backed_up(job, *names)
+    job.back_up(*names)
     completed = job.run(SKIP)
     assert_clean(completed)
     assert unchanged(completed) == len(names)
-    assert job.sent() == sorted(names)  # by the first run, once
+    assert job.sent() == []
 
 
 def test_the_listing_is_of_the_prefix_alone(job: Job) -> None:
@@ -171,7 +164,7 @@ def older(path: Path) -> None:
 
 def test_a_file_with_another_size_or_time_is_sent(job: Job) -> None:
     changes = {"longer": longer, "older": older, "touched": touched}
-    backed_up(job, *changes, "as it was")
+    job.back_up(*changes, "as it was")
     for key, change in changes.items():
         change(job.path(key))
     assert sent_by(job) == sorted(changes)
@@ -180,7 +173,7 @@ def test_a_file_with_another_size_or_time_is_sent(job: Job) -> None:
 
 
 def test_a_new_file_is_sent(job: Job) -> None:
-    files = backed_up(job, "a.dat", "c.dat")
+    files = job.back_up("a.dat", "c.dat")
     files |= job.make("b.dat")
     assert sent_by(job) == ["b.dat"]
     assert job.in_bucket() == digests(files)
@@ -199,7 +192,7 @@ def test_a_file_that_failed_before_is_sent(job: Job) -> None:
 
 
 def test_a_file_that_failed_is_sent_even_if_the_bucket_has_such_an_object(job: Job) -> None:
-    files = backed_up(job, "a.dat", "b.dat")
+    files = job.back_up("a.dat", "b.dat")
     state = job.state_path.read_text(encoding="utf-8")
     changed = re.sub(r'(b\.dat", "uploadedSuccess": )1', r"\g<1>0", state)
     assert changed != state
@@ -210,7 +203,7 @@ def test_a_file_that_failed_is_sent_even_if_the_bucket_has_such_an_object(job: J
 
 def test_an_entry_that_lacks_what_is_compared_is_sent(job: Job) -> None:
     lacking = {"no-etag": "etag", "no-size": "size", "no-time": "mtime_ns"}
-    backed_up(job, *lacking, "whole")
+    job.back_up(*lacking, "whole")
     for key, field in lacking.items():
         change_state(job, key, field)
     assert sent_by(job) == sorted(lacking)
@@ -218,7 +211,7 @@ def test_an_entry_that_lacks_what_is_compared_is_sent(job: Job) -> None:
 
 
 def test_a_state_with_the_original_three_fields_has_all_sent(job: Job) -> None:
-    files = backed_up(job, "a.dat", "b.dat")
+    files = job.back_up("a.dat", "b.dat")
     job.state_path.write_text(
         json.dumps([job.pending_entry(key, uploadedSuccess=1) for key in files])
     )
@@ -227,14 +220,14 @@ def test_a_state_with_the_original_three_fields_has_all_sent(job: Job) -> None:
 
 
 def test_another_prefix_has_all_sent(job: Job) -> None:
-    files = backed_up(job, "a.dat", "b.dat")
+    files = job.back_up("a.dat", "b.dat")
     assert sent_by(job, "--prefix", "daily/") == ["daily/a.dat", "daily/b.dat"]
     assert job.objects() == {**files, **{f"daily/{key}": files[key] for key in files}}
     assert sent_by(job, "--prefix", "daily/") == []
 
 
 def test_nothing_is_ever_deleted_from_the_bucket(job: Job) -> None:
-    files = backed_up(job, "a.dat", "b.dat")
+    files = job.back_up("a.dat", "b.dat")
     (job.folder / "b.dat").unlink()
     assert sent_by(job) == []
     assert job.in_bucket() == digests(files)
@@ -247,21 +240,21 @@ def test_nothing_is_ever_deleted_from_the_bucket(job: Job) -> None:
 
 def test_an_object_that_is_not_as_recorded_is_sent_again(each_job: Job) -> None:
     job = each_job
-    backed_up(job, "a.dat", "changed", "missing", "shorter")
+    job.back_up("a.dat", "changed", "missing", "shorter")
     damage(job)
     assert sent_by(job) == ["changed", "missing", "shorter"]
     job.check_all_is_there()
 
 
 def test_a_bucket_that_is_gone_has_all_sent(job: Job) -> None:
-    files = backed_up(job, "a.dat", "b.dat")
+    files = job.back_up("a.dat", "b.dat")
     job.server.remove_bucket(job.bucket)
     assert sent_by(job) == ["a.dat", "b.dat"]
     assert job.in_bucket() == digests(files)
 
 
 def test_a_state_of_another_bucket_proves_nothing_here(job: Job) -> None:
-    backed_up(job, "a.dat", "b.dat")
+    job.back_up("a.dat", "b.dat")
     other = replace(job, bucket=f"{job.bucket[:50]}-other")
     other.create_bucket()
     assert sent_by(other) == ["a.dat", "b.dat"]
@@ -274,7 +267,7 @@ def test_a_state_of_another_bucket_proves_nothing_here(job: Job) -> None:
 
 
 def test_a_listing_that_is_refused_is_said_and_all_is_sent(job: Job) -> None:
-    files = backed_up(job, "a.dat", "b.dat")
+    files = job.back_up("a.dat", "b.dat")
     since = job.seen()
     job.proxy.add_fault(Fault(answer(403, "AccessDenied"), operation="ListObjectsV2"))
     completed = job.run(SKIP)
@@ -299,7 +292,7 @@ def in_pages_of_two(change: Callable[[bytes], bytes] = bytes) -> Action:
 
 def test_a_listing_of_several_pages_is_read_to_its_end(moto_job: Job) -> None:
     job = moto_job
-    backed_up(job, *"abcde")
+    job.back_up(*"abcde")
     job.proxy.add_fault(Fault(in_pages_of_two(), operation="ListObjectsV2"))
     completed = job.run(SKIP)
     assert_clean(completed)
@@ -313,7 +306,7 @@ def test_a_listing_of_several_pages_is_read_to_its_end(moto_job: Job) -> None:
 
 def test_a_listing_that_breaks_off_is_said_and_the_rest_is_sent(moto_job: Job) -> None:
     job = moto_job
-    backed_up(job, *"abc")
+    job.back_up(*"abc")
     token = re.compile(rb"<NextContinuationToken>.*</NextContinuationToken>")
     change = in_pages_of_two(lambda page: token.sub(b"", page))
     job.proxy.add_fault(Fault(change, operation="ListObjectsV2"))
@@ -327,7 +320,7 @@ def test_a_listing_that_breaks_off_is_said_and_the_rest_is_sent(moto_job: Job) -
 
 def test_a_listing_that_goes_in_circles_is_said_and_the_rest_is_sent(moto_job: Job) -> None:
     job = moto_job
-    backed_up(job, *"abc")
+    job.back_up(*"abc")
     pages: list[bytes] = []
 
     def first_page(page: bytes) -> bytes:
@@ -344,7 +337,7 @@ def test_a_listing_that_goes_in_circles_is_said_and_the_rest_is_sent(moto_job: J
 
 
 def test_a_listing_that_is_throttled_once_is_asked_for_again(job: Job) -> None:
-    backed_up(job, "a.dat", "b.dat")
+    job.back_up("a.dat", "b.dat")
     fault = Fault(answer(503, "SlowDown"), operation="ListObjectsV2", times=1)
     job.proxy.add_fault(fault)
     assert sent_by(job) == []
@@ -357,7 +350,7 @@ def test_a_listing_that_is_throttled_once_is_asked_for_again(job: Job) -> None:
 def test_a_signal_during_the_listing_ends_the_run_and_forgets_nothing(
     job: Job, dryrun: tuple[str, ...]
 ) -> None:
-    files = backed_up(job, "a.dat", "b.dat")
+    files = job.back_up("a.dat", "b.dat")
     before = job.entries()
     job.proxy.add_fault(Fault(delay(600), operation="ListObjectsV2", times=1))
     process = job.start(SKIP, *dryrun)
@@ -377,7 +370,7 @@ def test_a_signal_during_the_listing_ends_the_run_and_forgets_nothing(
 
 
 def test_without_a_state_all_is_sent(job: Job) -> None:
-    files = backed_up(job, "a.dat", "b.dat")
+    files = job.back_up("a.dat", "b.dat")
     job.state_path.unlink()
     assert sent_by(job) == ["a.dat", "b.dat"]
     assert job.state() == dict.fromkeys(files, 1)
@@ -411,7 +404,7 @@ def killed_in_the_walk(job: Job, tmp_path: Path, *arguments: str) -> None:
 def test_a_kill_during_the_walk_forgets_no_upload(
     job: Job, tmp_path: Path, arguments: tuple[str, ...], sent: list[str]
 ) -> None:
-    files = backed_up(job, "a.dat", "sub/b.dat")
+    files = job.back_up("a.dat", "sub/b.dat")
     uploaded = job.entries()
     files |= job.make("new.dat")
     since = job.seen()
@@ -432,7 +425,7 @@ def test_a_kill_during_the_walk_forgets_no_upload(
 def test_a_kill_during_the_walk_of_a_run_for_another_bucket_leaves_a_state_for_that_one(
     job: Job, tmp_path: Path, skip: tuple[str, ...]
 ) -> None:
-    files = backed_up(job, "a.dat", "sub/b.dat")
+    files = job.back_up("a.dat", "sub/b.dat")
     to_other = ("--bucketname", f"{job.bucket[:50]}-other")
     killed_in_the_walk(job, tmp_path, *to_other)
     since = job.seen()
@@ -447,7 +440,7 @@ def test_a_kill_during_the_walk_of_a_run_for_another_bucket_leaves_a_state_for_t
 def test_a_kill_during_the_walk_of_a_run_for_another_folder_leaves_a_state_for_that_one(
     job: Job, tmp_path: Path
 ) -> None:
-    backed_up(job, "a.dat")
+    job.back_up("a.dat")
     other = tmp_path / "elsewhere"
     make_files(other, {"b.dat": b"b", "sub/c.dat": b"c"})
     killed_in_the_walk(job, tmp_path, "--backupfolder", str(other))
@@ -457,7 +450,7 @@ def test_a_kill_during_the_walk_of_a_run_for_another_folder_leaves_a_state_for_t
 
 
 def test_a_kill_while_files_are_sent_has_only_the_others_sent(job: Job) -> None:
-    backed_up(job, *(f"{n:02}" for n in range(40)))
+    job.back_up(*(f"{n:02}" for n in range(40)))
     for number in range(20):
         touched(job.folder / f"{number:02}")
     job.proxy.add_fault(Fault(delay(600), operation="PutObject", after=5))
@@ -492,7 +485,7 @@ def methods_since(job: Job, since: int) -> set[str]:
 
 
 def test_dry_run_lists_only_what_would_be_sent(job: Job) -> None:
-    files = backed_up(job, "a.dat", "b.dat", "c.dat")
+    files = job.back_up("a.dat", "b.dat", "c.dat")
     touched(job.folder / "b.dat")
     job.make("new.dat")
     state, since = job.state_path.read_bytes(), job.seen()
@@ -506,7 +499,7 @@ def test_dry_run_lists_only_what_would_be_sent(job: Job) -> None:
 
 
 def test_dry_run_without_the_bucket_lists_all_and_creates_nothing(job: Job) -> None:
-    backed_up(job, "a.dat", "b.dat")
+    job.back_up("a.dat", "b.dat")
     state = job.state_path.read_bytes()
     job.server.remove_bucket(job.bucket)
     completed = job.run(SKIP, "--dryrun")
@@ -544,7 +537,7 @@ def test_a_backup_is_right(each_job: Job) -> None:
 
 
 def test_what_changed_in_the_folder_does_not_matter(job: Job) -> None:
-    backed_up(job, "a.dat", "b.dat", "c.dat")
+    job.back_up("a.dat", "b.dat", "c.dat")
     (job.folder / "a.dat").unlink()
     (job.folder / "b.dat").write_bytes(b"changed since")
     job.make("new.dat")
@@ -600,7 +593,7 @@ def test_an_etag_that_is_no_md5_is_compared_with_the_recorded_one(moto_job: Job)
 
 def test_an_etag_that_is_no_md5_is_not_compared_with_the_local_bytes(moto_job: Job) -> None:
     job = moto_job
-    files = backed_up(job, "a.dat")
+    files = job.back_up("a.dat")
     write_three_fields(job, *files)
     with_foreign_etags(job)
     assert_right(job, files=1)
@@ -619,7 +612,7 @@ def damage(job: Job) -> None:
 
 def test_an_object_that_is_not_as_recorded_is_named_and_repaired(each_job: Job) -> None:
     job = each_job
-    backed_up(job, "a.dat", "changed", "missing", "shorter", "z.dat")
+    job.back_up("a.dat", "changed", "missing", "shorter", "z.dat")
     others = [job.entry("a.dat"), job.entry("z.dat")]
     damage(job)
     completed = verify(job)
@@ -646,7 +639,7 @@ def test_a_multipart_object_that_was_replaced_is_named(each_job: Job) -> None:
 
 
 def test_each_of_many_is_named_and_the_others_stay_right(job: Job) -> None:
-    files = backed_up(job, *(f"{n:02}" for n in range(30)))
+    files = job.back_up(*(f"{n:02}" for n in range(30)))
     gone = [f"{n:02}" for n in range(0, 30, 3)]
     for key in gone:
         job.delete(key)
@@ -685,7 +678,7 @@ def test_wrong_and_missing_files_are_counted_apart(job: Job) -> None:
 
 
 def test_quiet_still_lists_what_is_wrong(job: Job) -> None:
-    backed_up(job, "a.dat", "b.dat")
+    job.back_up("a.dat", "b.dat")
     job.delete("b.dat")
     completed = verify(job, "--quiet")
     assert_wrong(job, completed, **{"b.dat": "not in the bucket"})
@@ -693,12 +686,12 @@ def test_quiet_still_lists_what_is_wrong(job: Job) -> None:
 
 
 def test_quiet_says_nothing_when_all_is_right(job: Job) -> None:
-    backed_up(job, "a.dat")
+    job.back_up("a.dat")
     assert verify(job, "--quiet") == Completed(0, "", "")
 
 
 def test_control_characters_of_a_listing_do_not_reach_the_terminal(job: Job) -> None:
-    backed_up(job, "a.dat")
+    job.back_up("a.dat")
     etag = "<ETag>\u009b31m</ETag>".encode()
     change = replace_in_answer(lambda body: re.sub(rb"<ETag>[^<]*</ETag>", etag, body))
     job.proxy.add_fault(Fault(change, operation="ListObjectsV2"))
@@ -712,13 +705,13 @@ def test_control_characters_of_a_listing_do_not_reach_the_terminal(job: Job) -> 
 
 
 def test_objects_that_hold_the_local_bytes_are_right(job: Job) -> None:
-    files = backed_up(job, "a.dat", "sub/b.dat")
+    files = job.back_up("a.dat", "sub/b.dat")
     write_three_fields(job, *files)
     assert_right(job, files=2)
 
 
 def test_objects_that_do_not_hold_the_local_bytes_are_wrong(job: Job) -> None:
-    files = backed_up(job, "a.dat", "changed", "missing", "shorter")
+    files = job.back_up("a.dat", "changed", "missing", "shorter")
     write_three_fields(job, *files)
     damage(job)
     said = {"changed": "other bytes", "missing": "not in the bucket", "shorter": "10 bytes"}
@@ -728,7 +721,7 @@ def test_objects_that_do_not_hold_the_local_bytes_are_wrong(job: Job) -> None:
 
 
 def test_an_object_whose_file_is_gone_cannot_be_compared(job: Job) -> None:
-    files = backed_up(job, "a.dat", "b.dat")
+    files = job.back_up("a.dat", "b.dat")
     write_three_fields(job, *files)
     (job.folder / "b.dat").unlink()
     completed = verify(job)
@@ -767,21 +760,21 @@ def assert_refused(job: Job, *arguments: str | Path, words: tuple[str, ...]) -> 
 
 
 def test_a_listing_that_is_refused_stops_it(job: Job) -> None:
-    backed_up(job, "a.dat")
+    job.back_up("a.dat")
     job.proxy.add_fault(Fault(answer(403, "AccessDenied"), operation="ListObjectsV2"))
     assert_refused(job, words=("cannot list", job.bucket, "AccessDenied"))
 
 
 def test_a_second_page_that_is_refused_stops_it(moto_job: Job) -> None:
     job = moto_job
-    backed_up(job, *"abc")
+    job.back_up(*"abc")
     job.proxy.add_fault(Fault(in_pages_of_two(), operation="ListObjectsV2", times=1))
     job.proxy.add_fault(Fault(answer(403, "AccessDenied"), operation="ListObjectsV2"))
     assert_refused(job, words=("cannot list", "AccessDenied"))
 
 
 def test_a_listing_that_breaks_off_is_not_the_whole(job: Job) -> None:
-    backed_up(job, "a.dat", "b.dat")
+    job.back_up("a.dat", "b.dat")
     job.proxy.add_fault(Fault(replace_in_answer(break_off), operation="ListObjectsV2"))
     assert_refused(job, words=("cannot list",))
 
@@ -793,7 +786,7 @@ def break_off(page: bytes) -> bytes:
 
 
 def test_verify_asks_again_for_a_listing_that_is_throttled(job: Job) -> None:
-    backed_up(job, "a.dat")
+    job.back_up("a.dat")
     fault = Fault(answer(503, "SlowDown"), operation="ListObjectsV2", times=1)
     job.proxy.add_fault(fault)
     assert_right(job, files=1)
@@ -801,7 +794,7 @@ def test_verify_asks_again_for_a_listing_that_is_throttled(job: Job) -> None:
 
 
 def test_a_missing_bucket_is_said_and_not_created(job: Job) -> None:
-    backed_up(job, "a.dat")
+    job.back_up("a.dat")
     job.server.remove_bucket(job.bucket)
     assert_refused(job, words=(job.bucket, "no bucket"))
     assert job.bucket not in {b["Name"] for b in job.server.client().list_buckets()["Buckets"]}
@@ -809,7 +802,7 @@ def test_a_missing_bucket_is_said_and_not_created(job: Job) -> None:
 
 @needs_signals
 def test_a_signal_while_verify_lists_changes_nothing(job: Job) -> None:
-    backed_up(job, "a.dat")
+    job.back_up("a.dat")
     state = job.state_path.read_bytes()
     job.proxy.add_fault(Fault(delay(600), operation="ListObjectsV2"))
     process = job.start(VERIFY)
@@ -830,7 +823,7 @@ def test_verify_without_a_state_is_refused(job: Job) -> None:
 
 @pytest.mark.parametrize("what", ["bucket", "folder", "shard"])
 def test_verify_of_another_job_is_refused(job: Job, tmp_path: Path, what: str) -> None:
-    backed_up(job, "a.dat")
+    job.back_up("a.dat")
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     others: dict[str, tuple[list[str], str]] = {
@@ -845,7 +838,7 @@ def test_verify_of_another_job_is_refused(job: Job, tmp_path: Path, what: str) -
 
 
 def test_another_run_keeps_verify_out(job: Job) -> None:
-    backed_up(job, "a.dat")
+    job.back_up("a.dat")
     job.proxy.add_fault(Fault(delay(600), operation="PutObject"))
     puts = len(job.requests("PutObject"))
     process = job.start()

@@ -38,7 +38,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("seed", range(rounds))
 
 
-def test_one_crash_run_finishes_what_was_killed_anywhere(job: Job, seed: int) -> None:
+def test_one_crash_run_finishes_what_was_killed_anywhere(rclone_job: Job, seed: int) -> None:
+    job = rclone_job
     rng = random.Random(seed)
     # So many files are sent by several processes if they are sent by boto3, and by one if not.
     client = ("--preferred-transfer-client", ("crt", "classic")[seed % 2])

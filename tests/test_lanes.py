@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -38,8 +39,19 @@ def job(new_job: NewJob, server: S3Server) -> Job:
 def workers_of(pid: int) -> list[int]:
     """The ids of the processes that a run has started to send files."""
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    commands = {int(child): Path(f"/proc/{child}/cmdline").read_bytes() for child in children}
-    return [child for child, command in commands.items() if b"resource_tracker" not in command]
+    found = []
+    for child in children:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+            if b"resource_tracker" not in Path(f"/proc/{child}/cmdline").read_bytes():
+                found.append(int(child))
+    return found
+
+
+def kill_all(workers: list[int]) -> None:
+    """Kill processes, some of which may have ended meanwhile."""
+    for pid in workers:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def is_alive(pid: int) -> bool:
@@ -99,8 +111,7 @@ def test_a_file_that_kills_every_worker_fails_and_stops_nothing_else(job: Job) -
     deadly = "d0/0000.dat"
 
     def kill_workers(_: Request) -> None:
-        for pid in workers_of(process.pid):
-            os.kill(pid, signal.SIGKILL)
+        kill_all(workers_of(process.pid))
 
     job.proxy.add_fault(Fault(call(kill_workers), key=deadly))
     process = job.start()
@@ -116,9 +127,9 @@ def test_workers_that_are_killed_again_and_again_lead_to_no_lie(job: Job) -> Non
     killed: set[int] = set()
 
     def kill_workers(_: Request) -> None:
-        for pid in workers_of(process.pid):
-            killed.add(pid)
-            os.kill(pid, signal.SIGKILL)
+        workers = workers_of(process.pid)
+        killed.update(workers)
+        kill_all(workers)
 
     job.proxy.add_fault(Fault(call(kill_workers), operation="PutObject"))
     process = job.start()

@@ -149,7 +149,6 @@ def test_a_fault_once_is_mended_by_sending_again(small_job: Job, action: Action)
     "headers",
     [
         {"x-amz-server-side-encryption": "aws:kms"},
-        {"x-amz-server-side-encryption": "aws:kms:dsse"},
         {"x-amz-server-side-encryption-customer-algorithm": "AES256"},
     ],
     ids=lambda headers: next(iter(headers.values())),
@@ -330,7 +329,7 @@ def test_a_large_file_takes_as_long_as_the_limit_says(job: Job, way: str) -> Non
     job.check_all_is_there()
 
 
-@pytest.mark.parametrize("rate", ["10kB/s", "1TB/s", " 0.7 mb/s ", "1MiB"])
+@pytest.mark.parametrize("rate", ["10kB/s", "1TB/s", " 0.7 mb/s "])
 def test_rates_are_written_like_sizes(job: Job, rate: str) -> None:
     job.make(*(f"{number:03}" for number in range(100)))
     assert_clean(job.run("--max-bandwidth", rate))

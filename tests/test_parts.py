@@ -26,7 +26,7 @@ from support.faults import (
 )
 from support.files import IN_PARTS, LARGE_BYTES, PART_BYTES, md5, some_bytes
 from support.job import Job, kill
-from support.kills import killed_in_parts
+from support.kills import killed_in_parts, left_in_parts
 from support.proxy import Action, Answer, Exchange, Request, pass_on
 from support.script import SCRIPT_PATH, wait_until
 
@@ -114,9 +114,16 @@ def in_parts(job: Job, *faults: Fault) -> Job:
     return job
 
 
-@pytest.mark.parametrize("size", [PART_BYTES, 2 * PART_BYTES - 1, 2 * PART_BYTES, LARGE_BYTES])
-def test_a_file_in_parts_arrives_whole(each_job: Job, size: int) -> None:
-    job = each_job
+SIZES_IN_PARTS = [PART_BYTES, 2 * PART_BYTES - 1, 2 * PART_BYTES, LARGE_BYTES]
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [*(("moto", size) for size in SIZES_IN_PARTS), ("rclone", LARGE_BYTES)]
+)
+def test_a_file_in_parts_arrives_whole(
+    request: pytest.FixtureRequest, name: str, size: int
+) -> None:
+    job: Job = request.getfixturevalue(f"{name}_job")
     body = some_bytes(size)
     job.write({"large": body})
     assert_clean(job.run(*IN_PARTS))
@@ -352,20 +359,21 @@ def check_finished_by(job: Job, *options: str, parts: list[int]) -> None:
     ("kept", "crashrun"), [([], "1"), ([1], "0"), ([2, 4], "1"), ([1, 2, 3, 4], "0")], ids=str
 )
 def test_only_missing_parts_are_sent(job: Job, crashrun: str, kept: list[int]) -> None:
-    killed_in_parts(job, kept=kept, size=4 * PART_BYTES + 1)
+    leave = killed_in_parts if kept == [1] else left_in_parts
+    leave(job, kept=kept, size=4 * PART_BYTES + 1)
     missing = sorted({1, 2, 3, 4, 5} - set(kept))
     check_finished_by(job, "--crashrun", crashrun, parts=missing)
-    assert len(job.requests("CreateMultipartUpload")) == 1
+    assert len(job.requests("CreateMultipartUpload")) == (kept == [1])
 
 
 def test_the_upload_goes_on_at_a_server_whose_etag_is_the_md5_of_the_whole(rclone_job: Job) -> None:
-    killed_in_parts(rclone_job, kept=[1, 3])
+    left_in_parts(rclone_job, kept=[1, 3])
     check_finished_by(rclone_job, "--crashrun", "1", parts=[2])
 
 
 def test_parts_are_listed_page_by_page(job: Job) -> None:
     # A page holds 1,000 parts, which would be 5 GB here: the proxy asks for pages of two.
-    killed_in_parts(job, kept=[1, 2, 3, 4], size=4 * PART_BYTES + 1)
+    left_in_parts(job, kept=[1, 2, 3, 4], size=4 * PART_BYTES + 1)
     job.proxy.add_fault(Fault(in_pages_of_two, operation="ListParts"))
     check_finished_by(job, "--crashrun", "1", parts=[5])
     assert len(job.requests("ListParts")) == 2
@@ -379,7 +387,7 @@ def in_pages_of_two(exchange: Exchange) -> None:
 
 @pytest.mark.parametrize("damaged", [b"x" * PART_BYTES, b"x" * (PART_BYTES + 1)], ids=len)
 def test_a_part_damaged_on_the_server_is_sent_again(job: Job, damaged: bytes) -> None:
-    upload_id = killed_in_parts(job, kept=[1, 2])
+    upload_id = left_in_parts(job, kept=[1, 2])
     job.server.client().upload_part(
         Bucket=job.bucket, Key="large", UploadId=upload_id, PartNumber=2, Body=damaged
     )
@@ -388,7 +396,7 @@ def test_a_part_damaged_on_the_server_is_sent_again(job: Job, damaged: bytes) ->
 
 @pytest.mark.parametrize("crashrun", AGAIN)
 def test_a_file_changed_since_is_sent_afresh(job: Job, crashrun: str) -> None:
-    upload_id = killed_in_parts(job, kept=[1, 2])
+    upload_id = left_in_parts(job, kept=[1, 2])
     job.write({"large": some_bytes(LARGE_BYTES + 1, seed=1)})
     check_finished_by(job, "--crashrun", crashrun, parts=[1, 2, 3])
     (abort,) = job.requests("AbortMultipartUpload")
@@ -396,19 +404,19 @@ def test_a_file_changed_since_is_sent_afresh(job: Job, crashrun: str) -> None:
 
 
 def test_a_file_that_is_small_now_is_sent_in_one_part(job: Job) -> None:
-    killed_in_parts(job, kept=[1, 2])
+    left_in_parts(job, kept=[1, 2])
     job.write({"large": b"small now"})
     check_finished_by(job, "--crashrun", "1", parts=[])
 
 
 def test_an_upload_that_somebody_aborted_is_started_afresh(job: Job) -> None:
-    upload_id = killed_in_parts(job, kept=[1, 2])
+    upload_id = left_in_parts(job, kept=[1, 2])
     job.server.client().abort_multipart_upload(Bucket=job.bucket, Key="large", UploadId=upload_id)
     check_finished_by(job, "--crashrun", "1", parts=[1, 2, 3])
 
 
 def test_an_upload_whose_parts_may_not_be_listed_is_started_afresh(job: Job) -> None:
-    upload_id = killed_in_parts(job, kept=[1, 2])
+    upload_id = left_in_parts(job, kept=[1, 2])
     job.proxy.add_fault(Fault(answer(403, "AccessDenied"), operation="ListParts"))
     check_finished_by(job, "--crashrun", "1", parts=[1, 2, 3])
     (abort,) = job.requests("AbortMultipartUpload")
@@ -451,7 +459,7 @@ def test_a_resumed_upload_has_the_storage_class_and_sse_it_began_with(
 def test_storage_class_and_sse_that_only_the_crash_run_asks_for_apply_to_the_whole(
     job: Job, options: tuple[str, ...], expected: tuple[str | None, str | None]
 ) -> None:
-    killed_in_parts(job, kept=[1, 3])
+    left_in_parts(job, kept=[1, 3])
     check_finished_by(job, "--crashrun", "1", *options, parts=[1, 2, 3])
     head = job.head("large")
     assert (head.get("StorageClass"), head.get("ServerSideEncryption")) == expected
@@ -459,7 +467,7 @@ def test_storage_class_and_sse_that_only_the_crash_run_asks_for_apply_to_the_who
 
 def test_verify_keeps_an_upload_that_is_to_be_resumed(job: Job) -> None:
     job.write({"small": b"small"})
-    upload_id = killed_in_parts(job, kept=[1, 3])
+    upload_id = left_in_parts(job, kept=[1, 3])
     assert job.run(*IN_PARTS, "--verify").returncode == 1
     assert job.entry("large")["upload_id"] == upload_id
     check_finished_by(job, "--crashrun", "1", parts=[2])
@@ -479,7 +487,7 @@ def test_the_upload_id_is_on_disk_before_the_first_part_is_sent(job: Job) -> Non
 
 def test_a_normal_run_aborts_the_upload_of_a_file_that_is_gone(job: Job) -> None:
     job.write({"f": b"f"})
-    upload_id = killed_in_parts(job, kept=[1, 2])
+    upload_id = left_in_parts(job, kept=[1, 2])
     job.path("large").unlink()
     assert_clean(job.run(*IN_PARTS))
     (abort,) = job.requests("AbortMultipartUpload")
@@ -490,7 +498,7 @@ def test_a_normal_run_aborts_the_upload_of_a_file_that_is_gone(job: Job) -> None
 
 def test_a_file_that_is_gone_stays_missing_in_a_crash_run(job: Job) -> None:
     job.write({"f": b"f"})
-    killed_in_parts(job, kept=[1, 2])
+    left_in_parts(job, kept=[1, 2])
     job.path("large").unlink()
     job.check_failed(job.crash_run(*IN_PARTS), "large", said="no such file")
 

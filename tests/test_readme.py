@@ -96,7 +96,7 @@ def first_column(heading: str) -> list[str]:
     return rows[2:]
 
 
-def tests_of_every_run() -> set[str]:
+def names_of_quick_tests() -> set[str]:
     """The names of all tests but those that only --long runs."""
     found = set()
     for path in TESTS.glob("test_*.py"):
@@ -113,7 +113,7 @@ def tests_of_every_run() -> set[str]:
 
 def test_every_line_of_what_happens_when_has_its_tests() -> None:
     assert first_column("What happens when…") == list(TESTED)
-    assert {name for names in TESTED.values() for name in names} - tests_of_every_run() == set()
+    assert {name for names in TESTED.values() for name in names} - names_of_quick_tests() == set()
 
 
 # What the README says of time, and the constants of the script (which HASTE has as they are).

@@ -58,7 +58,7 @@ def test_without_credentials_nothing_is_begun(job: Job, missing: tuple[str, ...]
 @pytest.mark.parametrize(
     "name", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"]
 )
-@pytest.mark.parametrize("odd", [f"{SECRET} ", f"{SECRET}\n", f"{SECRET}ü"], ids=ascii)
+@pytest.mark.parametrize("odd", [f"{SECRET}\n", f"{SECRET}ü"], ids=ascii)
 def test_credentials_with_odd_characters_are_refused_and_not_shown(
     job: Job, name: str, odd: str
 ) -> None:
@@ -321,8 +321,9 @@ def test_a_refusal_of_everything_is_said_once(small_job: Job) -> None:
     assert small_job.state() == dict.fromkeys(files, 0)
 
 
-@pytest.mark.parametrize("denied", ["d0/0000.dat", "d6/0020.dat"], ids=["first", "late"])
-@pytest.mark.parametrize("code", ["AccessDenied", "403"])
+@pytest.mark.parametrize(
+    ("denied", "code"), [("d0/0000.dat", "403"), ("d6/0020.dat", "AccessDenied")]
+)
 def test_a_key_that_is_denied_is_one_failure(small_job: Job, denied: str, code: str) -> None:
     job = small_job
     job.write(small_files(30))
@@ -348,10 +349,9 @@ def test_what_one_file_meets_is_its_failure_alone(job: Job, code: str) -> None:
     ],
 )
 def test_the_words_of_the_server_are_said_where_they_tell_more(
-    small_job: Job, words: str, said: str
+    job: Job, client: tuple[str, ...], words: str, said: str
 ) -> None:
-    job = small_job
     job.make("a.dat")
     job.proxy.add_fault(Fault(answer(400, "SomethingNew", words), operation="PutObject"))
-    job.check_failed(job.run(), "a.dat", said=said)
+    job.check_failed(job.run(*client), "a.dat", said=said)
     assert job.errors()["a.dat"] == said

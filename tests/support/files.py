@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import random
@@ -90,6 +91,7 @@ def digests(files: Mapping[str, bytes]) -> dict[str, str]:
     return {key: md5(body) for key, body in files.items()}
 
 
+@functools.lru_cache(maxsize=16)
 def some_bytes(size_bytes: int, seed: int = 0) -> bytes:
     """Bytes that are the same for the same seed."""
     return random.Random(seed).randbytes(size_bytes)

@@ -73,3 +73,28 @@ def killed_in_parts(job: Job, *options: str, kept: list[int], size: int = LARGE_
     assert job.open_uploads() == [("large", entry["upload_id"], len(kept))]
     assert entry["uploadedSuccess"] == 0
     return str(entry["upload_id"])
+
+
+def left_in_parts(job: Job, *, kept: list[int], size: int = LARGE_BYTES) -> str:
+    """Leave what `killed_in_parts` does, without a run; return the upload's id."""
+    body = some_bytes(size)
+    job.write({"large": body})
+    client, bucket = job.server.client(), job.bucket
+    upload_id = client.create_multipart_upload(Bucket=bucket, Key="large")["UploadId"]
+    for number in kept:
+        part = body[(number - 1) * PART_BYTES : number * PART_BYTES]
+        client.upload_part(
+            Bucket=bucket, Key="large", UploadId=upload_id, PartNumber=number, Body=part
+        )
+    status = job.path("large").stat()
+    others = [job.pending_entry(key, bucket=bucket) for key in job.in_folder() if key != "large"]
+    large = job.pending_entry(
+        "large",
+        bucket=bucket,
+        size=size,
+        mtime_ns=status.st_mtime_ns,
+        upload_id=upload_id,
+        part_size=PART_BYTES,
+    )
+    job.write_state(*others, large)
+    return upload_id

@@ -10,6 +10,7 @@ import functools
 import importlib.metadata
 import json
 import os
+import py_compile
 import re
 import shutil
 import signal
@@ -202,13 +203,22 @@ def launch_for(user: int | None, *, real_time: bool = False) -> Launch:
     return copy
 
 
+def hasty_text() -> str:
+    """The text of the script with less patience."""
+    return with_haste(SCRIPT_PATH.read_text(encoding="utf-8"), HASTE)
+
+
 @functools.cache
 def hasty_script() -> Path:
     """Make the copy of the script that has less patience."""
-    text = with_haste(SCRIPT_PATH.read_text(encoding="utf-8"), HASTE)
     path = shared_folder() / "hasty" / SCRIPT_PATH.name
     path.parent.mkdir()
-    path.write_text(text, encoding="utf-8")
+    # Compiled once and not by each of a thousand runs; Python takes bytecode under any name.
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / SCRIPT_PATH.name
+        source.write_text(hasty_text(), encoding="utf-8")
+        py_compile.compile(str(source), cfile=str(path), dfile=str(path), doraise=True)
+    path.chmod(0o644)
     return path
 
 
