@@ -25,7 +25,7 @@ import trustme
 
 pytest.register_assert_rewrite("support")
 
-from support import script
+from support import forks, script
 from support.job import Job, Run, Start
 from support.proxy import FaultProxy
 from support.script import kill_group, run_script, start_script
@@ -45,6 +45,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "long: takes long; runs with --long only")
+    if config.getoption("--long"):
+        forks.is_wanted = False
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

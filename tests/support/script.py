@@ -24,6 +24,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from . import forks
+
 if TYPE_CHECKING:
     from .servers import S3Server
 
@@ -33,6 +35,13 @@ PROJECT = Path(__file__).resolve().parents[2]
 # To see a test fail, break a copy of the script and name it in S3_TEST_SCRIPT.
 SCRIPT_PATH = Path(os.environ.get("S3_TEST_SCRIPT") or PROJECT / "s3FileTransfer.py")
 POLL_SECONDS = 0.02
+
+# What a copy of Python for other users does without, and the services that it knows.
+UNUSED_FOLDERS = (
+    "site-packages dist-packages test idlelib config-* lib2to3 tkinter ensurepip pydoc_data "
+    "distutils turtledemo unittest"
+).split()
+SERVICES = ("s3", "sts", "sso", "sso-oidc")
 
 # Of each constant: its line in the script, and the value that the copy has in its place.
 HASTE = {
@@ -117,15 +126,18 @@ def start_script(
     identity: dict[str, Any] = {}
     if switch is not None:
         identity = {"user": switch, "group": switch, "extra_groups": []}
-    return subprocess.Popen(
+    environment = {
+        **base_environment(shared_folder() / "home"),
+        **launch.environment,
+        **(server.environment() if server else {}),
+        **(env or {}),
+    }
+    is_plain = not (real_time or python_flags or identity)
+    popen = forks.Fork if is_plain and forks.can_run(environment) else subprocess.Popen
+    return popen(
         [launch.python, *python_flags, launch.script, *args],
         cwd=cwd,
-        env={
-            **base_environment(shared_folder() / "home"),
-            **launch.environment,
-            **(server.environment() if server else {}),
-            **(env or {}),
-        },
+        env=environment,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -255,13 +267,14 @@ def _public_python() -> Launch:
     prefix = shared_folder() / "python"
     stdlib = Path(sysconfig.get_path("stdlib"))
     library = prefix / stdlib.relative_to(sys.base_prefix)
-    unused = shutil.ignore_patterns("site-packages", "dist-packages", "test", "idlelib", "config-*")
-    shutil.copytree(stdlib, library, ignore=unused)
+    shutil.copytree(stdlib, library, ignore=shutil.ignore_patterns(*UNUSED_FOLDERS))
     # Beside the standard library: every build of Python looks there, while the name and the place
     # of site-packages differ.
     for name in _with_dependencies("boto3"):
         for path in importlib.metadata.files(name) or []:
-            if ".." not in path.parts:  # those are the scripts in bin/
+            # Not the scripts in bin/, and of botocore's data no services but those here.
+            is_data = path.parts[:2] == ("botocore", "data") and len(path.parts) > 3
+            if ".." not in path.parts and (not is_data or path.parts[2] in SERVICES):
                 target = library / path
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(path.locate(), target)  # with its time, or no .pyc would be valid
