@@ -12,6 +12,8 @@ half a second of work less.
 from __future__ import annotations
 
 import array
+import contextlib
+import dis
 import gc
 import importlib
 import io
@@ -21,37 +23,56 @@ import os
 import socket
 import sys
 import types
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 PYC_HEADER_BYTES = 16
-LIBRARIES = (
-    "boto3.s3.transfer",
-    "awscrt.auth",
-    "awscrt.http",
-    "awscrt.io",
-    "awscrt.s3",
-    "concurrent.futures.thread",
-    "ctypes",
-    "decimal",
-    "mimetypes",
-    "multiprocessing.connection",
-    "multiprocessing.context",
-    "multiprocessing.resource_tracker",
-)
+# What Python itself imports in the middle of a run, where another user may not read it.
+CODECS = ("ascii", "idna", "latin_1", "utf_8_sig")
+LATE = ("_strptime", *(f"encodings.{name}" for name in CODECS))
 REQUEST_MAX_BYTES = 1 << 20
 
 
-def preload() -> None:
+def imports_of(code: types.CodeType) -> Iterator[str]:
+    """The modules that some code imports, in its functions too."""
+    for instruction in dis.get_instructions(code):
+        if instruction.opname == "IMPORT_NAME":
+            yield instruction.argval
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from imports_of(constant)
+
+
+def preload(code: types.CodeType) -> None:
     """Import what a run would import, by doing without a server what it does first."""
     # The script says so too, before its own import; botocore looks at it no more than once.
     os.environ["BOTO_DISABLE_CRT"] = "true"
-    for name in LIBRARIES:
-        importlib.import_module(name)
-    boto3 = importlib.import_module("boto3")
+    for name in (*imports_of(code), *LATE):
+        with contextlib.suppress(ImportError):  # some are of another system
+            importlib.import_module(name)
+    boto3, loaders = map(importlib.import_module, ("boto3", "botocore.loaders"))
+    # Of the libraries' own files too, which do not change: each is read and parsed once.
+    loaders.JSONFileLoader.load_file = once(loaders.JSONFileLoader.load_file)
+    loaders.Loader.list_available_services = once(loaders.Loader.list_available_services)
     boto3.Session("none", "none").client("s3", region_name="eu-west-1")
     gc.collect()
     gc.freeze()
+
+
+def once(method: Callable[..., T]) -> Callable[..., T]:
+    """A method that remembers what it returned, for all objects with the same attributes."""
+    known: dict[str, T] = {}
+
+    def remembered(self: object, *args: object) -> T:
+        key = repr((getattr(self, "search_paths", None), args))
+        if key not in known:
+            known[key] = method(self, *args)
+        return known[key]
+
+    return remembered
 
 
 def next_run(requests: socket.socket) -> dict[str, Any]:
@@ -107,6 +128,10 @@ def standard_stream(like: Any, number: int) -> io.TextIOWrapper:
 def become(run: dict[str, Any], script: str, code: types.CodeType) -> types.CodeType:
     """Be the process of that run, with all that it finds around it; return what it executes."""
     os.chdir(run["cwd"])
+    if run["user"] is not None:
+        os.setgroups([])
+        os.setgid(run["user"])
+        os.setuid(run["user"])
     coerced = {name: os.environ[name] for name in ("LC_CTYPE",) if name in os.environ}
     os.environ.clear()
     os.environ.update({**coerced, **run["env"]})
@@ -129,6 +154,6 @@ if __name__ == "__main__":
     script, fd = sys.argv[1:]
     del sys.path[0]  # this file's folder
     code = marshal.loads(Path(script).read_bytes()[PYC_HEADER_BYTES:])
-    preload()
+    preload(code)
     # Here, and in no function: Python ends as it does after any script.
     exec(become(next_run(socket.socket(fileno=int(fd))), script, code))

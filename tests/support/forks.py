@@ -17,11 +17,17 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 SERVER = Path(__file__).with_name("fork_server.py")
+TEXT_PIPES: dict[str, Any] = {
+    **dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE),
+    "text": True,
+    "encoding": "utf-8",
+    "errors": "surrogateescape",
+}
 # What Python itself looks at when it starts.
 PYTHON_READS = ("PYTHON", "LC_", "LANG", "LD_", "TZ")
 
@@ -65,17 +71,29 @@ def _ask(script: Path, request: object, files: tuple[int, ...] = ()) -> Any:
         return json.loads(server.recv(1 << 16))
 
 
+def start(
+    script: Path, args: Sequence[str | Path], *, cwd: Path, env: Mapping[str, str], user: int | None
+) -> subprocess.Popen[str]:
+    """Start a script that is compiled, in a session of its own, as that user or as this one."""
+    words = [os.fspath(arg) for arg in args]
+    return Fork(
+        [sys.executable, script, *words],
+        run={"args": words, "cwd": os.fspath(cwd), "env": env, "user": user},
+    )
+
+
 class Fork(subprocess.Popen[str]):
     """A run in a fork: a Popen whose process is the child of another one than this."""
 
+    def __init__(self, args: list[str | Path], *, run: Mapping[str, object]) -> None:
+        self._script, self._run = Path(args[1]), run
+        super().__init__(args, **TEXT_PIPES)
+
     # The arguments are those of subprocess's own, by their places.
     def _execute_child(self, *arguments: Any) -> None:
-        args, cwd, env = arguments[0], arguments[5], arguments[6]
         p2cread, _, _, c2pwrite, _, errwrite = arguments[10:16]
-        run = {"args": [os.fspath(arg) for arg in args[2:]], "cwd": os.fspath(cwd), "env": env}
-        self._script = Path(args[1])
         try:
-            self.pid = _ask(self._script, run, (p2cread, c2pwrite, errwrite))
+            self.pid = _ask(self._script, self._run, (p2cread, c2pwrite, errwrite))
         finally:
             for file in (p2cread, c2pwrite, errwrite):
                 os.close(file)

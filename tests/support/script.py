@@ -122,28 +122,22 @@ def start_script(
     `finish` waits for it. A test that signals it uses `process.send_signal` or `os.killpg`.
     """
     switch = user if is_root() else None
+    own = {
+        **base_environment(shared_folder() / "home"),
+        **(server.environment() if server else {}),
+        **(env or {}),
+    }
+    if not (real_time or python_flags) and forks.can_run(own):
+        return forks.start(launch_for(None).script, args, cwd=cwd, env=own, user=switch)
     launch = launch_for(switch, real_time=real_time)
     identity: dict[str, Any] = {}
     if switch is not None:
         identity = {"user": switch, "group": switch, "extra_groups": []}
-    environment = {
-        **base_environment(shared_folder() / "home"),
-        **launch.environment,
-        **(server.environment() if server else {}),
-        **(env or {}),
-    }
-    is_plain = not (real_time or python_flags or identity)
-    popen = forks.Fork if is_plain and forks.can_run(environment) else subprocess.Popen
-    return popen(
+    return subprocess.Popen(
         [launch.python, *python_flags, launch.script, *args],
         cwd=cwd,
-        env=environment,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        encoding="utf-8",
-        errors="surrogateescape",
+        env={**launch.environment, **own},
+        **forks.TEXT_PIPES,
         start_new_session=True,
         **identity,
     )
