@@ -610,8 +610,7 @@ def damage(job: Job) -> None:
     job.put("changed", b"BYTES of changed")
 
 
-def test_an_object_that_is_not_as_recorded_is_named_and_repaired(each_job: Job) -> None:
-    job = each_job
+def test_an_object_that_is_not_as_recorded_is_named_and_repaired(job: Job) -> None:
     job.back_up("a.dat", "changed", "missing", "shorter", "z.dat")
     others = [job.entry("a.dat"), job.entry("z.dat")]
     damage(job)

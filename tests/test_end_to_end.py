@@ -76,8 +76,7 @@ def test_a_second_run_sends_all_again(job: Job) -> None:
 
 
 @needs_permissions
-def test_exactly_the_troubled_files_fail_and_the_crash_run_sends_them(each_job: Job) -> None:
-    job = each_job
+def test_exactly_the_troubled_files_fail_and_the_crash_run_sends_them(job: Job) -> None:
     good = job.make(*(f"good/{number:02}" for number in range(40)))
     troubled = job.make("unreadable", "vanished", "changed", "corrupted", "wrong-etag")
     job.path("unreadable").chmod(0)

@@ -199,8 +199,7 @@ def shrink(path: Path) -> None:
     os.truncate(path, path.stat().st_size - 1)
 
 
-def test_a_growing_file_is_sent_as_long_as_it_was(each_job: Job) -> None:
-    job = each_job
+def test_a_growing_file_is_sent_as_long_as_it_was(job: Job) -> None:
     changing(job, append)
     at_first = job.in_folder()
     assert_clean(job.run(*AS_WAYS))

@@ -11,18 +11,20 @@ from pathlib import Path
 from typing import IO
 
 import pytest
-from support.faults import Fault, answer, call, delay, stall
+from support.faults import Fault, answer, call, delay
 from support.files import IN_PARTS, MIB, small_files, some_bytes
 from support.job import Job
+from support.kills import left_in_parts
 from support.proxy import Request
 from support.screen import Frame, Terminal, wrapped
-from support.script import launch_for, shared_folder, wait_until
+from support.script import launch_for, shared_folder
 
 if sys.platform == "win32":
     pytest.skip("POSIX only: pseudo-terminals", allow_module_level=True)
 
 
-WIDTHS = [40, 200]
+# So many columns have room for all of the numbers.
+ROOMY = 80
 SIZE = r"(?:[\d,]+ B|[\d,]+\.\d [kMGT]B)"
 PROGRESS = re.compile(
     r"(?P<files>[\d,]+)/(?P<all_files>[\d,]+) files"
@@ -186,7 +188,7 @@ def eventful(job: Job) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("columns", WIDTHS)
+@pytest.mark.parametrize("columns", [40, ROOMY])
 def test_progress_fits_and_leaves_nothing_behind(
     job: Job, show: Show, eventful: list[str], columns: int
 ) -> None:
@@ -198,15 +200,12 @@ def test_progress_fits_and_leaves_nothing_behind(
     assert set(numbers(lines, "all_files")) == {120}
     assert max(numbers(lines, "files")) > 60
     assert max(numbers(lines, "percent")) > 60
+    if columns >= ROOMY:
+        check_all_is_shown(lines)
 
 
-@pytest.mark.parametrize("columns", [80, 200])
-def test_progress_shows_all_numbers_where_there_is_room(
-    job: Job, show: Show, eventful: list[str], columns: int
-) -> None:
-    terminal = show("--max-concurrency", "8", columns=columns)
-    assert terminal.finish() == 1
-    lines = progress(terminal)
+def check_all_is_shown(lines: Sequence[dict[str, str | None]]) -> None:
+    """Check that a line that has room for all of the numbers shows them."""
     assert any(all(line.values()) for line in lines)
     assert all(line["size"] and line["all_size"] and line["percent"] for line in lines)
     assert max(numbers(lines, "failed")) > 8
@@ -280,18 +279,7 @@ def test_a_file_that_has_another_size_than_planned_breaks_no_number(
 
 
 def test_a_resumed_file_counts_what_is_there_but_not_in_the_rate(job: Job, show: Show) -> None:
-    job.write({"large": some_bytes(60 * MIB)})
-    proxy = job.proxy
-    proxy.add_fault(Fault(stall(600), operation="UploadPart", after=9))
-    first = job.start(*IN_PARTS)
-    wait_until(
-        lambda: sum(r.operation == "UploadPart" and r.status == 200 for r in proxy.requests) == 9,
-        30,
-        "nine parts",
-    )
-    proxy.clear_faults()
-    first.kill()
-    first.communicate()
+    left_in_parts(job, kept=list(range(1, 10)), size=60 * MIB)
     terminal = show("--crashrun", "1", "--max-bandwidth", "5MB/s", *IN_PARTS)
     assert terminal.finish() == 0
     lines = progress(terminal)
@@ -304,28 +292,24 @@ def test_a_resumed_file_counts_what_is_there_but_not_in_the_rate(job: Job, show:
 # --- Other lines beside it -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("columns", WIDTHS)
-def test_lines_wider_than_the_terminal_wrap_and_are_whole(
-    job: Job, show: Show, columns: int
-) -> None:
+def test_lines_wider_than_the_terminal_wrap_and_are_whole(job: Job, show: Show) -> None:
     files = {f"{n:02}-{'long name ' * 20}": b"x" for n in range(30)}
     job.write(files)
     failed = [key for key in files if key[:2] in ("10", "15", "20")]
     job.proxy.add_fault(Fault(answer(403, "AccessDenied"), key=lambda key: key in failed))
     job.proxy.add_fault(Fault(delay(0.2), operation="PutObject"))
-    terminal = show("--max-concurrency", "2", columns=columns)
+    terminal = show("--max-concurrency", "2", columns=40)
     assert terminal.finish() == 1
     failures = (failure(job, key) for key in failed)
     check_lines(check_screen(terminal), *failures, summary(job, 27, failed=3), CRASH_RUN)
     assert progress(terminal)
 
 
-@pytest.mark.parametrize("columns", WIDTHS)
-def test_verbose_lists_whole_lines(job: Job, show: Show, columns: int) -> None:
+def test_verbose_lists_whole_lines(job: Job, show: Show) -> None:
     files = small_files(60)
     job.write(files)
     job.proxy.add_fault(Fault(delay(0.2), operation="PutObject"))
-    terminal = show("--verbose", "--max-concurrency", "6", columns=columns)
+    terminal = show("--verbose", "--max-concurrency", "6", columns=40)
     assert terminal.finish() == 0
     uploaded = [
         rf"uploaded: {re.escape(str(job.folder / key))} -> s3://{job.bucket}/{re.escape(key)} "
@@ -336,11 +320,10 @@ def test_verbose_lists_whole_lines(job: Job, show: Show, columns: int) -> None:
     check_numbers(progress(terminal))
 
 
-@pytest.mark.parametrize("columns", WIDTHS)
-def test_dry_run_lists_whole_lines(job: Job, show: Show, columns: int) -> None:
+def test_dry_run_lists_whole_lines(job: Job, show: Show) -> None:
     files = small_files(60)
     job.write(files)
-    terminal = show("--dryrun", columns=columns)
+    terminal = show("--dryrun", columns=40)
     assert terminal.finish() == 0
     listed = [
         rf"would upload: {re.escape(str(job.folder / key))} -> s3://{job.bucket}/{key} \({SIZE}\)"
@@ -351,9 +334,8 @@ def test_dry_run_lists_whole_lines(job: Job, show: Show, columns: int) -> None:
 
 
 def test_verify_lists_whole_lines(job: Job, show: Show) -> None:
-    job.write(small_files(20))
-    assert job.run().returncode == 0
-    job.server.client().delete_object(Bucket=job.bucket, Key="d3/0003.dat")
+    job.back_up(*small_files(20))
+    job.delete("d3/0003.dat")
     terminal = show("--verify")
     assert terminal.finish() == 1
     wrong = rf"wrong: s3://{job.bucket}/d3/0003\.dat \(of {job.folder}/d3/0003\.dat\): .+"
@@ -377,11 +359,10 @@ def test_a_terminal_made_narrower_gets_lines_that_fit(job: Job, show: Show) -> N
     check_lines(check_screen(terminal), summary(job, 200))
 
 
-@pytest.mark.parametrize("columns", WIDTHS)
-def test_ctrl_c_leaves_a_clean_screen(job: Job, show: Show, columns: int) -> None:
+def test_ctrl_c_leaves_a_clean_screen(job: Job, show: Show) -> None:
     job.write(small_files(200))
     job.proxy.add_fault(Fault(delay(0.3), operation="PutObject"))
-    terminal = show("--max-concurrency", "10", columns=columns)
+    terminal = show("--max-concurrency", "10", columns=200)
     terminal.wait_for(lambda f: is_progress(f) and "left" in f.line, "progress")
     terminal.type("\x03")
     assert terminal.finish(10) == 130
