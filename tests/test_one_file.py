@@ -241,39 +241,51 @@ def test_a_file_that_changes_all_the_time_is_tried_three_times(
 
 # --- Files that cannot be read to their end --------------------------------------------------
 
-# In the script's process: each read of a file named so fails once it is past its first bytes.
+# In the script's process: reads of a file named so fail where a condition is met.
 BAD_DISK = """\
-import errno, io, os
+import contextlib, errno, io, os
 
-def is_bad(file):
-    path = f"/proc/self/fd/{{file.fileno()}}"
-    return os.path.basename(os.readlink(path)).startswith("bad") and file.tell() >= {start}
+read_once = set()
+
+@contextlib.contextmanager
+def disk(file):
+    path, at = os.readlink(f"/proc/self/fd/{{file.fileno()}}"), file.tell()
+    if os.path.basename(path).startswith("bad") and {condition}:
+        raise OSError({errno}, os.strerror({errno}))
+    yield
+    if file.tell() >= os.fstat(file.fileno()).st_size:
+        read_once.add(path)
 
 class FileIO(io.FileIO):
     def read(self, *args):
-        if is_bad(self):
-            raise OSError({errno}, os.strerror({errno}))
-        return super().read(*args)
+        with disk(self):
+            return super().read(*args)
 
     def readinto(self, buffer):
-        if is_bad(self):
-            raise OSError({errno}, os.strerror({errno}))
-        return super().readinto(buffer)
+        with disk(self):
+            return super().readinto(buffer)
 
     def readall(self):
-        if is_bad(self):
-            raise OSError({errno}, os.strerror({errno}))
-        return super().readall()
+        with disk(self):
+            return super().readall()
 
 io.FileIO = FileIO
 """
+BAD_WHEN = {
+    "at-once": ("True", ["memory", "streamed", "parts"]),
+    "in-the-middle": (f"at >= {MIB}", ["streamed", "parts"]),
+    # Those are read a second time, to be sent.
+    "after-hashing": ("path in read_once", ["streamed", "parts"]),
+}
 
 
 @needs_proc
-@pytest.mark.parametrize("start", [0, MIB], ids=["at-once", "in-the-middle"])
-def test_a_file_that_the_disk_cannot_read_fails_alone(job: Job, tmp_path: Path, start: int) -> None:
-    (tmp_path / "sitecustomize.py").write_text(BAD_DISK.format(errno=errno.EIO, start=start))
-    bad = {f"bad-{way}": size for way, size in SIZES_OF_WAYS.items() if size > start}
+@pytest.mark.parametrize("when", BAD_WHEN)
+def test_a_file_that_the_disk_cannot_read_fails_alone(job: Job, tmp_path: Path, when: str) -> None:
+    condition, ways = BAD_WHEN[when]
+    code = BAD_DISK.format(errno=errno.EIO, condition=condition)
+    (tmp_path / "sitecustomize.py").write_text(code)
+    bad = {f"bad-{way}": SIZES_OF_WAYS[way] for way in ways}
     job.write({key: some_bytes(size) for key, size in bad.items()} | {"good": b"good"})
     completed = job.run(*AS_WAYS, env={"PYTHONPATH": str(tmp_path)})
     job.check_failed(completed, *bad, said=f"{os.strerror(errno.EIO).lower()}; check the disk")

@@ -6,7 +6,12 @@ import base64
 import http.client
 import json
 import os
+import py_compile
+import re
+import signal
 import ssl
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -20,7 +25,7 @@ import trustme
 from botocore.config import Config
 from botocore.exceptions import ClientError, ConnectionClosedError
 from conftest import NewJob
-from support import script
+from support import forks, script
 from support.aws import AwsRules, crc32_of, signing_region
 from support.faults import (
     Fault,
@@ -42,6 +47,7 @@ from support.files import MIB, PART_BYTES, md5
 from support.job import Job
 from support.proxy import Action, FaultProxy, Request
 from support.servers import S3Server
+from support.systems import needs_proc, needs_shell
 
 BODY = bytes(range(256)) * 40
 
@@ -353,3 +359,95 @@ def test_a_run_gets_nothing_of_the_testers_own(
     assert set(environment) - {"HOME", "PATH", "LC_CTYPE"} == set(job.endpoint.environment())
     assert arguments[-2:] == ["--prefix", "ü"]
     assert cwd == str(tmp_path)
+
+
+# What a run finds around it, as far as the script could tell.
+TELL = """
+import gc, json, os, signal, sys, threading
+def stream(s):
+    return [s.fileno(), s.encoding, s.errors, s.line_buffering, s.mode, s is getattr(
+        sys, {0: '__stdin__', 1: '__stdout__', 2: '__stderr__'}[s.fileno()])]
+print(json.dumps({
+    'name': [__name__, __file__, __spec__, sys.modules['__main__'].__dict__ is globals()],
+    'arguments': [sys.argv, sys.path, sys.executable, str(sys.flags)],
+    'around': [os.getcwd(), dict(os.environ), os.umask(0o22), sorted(os.listdir('/proc/self/fd'))],
+    'group': [os.getsid(0) == os.getpgid(0) == os.getpid(), os.getuid(), os.getgroups()],
+    'signals': [str(signal.getsignal(n)) for n in range(1, 32)],
+    'inside': [threading.active_count(), gc.isenabled(), gc.get_threshold()],
+    'streams': [stream(s) for s in (sys.stdin, sys.stdout, sys.stderr)],
+    'said': sys.stdin.read(),
+}))
+sys.stderr.write('to the end' + chr(0xdcff))
+sys.exit(int(sys.argv[2]))
+"""
+
+
+@needs_proc
+def test_a_fork_is_what_a_started_program_is(job: Job, tmp_path: Path) -> None:
+    source, path = tmp_path / "source.py", tmp_path / "script.py"
+    source.write_text(TELL)
+    py_compile.compile(str(source), cfile=str(path), doraise=True)
+    environment = {**script.base_environment(tmp_path), **job.endpoint.environment()}
+    arguments = ["--prefix", "3", "ü", "\udcff"]
+    fork = forks.start(path, arguments, cwd=tmp_path, env=environment, user=None)
+    program = subprocess.Popen(
+        [sys.executable, path, *arguments],
+        cwd=tmp_path,
+        env=environment,
+        start_new_session=True,
+        **forks.TEXT_PIPES,
+    )
+    (said, error), (wanted, wanted_error) = (
+        process.communicate("hello ü", timeout=60) for process in (fork, program)
+    )
+    assert json.loads(said) == json.loads(wanted)
+    assert error == wanted_error == r"to the end\udcff"
+    assert fork.returncode == program.returncode == 3
+
+
+@needs_proc
+def test_a_fork_is_killed_and_waited_for_like_a_program(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forks, "is_wanted", True)
+    job.make("a.dat")
+    job.proxy.add_fault(Fault(stall(600)))
+    process = job.start()
+    job.wait_for("HeadBucket")
+    assert isinstance(process, forks.Fork)
+    assert process.poll() is None
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(0.1)
+    process.kill()
+    assert process.wait(10) == process.poll() == -signal.SIGKILL
+
+
+# --- The scripts -----------------------------------------------------------------------------
+
+
+@needs_shell
+@pytest.mark.parametrize("name", ["run.sh", "try_it.sh"])
+def test_a_python_without_venv_gets_a_sentence(tmp_path: Path, name: str) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nexit 1\n")
+    python.chmod(0o755)
+    completed = subprocess.run(
+        ["sh", script.PROJECT / "tests" / name],
+        env={"PATH": os.environ["PATH"], "PYTHON": str(python)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (completed.returncode, completed.stdout) == (2, "")
+    (sentence,) = completed.stderr.splitlines()
+    assert name in sentence
+    assert f"{python} lacks pip and venv" in sentence
+    assert "apt install python3-venv" in sentence
+
+
+def test_what_the_tests_need_is_bounded() -> None:
+    wanted = (script.PROJECT / "tests" / "requirements.txt").read_text(encoding="utf-8")
+    lines = [line for line in wanted.splitlines() if not line.startswith("#")]
+    # The program's own library alone may be any newer one: so may it be at its users.
+    unbounded = [line for line in lines if not re.fullmatch(r"[\w.\[\]-]+>=[\d.]+,<[\d.]+", line)]
+    assert unbounded == ["boto3[crt]>=1.37"]

@@ -116,13 +116,16 @@ def received(requests: socket.socket) -> tuple[bytes, list[int]]:
 
 def standard_stream(like: Any, number: int) -> io.TextIOWrapper:
     """A standard stream as Python would have opened it for what is no terminal."""
-    return io.TextIOWrapper(
-        open(number, "wb" if number else "rb", closefd=False),
+    binary = open(number, "wb" if number else "rb", closefd=False)  # noqa: SIM115
+    stream = io.TextIOWrapper(
+        binary,
         encoding=like.encoding,
         errors=like.errors,
         newline="\n" if number else None,
         line_buffering=number == 2,
     )
+    stream.mode = "w" if number else "r"  # type: ignore[misc]
+    return stream
 
 
 def become(run: dict[str, Any], script: str, code: types.CodeType) -> types.CodeType:
