@@ -213,7 +213,7 @@ def check_all_is_shown(lines: Sequence[dict[str, str | None]]) -> None:
 
 
 def test_progress_is_drawn_ten_times_a_second_at_most(job: Job, show: Show) -> None:
-    job.write(small_files(400))
+    job.write(small_files(320))
     job.proxy.add_fault(Fault(delay(0.05), operation="PutObject"))
     terminal = show("--max-concurrency", "8")
     assert terminal.finish() == 0
@@ -241,7 +241,7 @@ def test_large_files_move_the_bytes_before_they_are_done(
 
 
 def test_the_time_left_of_large_files_is_that_of_their_bytes(job: Job, show: Show) -> None:
-    job.write({f"large-{n}": some_bytes(12 * MIB) for n in range(4)})
+    job.write({f"large-{n}": some_bytes(8 * MIB) for n in range(4)})
     terminal = show("--max-bandwidth", "10MB/s", *IN_PARTS)
     assert terminal.finish() == 0
     told = [line for line in progress(terminal) if line["left"]]
@@ -279,7 +279,7 @@ def test_a_file_that_has_another_size_than_planned_breaks_no_number(
 
 
 def test_a_resumed_file_counts_what_is_there_but_not_in_the_rate(job: Job, show: Show) -> None:
-    left_in_parts(job, kept=list(range(1, 10)), size=60 * MIB)
+    left_in_parts(job, kept=list(range(1, 10)), size=57 * MIB)
     terminal = show("--crashrun", "1", "--max-bandwidth", "5MB/s", *IN_PARTS)
     assert terminal.finish() == 0
     lines = progress(terminal)
@@ -410,7 +410,7 @@ def test_no_progress_where_it_is_not_wanted(
 ) -> None:
     job.write(small_files(30))
     (job.folder / "broken").symlink_to("nowhere")
-    job.proxy.add_fault(Fault(delay(0.2), operation="PutObject"))
+    job.proxy.add_fault(Fault(delay(0.1), operation="PutObject"))
     terminal = show("--max-concurrency", "4", *options, env=env)
     assert terminal.finish() == 1
     assert_plain(terminal)

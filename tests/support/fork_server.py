@@ -66,10 +66,10 @@ def once(method: Callable[..., T]) -> Callable[..., T]:
     """A method that remembers what it returned, for all objects with the same attributes."""
     known: dict[str, T] = {}
 
-    def remembered(self: object, *args: object) -> T:
-        key = repr((getattr(self, "search_paths", None), args))
+    def remembered(self: object, *args: object, **keywords: object) -> T:
+        key = repr((getattr(self, "search_paths", None), args, keywords))
         if key not in known:
-            known[key] = method(self, *args)
+            known[key] = method(self, *args, **keywords)
         return known[key]
 
     return remembered

@@ -68,7 +68,9 @@ def _ask(script: Path, request: object, files: tuple[int, ...] = ()) -> Any:
     with _lock:
         server = _server(script)
         socket.send_fds(server, [json.dumps(request).encode()], files)
-        return json.loads(server.recv(1 << 16))
+        answer = server.recv(1 << 16)
+        assert answer, "the process that forks has ended; what it said is above"
+        return json.loads(answer)
 
 
 def start(
