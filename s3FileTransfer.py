@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["boto3>=1.37"]
+# dependencies = ["boto3[crt]>=1.37"]
 # ///
 """Back up a folder to an S3 bucket, prove every object, remember what is missing.
 
@@ -25,12 +25,37 @@ exit codes:
   143  ended by SIGTERM or SIGHUP; the state is saved
 """
 
+# The sections of this file; each uses only what stands above it:
+#
+#   limits      S3's limits, and the defaults of the options
+#   vocabulary  options, entries, tasks, results, errors
+#   arguments   the command line
+#   terminal    signals, the progress line, what is printed
+#   state       the state file, its lock, and whose it is
+#   plan        the walk: which files, and their keys
+#   S3          the client, what its errors mean, the one retry loop
+#   bucket      find it, create it, compare it with the state
+#   one file    read, hash, send and prove it: the reliable way
+#   parts       the same for a large file, in parts that a later run can go on with
+#   lanes       the fast way: processes that try each small file once
+#   transfer    hands out, records, saves
+#   commands    back up, verify, dry run; main
+#
+# The way of a file:
+#
+#   arguments > lock, state > bucket > walk > plan is saved > Transfer > last save, summary
+#                                                   small |      | all others, and what a
+#                                                         v      v lane hands back
+#                              lanes (processes, awscrt)       threads of this process, boto3
+#                              one try each                    put_object or S3Transfer, retries
+
 from __future__ import annotations
 
 import argparse
 import base64
 import contextlib
 import ctypes
+import enum
 import errno
 import fnmatch
 import functools
@@ -53,34 +78,40 @@ import stat
 import sys
 import threading
 import time
+import traceback
 import urllib.parse
 import zlib
-from argparse import ArgumentTypeError, Namespace
+from argparse import ArgumentTypeError
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from decimal import Decimal
-from typing import IO, TYPE_CHECKING, Any, TextIO, TypeVar
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TextIO, TypeVar
 
 if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+
     import boto3
     import boto3.s3.transfer
     import botocore.awsrequest
     import botocore.config
     import botocore.exceptions
+    import botocore.httpsession
     import botocore.parsers
     import botocore.utils
     import s3transfer.utils
     from mypy_boto3_s3.client import S3Client
+    from mypy_boto3_s3.type_defs import ObjectTypeDef, PartTypeDef
 
 T = TypeVar("T")
 
-__version__ = "1.0.0"
+__version__ = "1.1.0"
+
+
+# --- limits -----------------------------------------------------------------------
 
 KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
-UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-UNITS |= {"KI": KIB, "MI": MIB, "GI": GIB, "TI": TIB}
 
 # Limits of S3: https://docs.aws.amazon.com/AmazonS3/latest/userguide/qfacts.html
 KEY_MAX_BYTES = 1024
@@ -92,92 +123,78 @@ DEFAULT_THRESHOLD_BYTES = 10**9
 # Small enough that a lost part costs little on a slow line, large enough that a
 # request's round trip does not show.
 DEFAULT_PART_BYTES = 16 * MIB
-# Files up to this size are read once: the bytes that are hashed are the bytes sent.
-IN_MEMORY_BYTES = 8 * MIB
-READ_BYTES, LARGE_READ_BYTES, CRT_MAX_BYTES = MIB, 256 * KIB, 256 * KIB
 
-# boto3 has a thread per request, and more threads than these only wait for the
-# interpreter lock; the CRT needs none. A second process takes half a second of CPU time
-# to start, so it must have enough to do.
-REQUESTS_PER_PROCESS = {"classic": 16, "crt": 256}
-FILES_PER_PROCESS = {"classic": 400, "crt": 1500}
-PROCESSES_MAX, WORKERS_LOST_MAX, FILES_OPEN_MAX = 8, 10, 4096
-LARGE_FILES_AT_ONCE, PART_THREADS = 2, 8
-# Files handed out per thread, so that none waits for the next; and the bytes of all
-# of them. A slow uplink with large files then has few connections, and each moves
-# often enough that S3 does not close it as idle (after about 20 seconds).
-QUEUED_PER_THREAD, BYTES_UNDER_WAY, ALWAYS_UNDER_WAY = 2, 64 * MIB, 4
-
-CONNECT_TIMEOUT_SECONDS = 10
-# Longer than a NAS needs to flush a large file, short enough to notice a stall.
-READ_TIMEOUT_SECONDS = 60
-# A request that fails for a passing reason is tried again until this long after
-# its first failure; a run's very first request gives up sooner.
-PATIENCE_SECONDS = 60
-FIRST_PATIENCE_SECONDS = 9
-FIRST_REQUEST_SECONDS = 18
-FIRST_CONNECT_TIMEOUT_SECONDS = 5
-FIRST_READ_TIMEOUT_SECONDS = 8
-BACKOFF_FIRST_SECONDS = 0.5
-BACKOFF_MAX_SECONDS = 10
+THREADS_MAX = 64  # more only wait for the interpreter lock
+# A file that is damaged or changes on its way is tried so often.
 DAMAGED_TRIES, CHANGED_TRIES = 3, 3
-CHANGED_PAUSE_SECONDS = 2
-
-BATCH_SECONDS = 0.003
-# Of the progress line: how often it is drawn, and the time over which its rate is taken.
-DRAW_SECONDS, RATE_SECONDS = 0.1, 15
-SAVE_INTERVAL_SECONDS = 1.0
-SAVE_SHARE = 0.03
+# What is under way when the run is told to stop has so long to end.
 SIGNAL_GRACE_SECONDS = 8
-SECOND_SIGNAL_SECONDS = 0.3
-EXIT_SIGINT, EXIT_SIGTERM = 130, 143
-INTERRUPTED = "interrupted; the state is saved, send the rest with --crashrun 1"
-
-NOT_ABORTED = "could not be aborted, and its parts are paid for until it is"
-
-PASSING_CODES = frozenset(
-    "SlowDown SlowDownRead SlowDownWrite Throttling ThrottlingException RequestThrottled "
-    "RequestLimitExceeded TooManyRequests TooManyRequestsException BandwidthLimitExceeded "
-    "ServiceUnavailable Busy InternalError InternalServerError OperationAborted RequestTimeout "
-    "XMinioServerNotInitialized PriorRequestNotComplete 408 425 429 500 502 503 504".split()
-)
-DAMAGED_CODES = frozenset(
-    "BadDigest InvalidDigest XAmzContentSHA256Mismatch XAmzContentChecksumMismatch "
-    "IncompleteBody".split()
-)
-# A server that has other regions, or none, answers CreateBucket with one of these.
-LOCATION_CODES = frozenset(
-    "InvalidLocationConstraint IllegalLocationConstraintException InvalidRegion "
-    "AuthorizationHeaderMalformed".split()
-)
-# Headers of a PutObject that are other for each file, or made anew with its signature.
-HEADERS_OF_ONE_PUT = frozenset(
-    "authorization x-amz-date x-amz-content-sha256 x-amz-security-token expect content-length "
-    "content-type content-md5 x-amz-meta-mtime".split()
-)
-# What every further request would meet too: what to do about it, and S3's codes for it.
-STOPPING_CODES = {
-    "the session token is not valid or has expired; renew it": "ExpiredToken "
-    "ExpiredTokenException TokenRefreshRequired InvalidToken",
-    "this machine's clock is too far off; set it (NTP)": "RequestTimeTooSkewed RequestExpired",
-    "there is no such bucket; check --bucketname, or create it": "NoSuchBucket InvalidBucketName",
-    "the bucket is in another region; set --region": "AuthorizationHeaderMalformed "
-    "IllegalLocationConstraintException PermanentRedirect",
-    "ask the owner of the bucket": "AllAccessDisabled AccountProblem NotSignedUp",
-    "check --storage-class": "InvalidStorageClass",
-    "check --sse and --sse-kms-key-id": "InvalidEncryptionAlgorithmError KMS.NotFoundException "
-    "KMS.DisabledException",
-    "leave out --storage-class, --sse and --expected-bucket-owner": "NotImplemented",
-    "make room there": "QuotaExceeded XMinioStorageFull",
-}
-# These stop the run only while nothing has been accepted: later it may be that one key.
-STOPPING_AT_FIRST_CODES = {
-    "check the policy (it needs s3:PutObject) and whose bucket it is": "AccessDenied Forbidden 403",
-    "check the credentials": "InvalidAccessKeyId SignatureDoesNotMatch InvalidSecurity",
-}
 
 
-# --- records and errors -----------------------------------------------------------
+# --- vocabulary -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command line; sizes and rates are in bytes. Never changed once it is read."""
+
+    backupfolder: str
+    exclude: list[str]
+    follow_symlinks: bool
+    shard: str | None
+    skip_unchanged: bool
+    bucketname: str
+    prefix: str
+    region: str | None
+    profile: str | None
+    endpoint_url: str | None
+    storage_class: str | None
+    sse: str | None
+    sse_kms_key_id: str | None
+    expected_bucket_owner: str | None
+    crashrun: int
+    statefile: str
+    dryrun: bool
+    verify: bool
+    max_bandwidth: int | None
+    max_concurrency: int | None
+    preferred_transfer_client: str
+    multipart_threshold: int
+    multipart_chunksize: int
+    quiet: bool
+    verbose: bool
+    progress: bool
+
+    @property
+    def encryption(self) -> str | None:
+        """What was asked for, in one text: S3 tells of no open upload how it is encrypted."""
+        return " ".join(filter(None, (self.sse, self.sse_kms_key_id))) or None
+
+    def is_multipart(self, size_bytes: int) -> bool:
+        """Decide how a file is sent: in parts, or else in one."""
+        return size_bytes >= self.multipart_threshold
+
+    def object_parameters(self) -> dict[str, str]:
+        """Return the parameters of boto3 that all new objects of the run have in common."""
+        wanted = {
+            "StorageClass": self.storage_class,
+            "ServerSideEncryption": self.sse,
+            "SSEKMSKeyId": self.sse_kms_key_id,
+        }
+        return {name: value for name, value in wanted.items() if value}
+
+
+def key_problem(key: str) -> str | None:
+    """Return why S3 cannot have `key`, or None when it can."""
+    if not key:
+        return "its key is empty; it needs a name"
+    try:
+        length = len(key.encode())
+    except UnicodeEncodeError:
+        return "its name is not valid UTF-8, which S3 needs; rename it"
+    if length > KEY_MAX_BYTES:
+        return f"its key has {length} bytes and S3 takes {KEY_MAX_BYTES}; shorten the path"
+    return None
 
 
 @dataclass(slots=True)
@@ -196,6 +213,11 @@ class Entry:
     upload_id: str | None = None
     part_size: int | None = None
     sse: str | None = None
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether the entry is to be sent."""
+        return not (self.uploaded or self.error)
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Entry:
@@ -219,7 +241,7 @@ class Entry:
 
     def to_json(self) -> str:
         """Return the entry as one line of JSON, the three original fields first."""
-        fields: dict[str, Any] = {
+        fields: dict[str, object] = {
             "filepath": self.filepath,
             "uploadedSuccess": int(self.uploaded),
             "filename": self.filename,
@@ -233,56 +255,62 @@ class Entry:
 
 
 READABLE_JSON = json.JSONEncoder(ensure_ascii=False)
-OPTIONAL_FIELDS = {
-    "bucket": str, "size": int, "mtime_ns": int, "etag": str, "shard": str,
-    "error": str, "upload_id": str, "part_size": int, "sse": str,
-}  # fmt: skip
+# Of Entry, in the order in which the state file has them.
+OPTIONAL_FIELDS = {"bucket": str, "size": int, "mtime_ns": int, "etag": str, "shard": str}
+OPTIONAL_FIELDS |= {"error": str, "upload_id": str, "part_size": int, "sse": str}
 
 
-@dataclass  # without slots, which would make it slow to pickle
+@dataclass(frozen=True, slots=True)
 class Task:
-    """One file for a worker, which returns a copy that says how the sending went.
+    """One file to send: what threads and lanes get to see of its entry."""
 
-    `outcome` is then "started" (a multipart upload has its id; no part is sent before the
-    state holds it), "uploaded", "failed", "refused" (as all may be), "changed" (try again
-    later), "fatal" (the run must stop) or "stopped" (the run stopped first). `upload_id` is
-    that of a multipart upload that is still open.
-    """
-
-    index: int
+    index: int  # of the entry
     filepath: str
     key: str
-    size: int = 0
-    large: bool = False
+    size: int
     upload_id: str | None = None
     part_size: int | None = None
-    tries: int = 1
-    outcome: str = ""
+    tries: int = 1  # of the whole file, this one among them
+    was_in_lane: bool = False
+
+
+class Outcome(enum.Enum):
+    """How the sending of one file ended."""
+
+    UPLOADED = "S3 has it, proven"
+    FAILED = "it cannot be sent"
+    REFUSED = "it was refused, as all files may be"
+    CHANGED = "try it again later"
+    STOPS_RUN = "no file can be sent"
+    STOPPED = "the run stopped first"
+
+
+@dataclass(slots=True)
+class Result:
+    """What became of a task; `upload_id` is that of a multipart upload that is still open."""
+
+    outcome: Outcome = Outcome.FAILED
+    size: int | None = None
     mtime_ns: int | None = None
     etag: str | None = None
     error: str | None = None
     notice: str | None = None
+    is_trouble_of_server: bool = False
+    upload_id: str | None = None
+    part_size: int | None = None
     seconds: float = 0.0
 
 
-@dataclass
-class Moved:
-    """So many bytes of a large file have been sent so far, `found` of them by an earlier run."""
+class Trouble(enum.Enum):
+    """Whom an error meets, and whether it may pass."""
 
-    index: int
-    size: int
-    found: int
-
-
-@dataclass(slots=True)
-class WorkerEnded:
-    """A worker process has ended, by itself or killed; `error` says why if it could."""
-
-    number: int
-    error: str | None = None
-
-
-Event = Task | Moved | WorkerEnded
+    NO_ANSWER = "passing: the network, or the server is away"
+    UNAVAILABLE = "passing: the server has too much to do"
+    SERVER_ERROR = "passing, or of this key alone: the server fails"
+    DAMAGED = "passing, if it is rare: the bytes did not arrive as they were"
+    OF_FILE = "of this file"
+    REFUSAL = "of all files, unless something was accepted"
+    OF_ALL = "of all files"
 
 
 class StopRun(Exception):
@@ -293,16 +321,16 @@ class Stopped(Exception):
     """The run is being stopped, by a signal or by trouble that another file met."""
 
 
+class NoAnswer(Exception):
+    """The very first request takes too long."""
+
+
 class UploadError(Exception):
-    """One file could not be sent; the text says what happened and what to do.
+    """One file could not be sent; the text says what happened and what to do."""
 
-    `kind` is "passing" (try again), "damaged" (try again, a few times), "permanent" (of
-    this file), "stops" (the run) or "stops at first" (unless something was accepted).
-    """
-
-    def __init__(self, message: str, code: str = "", kind: str = "permanent") -> None:
+    def __init__(self, message: str, *, code: str = "", trouble: Trouble = Trouble.OF_FILE) -> None:
         super().__init__(message)
-        self.code, self.kind = code, kind
+        self.code, self.trouble = code, trouble
 
 
 class FileChanged(UploadError):
@@ -310,10 +338,6 @@ class FileChanged(UploadError):
 
     def __init__(self) -> None:
         super().__init__("it changed while it was sent; stop its writer or back up a snapshot")
-
-
-class NoAnswer(Exception):
-    """The very first request takes too long."""
 
 
 class DigestMismatch(Exception):
@@ -338,6 +362,10 @@ def one_line(error: object) -> str:
 
 
 # --- arguments --------------------------------------------------------------------
+
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+UNITS |= {"KI": KIB, "MI": MIB, "GI": GIB, "TI": TIB}
+BUCKET_NAME_RULES = "3 to 63 lower-case letters, digits, dots and hyphens"
 
 
 def size_bytes(low: int, high: int, limits: str) -> Callable[[str], int]:
@@ -380,9 +408,6 @@ def bucket_name(text: str) -> str:
     if not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9._-]{1,254}|arn:[\w:/.+=,@-]+", text):
         raise ArgumentTypeError(f"{text!r} is not a bucket name, which has {BUCKET_NAME_RULES}")
     return text
-
-
-BUCKET_NAME_RULES = "3 to 63 lower-case letters, digits, dots and hyphens"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -435,7 +460,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="requests in flight (default: chosen for the machine)")
     add("--preferred-transfer-client", choices=["auto", "classic", "crt"], default="auto",
         help="crt: send small files with the AWS Common Runtime; classic: with boto3's own "
-        "HTTP (default: crt where boto3[crt] is installed and does what is asked)")
+        "HTTP (default: crt where there are many and it can do what is asked)")
     add("--multipart-threshold", metavar="SIZE", default=DEFAULT_THRESHOLD_BYTES,
         type=size_bytes(1, PUT_MAX_BYTES, "S3 takes up to 5GiB in one part"),
         help="files of this size and more go in parts (default: 1GB)")
@@ -452,12 +477,10 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse_arguments(argv: list[str] | None) -> Namespace:
+def parse_arguments(argv: list[str] | None) -> Options:
     """Return the parsed command line, or raise SystemExit (2) after a sentence on stderr."""
     parser = build_parser()
-    options = parser.parse_args(argv)
-    is_terminal = bool(sys.stderr and sys.stderr.isatty()) and os.environ.get("TERM") != "dumb"
-    options.shows_progress = options.progress and is_terminal and not options.quiet
+    options = Options(**vars(parser.parse_args(argv)))
     if options.sse_kms_key_id and not (options.sse or "").startswith("aws:kms"):
         parser.error("--sse-kms-key-id needs --sse aws:kms")
     if options.verify and (options.crashrun or options.dryrun or options.skip_unchanged):
@@ -472,15 +495,15 @@ def parse_arguments(argv: list[str] | None) -> Namespace:
     for name in ("backupfolder", "statefile"):
         if not getattr(options, name):  # an unset variable of a shell script
             parser.error(f"--{name} is empty")
-    options.backupfolder = os.path.abspath(options.backupfolder)
-    if not os.path.isdir(options.backupfolder):
-        there = os.path.lexists(options.backupfolder)
+    folder = os.path.abspath(options.backupfolder)
+    if not os.path.isdir(folder):
+        there = os.path.lexists(folder)
         what = "is not a folder" if there else "does not exist (is its disk mounted?)"
-        parser.error(f"--backupfolder {shown(options.backupfolder)} {what}")
-    return options
+        parser.error(f"--backupfolder {shown(folder)} {what}")
+    return replace(options, backupfolder=folder)
 
 
-# --- plan: which files, and their keys ---------------------------------------------
+# --- terminal ---------------------------------------------------------------------
 
 
 class Interruption:
@@ -488,6 +511,7 @@ class Interruption:
 
     NAMES = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows lacks the last
     SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
+    SECOND_SIGNAL_SECONDS = 0.3
 
     def __init__(self) -> None:
         self.signum, self._came_at = 0, 0.0
@@ -499,7 +523,7 @@ class Interruption:
     def _on_signal(self, signum: int, _frame: object) -> None:
         now = time.monotonic()
         # timeout(1), systemd and terminals send two at once.
-        if self.signum and now - self._came_at > SECOND_SIGNAL_SECONDS:
+        if self.signum and now - self._came_at > self.SECOND_SIGNAL_SECONDS:
             os._exit(self.exit_code)
         if not self.signum:
             self.signum, self._came_at = signum, now
@@ -507,239 +531,306 @@ class Interruption:
     @property
     def exit_code(self) -> int:
         """130 after SIGINT, 143 after SIGTERM or SIGHUP."""
-        return EXIT_SIGINT if self.signum == signal.SIGINT else EXIT_SIGTERM
+        return 130 if self.signum == signal.SIGINT else 143
 
     def check(self) -> None:
         """Raise Stopped if a signal has come."""
         if self.signum:
             raise Stopped
 
+    def wait_for(self, function: Callable[[], T], *, seconds: float = math.inf) -> T:
+        """Return what `function` returns; it runs in a thread that a signal does not wait for.
 
-@dataclass(slots=True)
-class Subfolder:
-    """A folder that the walk has found and has yet to enter."""
-
-    path: str
-    key_prefix: str
-    ancestors: tuple[tuple[int, int], ...] = ()
-
-
-class Walk:
-    """Finds what is to be sent, in sorted order, and says what cannot be."""
-
-    def __init__(
-        self, options: Namespace, report: Report, interruption: Interruption, state: StateFile
-    ) -> None:
-        self._root = options.backupfolder
-        self._prefix = options.prefix
-        self._is_crash_run = options.crashrun == 1
-        self._bucket = sys.intern(options.bucketname)
-        self._shard = options.shard
-        self._follow_symlinks = options.follow_symlinks
-        self._has_excludes = bool(options.exclude)
-        self._excludes = globs_matcher(options.exclude)
-        # Such a glob that matches "folder/" matches all below the folder too.
-        self._excludes_folder = globs_matcher([g for g in options.exclude if g.endswith("*")])
-        self._report = report
-        self._interruption = interruption
-        self._own_files = state.own_files()
-
-    def entries(self, previous: list[Entry] | None) -> Iterator[Entry]:
-        """Yield the entries of the run: of the whole folder, or in a crash run of the state."""
-        if self._is_crash_run:
-            return self.again(previous or [])
-        return self.folder(self._root, key_prefix=self._prefix)
-
-    def folder(self, path: str, *, key_prefix: str) -> Iterator[Entry]:
-        """Yield an entry for every file below `path`, and one with an `error` for the rest.
-
-        The `filename` of an unreadable folder is the prefix of the keys below it.
+        Raises Stopped after a signal, and NoAnswer when it takes longer than `seconds`.
         """
-        open_folders = [self._list(Subfolder(path, key_prefix))]
-        while open_folders:
-            found = next(open_folders[-1], None)
-            if found is None:
-                open_folders.pop()
-            elif isinstance(found, Subfolder):
-                open_folders.append(self._list(found))
-            else:
-                yield found
+        answer = ThreadPoolExecutor(max_workers=1).submit(function)
+        deadline = time.monotonic() + seconds
+        while not wait([answer], timeout=0.05).done:
+            self.check()
+            if time.monotonic() > deadline:
+                raise NoAnswer
+        return answer.result()
 
-    def again(self, previous: list[Entry]) -> Iterator[Entry]:
-        """Yield the uploaded entries of a state as they are, and find the others anew.
 
-        One whose path is a folder (it was unreadable, or is the whole backup folder after
-        a kill during the walk) is walked again: what is found replaces the entries below it.
-        """
-        pending = (entry.filepath for entry in previous if not entry.uploaded)
-        pending_folders = tuple(os.path.join(path, "") for path in pending if os.path.isdir(path))
-        for entry in previous:
-            path, key = entry.filepath, entry.filename
-            if pending_folders and path.startswith(pending_folders) and path != self._root:
-                continue
-            if entry.uploaded:
-                yield entry
-            elif path == self._root:
-                yield from self.folder(path, key_prefix=key)
-            elif not self._excludes_file(path):
-                found = self._examine(path, key.rstrip("/"), is_link=os.path.islink(path))
-                if isinstance(found, Subfolder):
-                    yield from self.folder(path, key_prefix=found.key_prefix.lstrip("/"))
-                elif found:
-                    yield found
+def human_time(seconds: float) -> str:
+    """Return a time as clocks show it: 0:07, 12:34, 3:45:06."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes}:{rest:02}"
+    return f"{minutes // 60:,}:{minutes % 60:02}:{rest:02}"
 
-    def _list(self, folder: Subfolder) -> Iterator[Entry | Subfolder]:
-        self._interruption.check()
-        try:
-            status = os.stat(folder.path)
-            # Names and not DirEntry objects, which cache a stat result each: too much
-            # memory for a folder of a million files.
-            with os.scandir(folder.path) as children:
-                names = sorted((child.name, child.is_symlink()) for child in children)
-        except OSError as error:
-            why = f"cannot read the folder: {reason(error)}; check its permissions"
-            yield self._entry(folder.path, folder.key_prefix, error=why)
+
+def human_size(size: float) -> str:
+    """Return bytes in decimal units, as disks and `ls --si` count them."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 999.95:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:,.1f} TB"
+
+
+class Progress:
+    """The line on a terminal that says how far a run is; without one, nothing is counted."""
+
+    DRAW_SECONDS = 0.1
+    RATE_SECONDS = 15  # the rate shown is that of this time
+    ERASE = "\033[K"  # what is right of the cursor
+
+    def __init__(self, *, is_shown: bool) -> None:
+        self.is_shown = is_shown
+        # Of each large file: its bytes sent so far, and those of them that an earlier run sent.
+        self._moving: dict[int, int] = {}
+        self._sent_earlier: dict[int, int] = {}
+        self._small_total = self._small_left = 0
+        if is_shown and sys.platform == "win32":
+            os.system("")  # lets the console know such sequences
+        self._line, self._drawn_at = "", -math.inf
+        self._total_files = self._total_bytes = self._failed_files = self._failed_bytes = 0
+        self._is_begun = False
+        self._past: deque[tuple[float, int, int]] = deque()
+
+    def begin(self, pending: Iterable[Entry]) -> None:
+        """Take note of what is to be sent."""
+        self._is_begun = True
+        self._past.append((time.monotonic(), 0, 0))
+        for entry in pending if self.is_shown else ():
+            self._total_files += 1
+            self._total_bytes += entry.size or 0
+            self._small_left += (entry.size or 0) < MIB
+        self._small_total = self._small_left
+
+    def moved(self, index: int, size: int, sent_earlier: int) -> None:
+        """Take note of how many bytes of a large file have been sent, in all and earlier."""
+        self._moving[index], self._sent_earlier[index] = size, sent_earlier
+
+    def left(self, index: int) -> None:
+        """Take note that a file is no longer under way."""
+        self._moving.pop(index, None)
+
+    def ended(self, entry: Entry) -> None:
+        """Take note that a file has been sent, or will not be."""
+        self._small_left -= (entry.size or 0) < MIB
+
+    def failed(self, entry: Entry) -> None:
+        """Take note that a file will not be sent."""
+        if self._is_begun:
+            self._failed_files += 1
+            self._failed_bytes += entry.size or 0
+            self.ended(entry)
+
+    def draw_run(self, files: int, size: int, *, failed_files: int) -> None:
+        """Draw how far the run is: so many files and bytes have been sent, so many failed."""
+        now = time.monotonic()
+        if not self._is_due(now):
             return
-        identity = (status.st_dev, status.st_ino)
-        if identity in folder.ancestors:
-            self._report.notice("link to a folder above it, not followed", folder.path)
+        size += sum(self._moving.values())
+        total = max(self._total_bytes, size)
+        moved = size - sum(self._sent_earlier.values())
+        small = self._small_total - self._small_left
+        self._past.append((now, small, moved))
+        while now - self._past[0][0] > self.RATE_SECONDS:
+            self._past.popleft()
+        before, small_before, moved_before = self._past[0]
+        seconds = max(now - before, 0.001)
+        bytes_left = max(self._total_bytes - self._failed_bytes - size, 0)
+        files_left = self._total_files - self._failed_files - files
+        texts = [
+            (0, f"{files:,}/{self._total_files:,} files"),
+            (4, f"{human_size(size)}/{human_size(total)}"),
+            (1, self._percent(files_left, bytes_left)),
+            (3, f"{human_size((moved - moved_before) / seconds)}/s"),
+        ]
+        rates = (self._small_left, small - small_before), (bytes_left, moved - moved_before)
+        # Small files take their time for each, large ones for their bytes.
+        lefts = [left / moved * seconds for left, moved in rates if moved > 0]
+        if seconds > 1 and lefts:
+            texts.append((2, f"{human_time(max(lefts))} left"))
+        if failed_files:
+            texts.append((1, f"{failed_files:,} failed"))
+        self.draw(texts)
+
+    def _percent(self, files_left: int, bytes_left: int) -> str:
+        left, total = bytes_left, self._total_bytes
+        if not total:
+            left, total = files_left, max(self._total_files, 1)
+        return f"{100 * (total - left) // total}%"
+
+    def _is_due(self, now: float) -> bool:
+        return self.is_shown and now - self._drawn_at >= self.DRAW_SECONDS
+
+    def draw(self, texts: list[tuple[int, str]]) -> None:
+        """Draw the texts if it is time, without those of the highest numbers if space is short."""
+        now = time.monotonic()
+        if not self._is_due(now):
             return
-        own_names = {name for folder_id, name in self._own_files if folder_id == identity}
-        path_prefix = os.path.join(folder.path, "")
-        for name, is_link in names:
-            self._interruption.check()
-            path = path_prefix + name
-            if name in own_names or self._excludes_file(path):
-                continue
-            found = self._examine(path, folder.key_prefix + name, is_link=is_link)
-            if isinstance(found, Subfolder):
-                found.ancestors = (*folder.ancestors, identity)
-                if self._excludes_folder(self._relative(path) + "/"):
-                    continue
-            if found:
-                yield found
-
-    def _entry(self, path: str, key: str, error: str | None = None) -> Entry:
-        return Entry(path, key, bucket=self._bucket, shard=self._shard, error=error)
-
-    def _excludes_file(self, path: str) -> bool:
-        # As for `aws s3`, a glob leaves out files: what a folder of such a name holds stays.
-        if not self._has_excludes:
-            return False
-        return bool(self._excludes(self._relative(path))) and not os.path.isdir(path)
-
-    def _relative(self, path: str) -> str:
-        return path[len(os.path.join(self._root, "")) :].replace(os.sep, "/")
-
-    def _examine(self, path: str, key: str, *, is_link: bool) -> Entry | Subfolder | None:
-        if is_link and not self._follow_symlinks:
-            self._report.notice("symbolic link, skipped", path)
-            return None
-        entry = self._entry(path, key)
         try:
-            status = os.stat(path)
-        except OSError as error:
-            what, advice = "cannot read it", "check its permissions"
-            if os.path.islink(path):
-                what, advice = "its link is broken", "mend it, or leave it out with --exclude"
-            entry.error = f"{what}: {reason(error)}; {advice}"
-            return entry
-        if stat.S_ISDIR(status.st_mode):
-            return Subfolder(path, key + "/")
-        if not stat.S_ISREG(status.st_mode):
-            self._report.notice("socket, FIFO or device, skipped", path)
-            return None
-        entry.error = key_problem(key)
-        if not entry.error:
-            entry.size, entry.mtime_ns = status.st_size, status.st_mtime_ns
-        return entry
+            # Behind the line there must be room for the ^C that a terminal shows.
+            room = (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 3
+        except (OSError, ValueError):
+            room = 77
+        while len(texts) > 1 and len("  ".join(text for _, text in texts)) > room:
+            texts.remove(max(texts))
+        line = "  ".join(text for _, text in texts)[:room]
+        self._write(f"\r{line}{self.ERASE}")
+        self._line, self._drawn_at = line, now
+
+    def clear(self) -> None:
+        """Take the line off the terminal, so that other text can be written."""
+        if self._line:
+            self._write(f"\r{self.ERASE}")
+            self._line = ""
+
+    @staticmethod
+    def _write(text: str) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.write(text)
+            sys.stderr.flush()
 
 
-def globs_matcher(globs: list[str]) -> Callable[[str], object]:
-    """Return a function that tells whether a path matches one of the shell patterns."""
-    return re.compile("|".join(map(fnmatch.translate, globs)) or r"(?!)").match
+class Report:
+    """What the user sees: failures and notices on stderr, the summary on stdout."""
 
+    NOTICES_OF_A_KIND = 3
+    INTERRUPTED = "interrupted; the state is saved, send the rest with --crashrun 1"
 
-def key_problem(key: str) -> str | None:
-    """Return why S3 cannot have `key`, or None when it can."""
-    if not key:
-        return "its key is empty; it needs a name"
-    try:
-        length = len(key.encode())
-    except UnicodeEncodeError:
-        return "its name is not valid UTF-8, which S3 needs; rename it"
-    if length > KEY_MAX_BYTES:
-        return f"its key has {length} bytes and S3 takes {KEY_MAX_BYTES}; shorten the path"
-    return None
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        self._started = time.monotonic()
+        self._notices: Counter[str] = Counter()
+        self.files = self.bytes = self.failed_files = 0
+        self._unchanged_files = self._unproven_files = 0
+        is_terminal = bool(sys.stderr and sys.stderr.isatty()) and os.environ.get("TERM") != "dumb"
+        is_shown = is_terminal and options.progress and not options.quiet
+        self.progress = Progress(is_shown=is_shown)
 
+    def error(self, text: str) -> None:
+        """Say what is wrong with the run."""
+        self._print(f"s3FileTransfer: {text}", sys.stderr)
 
-def is_in_shard(entry: Entry, options: Namespace) -> bool:
-    """Tell whether an entry is of this run's part of the folder.
+    def notice(self, kind: str, path: str) -> None:
+        """Say that something at `path` is left out; many of a kind are counted, not listed."""
+        self._notices[kind] += 1
+        if self._options.verbose or self._notices[kind] <= self.NOTICES_OF_A_KIND:
+            self._notify(f"{kind}: {shown(path)}")
 
-    One that could not be looked at is of every part: it may be a folder with anything in it.
-    """
-    is_folder = entry.filename.endswith("/") or entry.filepath == options.backupfolder
-    is_unknown = entry.error is not None and key_problem(entry.filename) is None
-    if not options.shard or is_folder or is_unknown:
-        return True
-    part, parts = map(int, options.shard.split("/"))
-    return zlib.crc32(entry.filename.encode("utf-8", "surrogateescape")) % parts == part - 1
+    def end_of_notices(self) -> None:
+        """Say how many notices were not listed."""
+        for kind, count in self._notices.items():
+            if not self._options.verbose and count > self.NOTICES_OF_A_KIND:
+                self._notify(f"{kind}: {count - self.NOTICES_OF_A_KIND:,} more")
 
+    def _notify(self, text: str) -> None:
+        if not self._options.quiet:
+            self._print(f"notice: {text}", sys.stderr)
 
-def find_files(
-    options: Namespace, previous: list[Entry] | None, walk: Walk, report: Report
-) -> Iterator[Entry]:
-    """Yield the entries of this run: all of the folder, or in a crash run the state's.
+    def doing(self, text: str) -> None:
+        """Show on the progress line what the run is doing."""
+        self.progress.draw([(0, text)])
 
-    When that is nothing, its disk may not be mounted. Raises StopRun then, if the state
-    lists uploads of the folder, or the folder itself: that must not be forgotten.
-    """
-    root, found = options.backupfolder, None
-    for count, found in enumerate(walk.entries(previous)):
-        if count % 1000 == 999:
-            report.progress.draw([(0, f"{count + 1:,} files found")])
-        if is_in_shard(found, options):
-            yield found
-    if found:
-        return
-    for entry in previous or ():
-        if is_within(entry.filepath, root) and not (options.crashrun and entry.filepath != root):
-            what = "uploaded files of it" if entry.uploaded else "files of it as still to be sent"
-            raise StopRun(f"there is nothing in {shown(root)}, but the state lists {what}; is its "
-                          "disk mounted?")  # fmt: skip
-    if not options.crashrun:
-        report.error(f"there is nothing to send in {shown(root)}; is its disk mounted?")
+    def draw_progress(self, *, is_stopping: bool) -> None:
+        """Show how far the run is, if it is time."""
+        if is_stopping:
+            seconds = f"{SIGNAL_GRACE_SECONDS} seconds"
+            self.progress.draw([(0, "stopping"), (1, f"what is under way has {seconds}")])
+        else:
+            self.progress.draw_run(self.files, self.bytes, failed_files=self.failed_files)
 
+    def failed(self, entry: Entry) -> None:
+        """Say that an entry was not uploaded, and why."""
+        self.failed_files += 1
+        self.progress.failed(entry)
+        self._print(f"failed: {shown(entry.filepath)}: {entry.error}", sys.stderr)
 
-def encryption_of(options: Namespace) -> str | None:
-    """Return what was asked for, in one text: S3 tells of no open upload how it is encrypted."""
-    return " ".join(filter(None, (options.sse, options.sse_kms_key_id))) or None
+    def unchanged(self) -> None:
+        """Count a file that is in the bucket as it is here."""
+        self._unchanged_files += 1
 
+    def uploaded(self, entry: Entry, seconds: float = 0.0) -> None:
+        """Count an uploaded file (or one that a run without --dryrun would send), and list it."""
+        self.files += 1
+        self.bytes += entry.size or 0
+        self.progress.ended(entry)
+        if not (self._options.dryrun or self._options.verbose):
+            return
+        size = human_size(entry.size or 0)
+        line = f"{shown(entry.filepath)} -> {self._url(entry.filename)} ({size}"
+        if self._options.dryrun:
+            self._print(f"would upload: {line})", sys.stdout)
+        else:
+            self._print(f"uploaded: {line}, {seconds:.1f} s)", sys.stderr)
 
-def carry_uploads(
-    entries: list[Entry], recorded: dict[str, Entry], options: Namespace
-) -> list[Entry]:
-    """Hand each recorded multipart upload to the entry of its file, and return the others."""
-    abandoned = dict(recorded)
-    for entry in entries if recorded else ():
-        old = abandoned.get(entry.filepath)
-        if old is None or entry.uploaded or entry.filename != old.filename:
-            continue
-        if entry.error:  # it may be readable again for the next crash run
-            entry.size, entry.mtime_ns = old.size, old.mtime_ns
-        unchanged = (old.size, old.mtime_ns) == (entry.size, entry.mtime_ns)
-        unchanged &= old.sse == encryption_of(options)
-        if unchanged and part_size_for(old.size or 0, old.part_size or 0) == old.part_size:
-            entry.upload_id, entry.part_size, entry.sse = old.upload_id, old.part_size, old.sse
-            del abandoned[entry.filepath]
-    return list(abandoned.values())
+    def _url(self, key: str) -> str:
+        return shown(f"s3://{self._options.bucketname}/{key}")
+
+    def summary(self, state_path: str, *, left: int = 0) -> None:
+        """Say on stdout how the run went; `left` files were neither sent nor failed."""
+        if self._options.quiet:
+            return
+        seconds = time.monotonic() - self._started
+        what = f"{self.files:,} file{'' if self.files == 1 else 's'}, {human_size(self.bytes)}"
+        failed = f"{self.failed_files:,} failed" + (f", {left:,} not yet sent" if left else "")
+        if self._options.skip_unchanged or self._unchanged_files:
+            failed = f"{self._unchanged_files:,} unchanged, {failed}"
+        text = f"dry run: would send {what}; {failed}"
+        if not self._options.dryrun:
+            bytes_a_second = human_size(self.bytes / max(seconds, 0.001))
+            where = f"{self._url(self._options.prefix)} in {seconds:.1f} s ({bytes_a_second}/s)"
+            text = f"sent {what} to {where}; {failed}; state: {shown(state_path)}"
+        self._print(text, sys.stdout)
+
+    def wrong(self, entry: Entry, *, kind: str = "wrong", why: str | None = None) -> None:
+        """Say that the bucket does not hold what the state says of an entry."""
+        self.failed_files += 1
+        where = f"{self._url(entry.filename)} (of {shown(entry.filepath)})"
+        self._print(f"{kind}: {where}: {why or entry.error}", sys.stdout)
+
+    def unproven(self, entry: Entry, error: OSError | UploadError) -> None:
+        """Say that nothing tells whether the bucket holds what the state says of an entry."""
+        self._unproven_files += 1
+        why = reason(error) if isinstance(error, OSError) else str(error)
+        self.wrong(entry, kind="unproven", why=f"it cannot be compared with the file: {why}")
+
+    def verified(self, entries: list[Entry], state_path: str, *, left: int) -> None:
+        """Say on stdout how a comparison of the bucket with the state ended."""
+        if not self._options.quiet:
+            right = sum(entry.uploaded for entry in entries) - self._unproven_files
+            size = human_size(sum(entry.size or 0 for entry in entries if entry.uploaded))
+            what = f"{right:,} file{'' if right == 1 else 's'} right, {size}"
+            wrong = f"{self.failed_files - self._unproven_files:,} wrong"
+            if self._unproven_files:
+                wrong += f", {self._unproven_files:,} unproven"
+            text = f"verified in {self._url('')}: {what}; {wrong}, {left:,} not yet sent; state: "
+            self._print(text + shown(state_path), sys.stdout)
+
+    def _print(self, text: str, stream: TextIO | None) -> None:
+        self.progress.clear()
+        # A closed pipe or a full disk behind a stream must not end a backup.
+        with contextlib.suppress(OSError, ValueError):
+            if stream:  # None when it was closed at the start
+                print(text, file=stream, flush=stream is sys.stderr)
 
 
 # --- state ------------------------------------------------------------------------
 
 
+def lock_handle(handle: IO[str]) -> None:
+    """Lock the open file for this process, or raise OSError at once."""
+    if sys.platform == "win32":
+        import msvcrt
+
+        handle.seek(1 << 30)  # a locked region cannot be read, and the text names the holder
+        msvcrt.locking(handle.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+
+        fcntl.flock(handle.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 class StateFile:
     """The JSON state file: read, replaced atomically, and locked for one run at a time."""
+
+    SAVE_INTERVAL_SECONDS = 1.0
+    SAVE_SHARE = 0.03  # of the run's time
 
     def __init__(self, path: str) -> None:
         self._given_path = os.path.abspath(path)
@@ -767,8 +858,8 @@ class StateFile:
     def lock(self) -> None:
         """Take the lock, until this process ends, or raise StopRun if that cannot be."""
         if os.path.lexists(self.path) and not os.path.isfile(self.path):
-            raise StopRun(f"the state file {shown(self.path)} is no regular file; choose another "
-                          "with --statefile")  # fmt: skip
+            why = f"the state file {shown(self.path)} is no regular file"
+            raise StopRun(f"{why}; choose another with --statefile")
         try:
             handle = open(self._lock_path, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115
         except OSError as error:
@@ -829,6 +920,14 @@ class StateFile:
             finally:
                 os.close(descriptor)
 
+    def save_or_stop(self, entries: Iterable[Entry]) -> None:
+        """Save the state; raise StopRun when that fails, since nothing has been sent yet."""
+        try:
+            self.save(entries)
+        except OSError as error:
+            why = f"cannot save the state file {shown(self.path)}: {reason(error)}"
+            raise StopRun(f"{why}; make room, or choose another place with --statefile") from error
+
     def _write(self, entries: Iterable[Entry]) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._temporary)
@@ -846,24 +945,27 @@ class StateFile:
 
     def is_due(self) -> bool:
         """Tell whether a save now keeps saving below its share of the run's time."""
-        pause = max(SAVE_INTERVAL_SECONDS, self._save_seconds / SAVE_SHARE)
+        pause = max(self.SAVE_INTERVAL_SECONDS, self._save_seconds / self.SAVE_SHARE)
         return time.monotonic() - self._saved_at >= pause
 
 
-def lock_handle(handle: IO[str]) -> None:
-    """Lock the open file for this process, or raise OSError at once."""
-    if sys.platform == "win32":
-        import msvcrt
-
-        handle.seek(1 << 30)  # a locked region cannot be read, and the text names the holder
-        msvcrt.locking(handle.fileno(), msvcrt.LK_NBLCK, 1)
-    else:
-        import fcntl
-
-        fcntl.flock(handle.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+def is_within(path: str, folder: str) -> bool:
+    """Tell whether `path` is `folder` or below it."""
+    return path == folder or path.startswith(os.path.join(folder, ""))
 
 
-def check_previous(previous: list[Entry] | None, options: Namespace) -> None:
+def other_job(entry: Entry, options: Options) -> str | None:
+    """Return what to call the job that an entry is of, or None when it is this run's."""
+    if entry.bucket not in (None, options.bucketname):
+        return f"bucket {shown(entry.bucket or '')}"
+    if entry.shard != options.shard:
+        return f"shard {shown(entry.shard)}" if entry.shard else "the whole folder, no shard"
+    if not is_within(entry.filepath, options.backupfolder):
+        return f"another folder, with {shown(entry.filepath)}"
+    return None
+
+
+def check_previous(previous: list[Entry] | None, options: Options) -> None:
     """Raise StopRun for a run that would bury another job's failures, and name the ways out."""
     needs_state = "--crashrun 1" if options.crashrun else "--verify" if options.verify else None
     if needs_state and previous is None:
@@ -875,29 +977,228 @@ def check_previous(previous: list[Entry] | None, options: Namespace) -> None:
         if (job := other_job(entry, options)) is None:
             continue
         if needs_state:
-            raise StopRun(f"the state file is of {job}; give that job's options, or another "
-                          "--statefile")  # fmt: skip
-        raise StopRun(f"the state file lists files not yet uploaded, of {job}; finish that job "
-                      "with --crashrun 1, or give this one its own --statefile")  # fmt: skip
+            what = f"the state file is of {job}"
+            raise StopRun(f"{what}; give that job's options, or another --statefile")
+        what = f"the state file lists files not yet uploaded, of {job}"
+        ways_out = "finish that job with --crashrun 1, or give this one its own --statefile"
+        raise StopRun(f"{what}; {ways_out}")
 
 
-def other_job(entry: Entry, options: Namespace) -> str | None:
-    """Return what to call the job that an entry is of, or None when it is this run's."""
-    if entry.bucket not in (None, options.bucketname):
-        return f"bucket {shown(entry.bucket or '')}"
-    if entry.shard != options.shard:
-        return f"shard {shown(entry.shard)}" if entry.shard else "the whole folder, no shard"
-    if not is_within(entry.filepath, options.backupfolder):
-        return f"another folder, with {shown(entry.filepath)}"
-    return None
+@dataclass(frozen=True)
+class Run:
+    """What all parts of a run work with."""
+
+    options: Options
+    state: StateFile
+    report: Report
+    interruption: Interruption
 
 
-def is_within(path: str, folder: str) -> bool:
-    """Tell whether `path` is `folder` or below it."""
-    return path == folder or path.startswith(os.path.join(folder, ""))
+# --- plan -------------------------------------------------------------------------
 
 
-# --- upload -----------------------------------------------------------------------
+def globs_matcher(globs: list[str]) -> Callable[[str], object]:
+    """Return a function that tells whether a path matches one of the shell patterns."""
+    return re.compile("|".join(map(fnmatch.translate, globs)) or r"(?!)").match
+
+
+@dataclass(slots=True)
+class Subfolder:
+    """A folder that the walk has found and has yet to enter."""
+
+    path: str
+    key_prefix: str
+    ancestors: tuple[tuple[int, int], ...] = ()
+
+
+class Walk:
+    """Finds what is to be sent, in sorted order, and says what cannot be."""
+
+    def __init__(self, run: Run) -> None:
+        options = run.options
+        self._options, self._report, self._interruption = options, run.report, run.interruption
+        self._root = options.backupfolder
+        self._bucket = sys.intern(options.bucketname)
+        self._excludes = globs_matcher(options.exclude)
+        # Such a glob that matches "folder/" matches all below the folder too.
+        self._excludes_folder = globs_matcher([g for g in options.exclude if g.endswith("*")])
+        self._own_files = run.state.own_files()
+
+    def entries(self, previous: list[Entry] | None) -> Iterator[Entry]:
+        """Yield the entries of the run: of the whole folder, or in a crash run of the state."""
+        if self._options.crashrun:
+            return self._again(previous or [])
+        return self._folder(self._root, key_prefix=self._options.prefix)
+
+    def _folder(self, path: str, *, key_prefix: str) -> Iterator[Entry]:
+        """Yield an entry for every file below `path`, and one with an `error` for the rest.
+
+        The `filename` of an unreadable folder is the prefix of the keys below it.
+        """
+        open_folders = [self._list(Subfolder(path, key_prefix))]
+        while open_folders:
+            found = next(open_folders[-1], None)
+            if found is None:
+                open_folders.pop()
+            elif isinstance(found, Subfolder):
+                open_folders.append(self._list(found))
+            else:
+                yield found
+
+    def _again(self, previous: list[Entry]) -> Iterator[Entry]:
+        """Yield the uploaded entries of a state as they are, and find the others anew.
+
+        One whose path is a folder (it was unreadable, or is the whole backup folder after
+        a kill during the walk) is walked again: what is found replaces the entries below it.
+        """
+        pending = (entry.filepath for entry in previous if not entry.uploaded)
+        pending_folders = tuple(os.path.join(path, "") for path in pending if os.path.isdir(path))
+        for entry in previous:
+            path, key = entry.filepath, entry.filename
+            if pending_folders and path.startswith(pending_folders) and path != self._root:
+                continue
+            if entry.uploaded:
+                yield entry
+            elif path == self._root:
+                yield from self._folder(path, key_prefix=key)
+            elif not self._excludes_file(path):
+                found = self._examine(path, key.rstrip("/"), is_link=os.path.islink(path))
+                if isinstance(found, Subfolder):
+                    yield from self._folder(path, key_prefix=found.key_prefix.lstrip("/"))
+                elif found:
+                    yield found
+
+    def _list(self, folder: Subfolder) -> Iterator[Entry | Subfolder]:
+        self._interruption.check()
+        try:
+            status = os.stat(folder.path)
+            # Names and not DirEntry objects, which cache a stat result each: too much
+            # memory for a folder of a million files.
+            with os.scandir(folder.path) as children:
+                names = sorted((child.name, child.is_symlink()) for child in children)
+        except OSError as error:
+            why = f"cannot read the folder: {reason(error)}; check its permissions"
+            yield self._entry(folder.path, folder.key_prefix, error=why)
+            return
+        identity = (status.st_dev, status.st_ino)
+        if identity in folder.ancestors:
+            self._report.notice("link to a folder above it, not followed", folder.path)
+            return
+        own_names = {name for folder_id, name in self._own_files if folder_id == identity}
+        path_prefix = os.path.join(folder.path, "")
+        for name, is_link in names:
+            self._interruption.check()
+            path = path_prefix + name
+            if name in own_names or self._excludes_file(path):
+                continue
+            found = self._examine(path, folder.key_prefix + name, is_link=is_link)
+            if isinstance(found, Subfolder):
+                found.ancestors = (*folder.ancestors, identity)
+                if self._excludes_folder(self._relative(path) + "/"):
+                    continue
+            if found:
+                yield found
+
+    def _entry(self, path: str, key: str, error: str | None = None) -> Entry:
+        return Entry(path, key, bucket=self._bucket, shard=self._options.shard, error=error)
+
+    def _excludes_file(self, path: str) -> bool:
+        # As for `aws s3`, a glob leaves out files: what a folder of such a name holds stays.
+        if not self._options.exclude:
+            return False
+        return bool(self._excludes(self._relative(path))) and not os.path.isdir(path)
+
+    def _relative(self, path: str) -> str:
+        return path[len(os.path.join(self._root, "")) :].replace(os.sep, "/")
+
+    def _examine(self, path: str, key: str, *, is_link: bool) -> Entry | Subfolder | None:
+        if is_link and not self._options.follow_symlinks:
+            self._report.notice("symbolic link, skipped", path)
+            return None
+        entry = self._entry(path, key)
+        try:
+            status = os.stat(path)
+        except OSError as error:
+            what, advice = "cannot read it", "check its permissions"
+            if os.path.islink(path):
+                what, advice = "its link is broken", "mend it, or leave it out with --exclude"
+            entry.error = f"{what}: {reason(error)}; {advice}"
+            return entry
+        if stat.S_ISDIR(status.st_mode):
+            return Subfolder(path, key + "/")
+        if not stat.S_ISREG(status.st_mode):
+            self._report.notice("socket, FIFO or device, skipped", path)
+            return None
+        entry.error = key_problem(key)
+        if not entry.error:
+            entry.size, entry.mtime_ns = status.st_size, status.st_mtime_ns
+        return entry
+
+
+def is_in_shard(entry: Entry, options: Options) -> bool:
+    """Tell whether an entry is of this run's part of the folder.
+
+    One that could not be looked at is of every part: it may be a folder with anything in it.
+    """
+    if not options.shard:
+        return True
+    is_folder = entry.filename.endswith("/") or entry.filepath == options.backupfolder
+    is_unknown = entry.error is not None and key_problem(entry.filename) is None
+    if is_folder or is_unknown:
+        return True
+    number, count = map(int, options.shard.split("/"))
+    return zlib.crc32(entry.filename.encode("utf-8", "surrogateescape")) % count == number - 1
+
+
+def find_files(run: Run, previous: list[Entry] | None) -> Iterator[Entry]:
+    """Yield the entries of this run: all of the folder, or in a crash run the state's.
+
+    When that is nothing, its disk may not be mounted. Raises StopRun then, if the state
+    lists uploads of the folder, or the folder itself: that must not be forgotten.
+    """
+    options, root, entry = run.options, run.options.backupfolder, None
+    for count, entry in enumerate(Walk(run).entries(previous), start=1):
+        if count % 1000 == 0:
+            run.report.doing(f"{count:,} files found")
+        if is_in_shard(entry, options):
+            yield entry
+    if entry:
+        return
+    for old in previous or ():
+        if is_within(old.filepath, root) and not (options.crashrun and old.filepath != root):
+            what = "uploaded files of it" if old.uploaded else "files of it as still to be sent"
+            why = f"there is nothing in {shown(root)}, but the state lists {what}"
+            raise StopRun(f"{why}; is its disk mounted?")
+    if not options.crashrun:
+        run.report.error(f"there is nothing to send in {shown(root)}; is its disk mounted?")
+
+
+def part_size_for(size: int, wanted: int) -> int:
+    """Return the part size in bytes for a file: `wanted`, or what S3's limits make of it."""
+    needed = -(-size // PARTS_MAX)
+    return min(max(wanted, PART_MIN_BYTES, -(-needed // MIB) * MIB), PART_MAX_BYTES)
+
+
+def carry_uploads(
+    entries: list[Entry], recorded: Iterable[Entry], encryption: str | None
+) -> list[Entry]:
+    """Hand each recorded multipart upload to the entry of its file, and return the others."""
+    abandoned = {entry.filepath: entry for entry in recorded}
+    for entry in entries if abandoned else ():
+        old = abandoned.get(entry.filepath)
+        if old is None or entry.uploaded or entry.filename != old.filename:
+            continue
+        if entry.error:  # it may be readable again for the next crash run
+            entry.size, entry.mtime_ns = old.size, old.mtime_ns
+        unchanged = (old.size, old.mtime_ns) == (entry.size, entry.mtime_ns)
+        unchanged &= old.sse == encryption
+        if unchanged and part_size_for(old.size or 0, old.part_size or 0) == old.part_size:
+            entry.upload_id, entry.part_size, entry.sse = old.upload_id, old.part_size, old.sse
+            del abandoned[entry.filepath]
+    return list(abandoned.values())
+
+
+# --- S3 ---------------------------------------------------------------------------
 
 
 def import_boto3() -> None:
@@ -911,71 +1212,130 @@ def import_boto3() -> None:
         import botocore.awsrequest
         import botocore.config
         import botocore.exceptions
+        import botocore.httpsession
         import botocore.parsers
         import botocore.utils
         import s3transfer.utils
     except ImportError as error:
-        raise StopRun("boto3 is not installed; run: python3 -m pip install boto3") from error
+        what = "boto3 is not installed; run: python3 -m pip install 'boto3[crt]'"
+        raise StopRun(what) from error
 
 
-@functools.cache
-def session_of(profile: str | None) -> boto3.Session:
-    """Return the one boto3 session: each new one would read S3's model of some megabytes."""
-    return boto3.Session(profile_name=profile)
+@dataclass(frozen=True)
+class Concurrency:
+    """How much may be under way at once, for this machine and these options."""
+
+    requests: int
+    threads: int  # for files that are sent in one part, without a lane
+    part_threads: int  # for each file that is sent in parts
+    lane_requests: int  # of each lane
+
+    @classmethod
+    def of(cls, options: Options, *, lanes: int, files_max: int) -> Concurrency:
+        """Return it for so many lanes and so many open files (each request has two)."""
+        wanted, room = options.max_concurrency, max(files_max - 60, 8)
+        threads = max(1, min(wanted or 24, THREADS_MAX, room // 4))
+        part_threads = max(1, min(wanted or 8, THREADS_MAX, room // 8))
+        lane_requests = max(1, min(wanted or 256, 256, room // 2))
+        at_most = threads + 2 * part_threads + lanes * lane_requests
+        return cls(wanted or at_most, threads, part_threads, lane_requests)
 
 
-def build_client(
-    options: Namespace,
-    region: str | None,
-    *,
-    connect_timeout: int = CONNECT_TIMEOUT_SECONDS,
-    read_timeout: int = READ_TIMEOUT_SECONDS,
-) -> S3Client:
-    """Return boto3's S3 client, or raise StopRun when it cannot be had."""
-    config = botocore.config.Config(
-        # The one retry loop is Retries: botocore's own has a quota per client, which many
-        # threads spend within a second on a dead endpoint.
-        retries={"mode": "standard", "total_max_attempts": 1},
-        max_pool_connections=(options.max_concurrency or 0) + 2,
-        # Over plain http, boto3 would sign a SHA-256 of each body too; the signature already
-        # covers its Content-MD5.
-        s3={"payload_signing_enabled": False},
-        # Content-MD5 is the checksum that every server understands.
-        request_checksum_calculation="when_required",
-        response_checksum_validation="when_required",
-        # boto3 would put its own together anew for each request, a tenth of the CPU time.
-        user_agent=f"s3FileTransfer/{__version__}",
-        tcp_keepalive=True,
-        connect_timeout=connect_timeout,
-        read_timeout=read_timeout,
-    )
-    try:
-        session = session_of(options.profile)
-        if (credentials := session.get_credentials()) is None:
-            raise StopRun("no credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
-                          "or run: aws configure")  # fmt: skip
+class Frozen(NamedTuple):
+    """Credentials as a request is signed with them."""
+
+    access_key: str
+    secret_key: str
+    token: str | None
+
+
+class Session:
+    """The one boto3 session of a run, and the credentials, which it renews by itself.
+
+    Raises StopRun when there are no credentials.
+    """
+
+    CONNECT_TIMEOUT_SECONDS = 10
+    # Longer than a NAS needs to flush a large file, short enough to notice a stall.
+    READ_TIMEOUT_SECONDS = 60
+
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        # A role's provider asks the network, another program, or the user for a code.
+        sources_fail = (botocore.exceptions.ClientError, OSError, EOFError)
+        try:
+            self._session = boto3.Session(profile_name=options.profile)
+            credentials = self._session.get_credentials()
+            if credentials is None:
+                what = "no credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+                raise StopRun(f"{what}, or run: aws configure")
+            self._credentials = credentials
+            frozen = self.credentials()
+        except sources_fail as error:
+            why = f"cannot get credentials: {one_line(error)}"
+            raise StopRun(f"{why}; check their source in the AWS configuration") from error
+        except (botocore.exceptions.BotoCoreError, ValueError) as error:
+            raise cannot_start(error) from error
         # As headers that cannot be sent they would be shown in the error.
-        if any(
-            re.search(r"[^!-~]", text or "") for text in credentials.get_frozen_credentials()[:3]
-        ):
-            raise StopRun("the credentials have white space or other odd characters in them; set "
-                          "them again")  # fmt: skip
-        region = region or options.region or session.region_name or DEFAULT_REGION
-        client = session.client(
-            "s3", region_name=region, endpoint_url=options.endpoint_url, config=config
+        if any(re.search(r"[^!-~]", text or "") for text in frozen):
+            what = "the credentials have white space or other odd characters in them"
+            raise StopRun(f"{what}; set them again")
+
+    def credentials(self) -> Frozen:
+        """Return the credentials of this moment; raises what their source raises."""
+        frozen = self._credentials.get_frozen_credentials()
+        return Frozen(frozen.access_key or "", frozen.secret_key or "", frozen.token)
+
+    def ca_path(self) -> str:
+        """Return the file, or folder, with the certificate authorities that boto3 trusts."""
+        configured = self._session._session.get_config_variable("ca_bundle")
+        own: Any = configured or os.environ.get("REQUESTS_CA_BUNDLE") or True
+        return str(botocore.httpsession.get_cert_path(own))
+
+    def client(
+        self,
+        region: str | None,
+        *,
+        connect_timeout: int = CONNECT_TIMEOUT_SECONDS,
+        read_timeout: int = READ_TIMEOUT_SECONDS,
+    ) -> S3Client:
+        """Return boto3's S3 client, timeouts in seconds; raise StopRun when it cannot be had."""
+        options = self._options
+        config = botocore.config.Config(
+            # The one retry loop is Retries: botocore's own has a quota per client, which many
+            # threads spend within a second on a dead endpoint.
+            retries={"mode": "standard", "total_max_attempts": 1},
+            max_pool_connections=THREADS_MAX,
+            # Over plain http, boto3 would sign a SHA-256 of each body too; the signature already
+            # covers its Content-MD5.
+            s3={"payload_signing_enabled": False},
+            # Content-MD5 is the checksum that every server understands.
+            request_checksum_calculation="when_required",
+            response_checksum_validation="when_required",
+            # boto3 would put its own together anew for each request, a tenth of the CPU time.
+            user_agent=f"s3FileTransfer/{__version__}",
+            tcp_keepalive=True,
+            connect_timeout=connect_timeout,
+            read_timeout=read_timeout,
         )
-    except (botocore.exceptions.BotoCoreError, ValueError) as error:
-        why = f"cannot start S3: {one_line(error)}"
-        raise StopRun(f"{why}; check profile, credentials and endpoint") from error
-    client.meta.events.register_first("before-call.s3.PutObject", send_small_body_at_once)
+        region = region or options.region or self._session.region_name or DEFAULT_REGION
+        try:
+            client = self._session.client(
+                "s3", region_name=region, endpoint_url=options.endpoint_url, config=config
+            )
+        except (botocore.exceptions.BotoCoreError, ValueError) as error:
+            raise cannot_start(error) from error
+        client.meta.events.register_first("before-call.s3.PutObject", send_small_body_at_once)
+        if options.expected_bucket_owner:
+            name_owner = functools.partial(name_bucket_owner, options.expected_bucket_owner)
+            client.meta.events.register("provide-client-params.s3", name_owner)
+        return client
 
-    def name_owner(params: dict[str, Any], model: Any, **_: object) -> None:
-        if "ExpectedBucketOwner" in model.input_shape.members:  # CreateBucket lacks it
-            params["ExpectedBucketOwner"] = options.expected_bucket_owner
 
-    if options.expected_bucket_owner:
-        client.meta.events.register("provide-client-params.s3", name_owner)
-    return client
+def cannot_start(error: Exception) -> StopRun:
+    """Return what to say when boto3 refuses its configuration."""
+    why = f"cannot start S3: {one_line(error)}"
+    return StopRun(f"{why}; check profile, credentials and endpoint")
 
 
 def send_small_body_at_once(params: dict[str, Any], **_: object) -> None:
@@ -985,40 +1345,69 @@ def send_small_body_at_once(params: dict[str, Any], **_: object) -> None:
         params["body"] = params["body"].getvalue()
 
 
+def name_bucket_owner(owner: str, params: dict[str, str], model: Any, **_: object) -> None:
+    """Add the owner to each request that knows the parameter (a botocore event handler)."""
+    if "ExpectedBucketOwner" in model.input_shape.members:  # CreateBucket lacks it
+        params["ExpectedBucketOwner"] = owner
+
+
 def is_aws(client: S3Client) -> bool:
     """Tell whether the client's server is AWS itself and not a compatible one."""
     return ".amazonaws." in client.meta.endpoint_url.split("/")[2]
 
 
-def trouble_of(error: Exception) -> UploadError:
-    """Return what `error`, raised by boto3 or by a proof, means."""
-    exceptions, text = botocore.exceptions, one_line(error)
-    if isinstance(error, DigestMismatch):
-        what = f"{text}; the network or the server damages data"
-        return UploadError(what, code="BadDigest", kind="damaged")
-    if isinstance(error, exceptions.ClientError):
-        return trouble_of_answer(error.response)
-    if isinstance(error, exceptions.SSLError) and "CERTIFICATE" in text.upper():
-        what = f"the server's certificate is not trusted ({text})"
-        return UploadError(f"{what}; set AWS_CA_BUNDLE to its CA file", kind="stops")
-    if isinstance(getattr(error, "kwargs", {}).get("error"), FileNotFoundError):
-        return UploadError(f"{text}; check the CA file in AWS_CA_BUNDLE", kind="stops")
-    broken = exceptions.ConnectionError, exceptions.HTTPClientError
-    if isinstance(error, (*broken, botocore.parsers.ResponseParserError)):
-        what = f"the server could not be reached or broke off ({text})"
-        return UploadError(f"{what}; check network and endpoint", kind="passing")
-    if isinstance(error, exceptions.CredentialRetrievalError):
-        return UploadError(f"{text}; check the source of the credentials", kind="passing")
-    if isinstance(error, exceptions.ParamValidationError):
-        return UploadError(text)
-    return UploadError(f"{text}; check the credentials and the configuration", kind="stops")
+class Meaning(NamedTuple):
+    """What some error codes of S3, or HTTP statuses without one, mean."""
+
+    trouble: Trouble
+    advice: str
+    codes: str
 
 
-def trouble_of_answer(response: Any) -> UploadError:
-    """Return what an error answer of S3 means; the code decides, then the HTTP status.
+# https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html
+MEANINGS = (
+    Meaning(Trouble.OF_ALL, "the session token is not valid or has expired; renew it",
+            "ExpiredToken ExpiredTokenException TokenRefreshRequired InvalidToken"),
+    Meaning(Trouble.OF_ALL, "check the credentials",
+            "InvalidAccessKeyId SignatureDoesNotMatch InvalidSecurity"),
+    Meaning(Trouble.OF_ALL, "this machine's clock is too far off; set it (NTP)",
+            "RequestTimeTooSkewed RequestExpired"),
+    Meaning(Trouble.OF_ALL, "there is no such bucket; check --bucketname, or create it",
+            "NoSuchBucket InvalidBucketName"),
+    Meaning(Trouble.OF_ALL, "the bucket is in another region; set --region",
+            "AuthorizationHeaderMalformed IllegalLocationConstraintException PermanentRedirect"),
+    Meaning(Trouble.OF_ALL, "ask the owner of the bucket",
+            "AllAccessDisabled AccountProblem NotSignedUp"),
+    Meaning(Trouble.OF_ALL, "check --storage-class", "InvalidStorageClass"),
+    Meaning(Trouble.OF_ALL, "check --sse and --sse-kms-key-id",
+            "InvalidEncryptionAlgorithmError KMS.NotFoundException KMS.DisabledException"),
+    Meaning(Trouble.OF_ALL, "leave out --storage-class, --sse and --expected-bucket-owner",
+            "NotImplemented"),
+    Meaning(Trouble.OF_ALL, "make room there", "QuotaExceeded XMinioStorageFull"),
+    Meaning(Trouble.REFUSAL, "check the policy (it needs s3:PutObject) and whose bucket it is",
+            "AccessDenied Forbidden 403"),
+    Meaning(Trouble.DAMAGED, "the network or the server damages data",
+            "BadDigest InvalidDigest XAmzContentSHA256Mismatch XAmzContentChecksumMismatch "
+            "IncompleteBody"),
+    Meaning(Trouble.UNAVAILABLE, "try again later",
+            "SlowDown SlowDownRead SlowDownWrite Throttling ThrottlingException RequestThrottled "
+            "RequestLimitExceeded TooManyRequests TooManyRequestsException BandwidthLimitExceeded "
+            "ServiceUnavailable Busy XMinioServerNotInitialized 429 502 503 504"),
+    Meaning(Trouble.SERVER_ERROR, "try again later",
+            "InternalError InternalServerError OperationAborted RequestTimeout "
+            "PriorRequestNotComplete 408 425 500"),
+)  # fmt: skip
+MEANING_OF = {code: meaning for meaning in MEANINGS for code in meaning.codes.split()}
+PASSING = frozenset({Trouble.NO_ANSWER, Trouble.UNAVAILABLE, Trouble.SERVER_ERROR})
+# A server that has other regions, or none, answers CreateBucket with one of these.
+LOCATION_CODES = frozenset(
+    "InvalidLocationConstraint IllegalLocationConstraintException InvalidRegion "
+    "AuthorizationHeaderMalformed".split()
+)
 
-    https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html
-    """
+
+def error_of_answer(response: Any) -> UploadError:
+    """Return what an error answer of S3 means; the code decides, then the HTTP status."""
     status = str(response.get("ResponseMetadata", {}).get("HTTPStatusCode", ""))
     error = response.get("Error", {})
     code = str(error.get("Code") or status)
@@ -1026,15 +1415,12 @@ def trouble_of_answer(response: Any) -> UploadError:
     message = shown(" ".join(str(error.get("Message") or "").split())).rstrip(".")
     if message.replace(" ", "").lower() not in ("", code.lower()):
         said += f" ({message})"
-    for kind, codes in (("stops", STOPPING_CODES), ("stops at first", STOPPING_AT_FIRST_CODES)):
-        for advice, names in codes.items():
-            if code in names.split():
-                return UploadError(f"{said}; {advice}", code, kind)
-    if code in DAMAGED_CODES:
-        return UploadError(f"{said}; the network or the server damages data", code, "damaged")
-    if code in PASSING_CODES or status in PASSING_CODES:
-        return UploadError(f"{said}; try again later", code, "passing")
-    return UploadError(said, code)
+    meaning, of_status = MEANING_OF.get(code), MEANING_OF.get(status)
+    if not meaning and of_status and of_status.trouble in PASSING:
+        meaning = of_status
+    if not meaning:
+        return UploadError(said, code=code)
+    return UploadError(f"{said}; {meaning.advice}", code=code, trouble=meaning.trouble)
 
 
 def request_errors() -> tuple[type[Exception], ...]:
@@ -1044,16 +1430,62 @@ def request_errors() -> tuple[type[Exception], ...]:
         botocore.exceptions.ClientError,
         botocore.exceptions.BotoCoreError,
         botocore.parsers.ResponseParserError,
+        OSError,  # of the source of the credentials, when they are renewed
     )
 
 
-class Retries:
-    """The one retry loop around requests, shared by the threads of a client."""
+def error_of(error: Exception) -> UploadError:
+    """Return what `error`, one of `request_errors`, means."""
+    exceptions, text = botocore.exceptions, one_line(error)
+    if isinstance(error, DigestMismatch):
+        what = f"{text}; the network or the server damages data"
+        return UploadError(what, code="BadDigest", trouble=Trouble.DAMAGED)
+    if isinstance(error, exceptions.ClientError):
+        if error.operation_name.startswith("AssumeRole"):
+            what = f"{text}; check the source of the credentials"
+            return UploadError(what, trouble=Trouble.OF_ALL)
+        return error_of_answer(error.response)
+    if isinstance(error, exceptions.SSLError) and "CERTIFICATE" in text.upper():
+        what = f"the server's certificate is not trusted ({text})"
+        return UploadError(f"{what}; set AWS_CA_BUNDLE to its CA file", trouble=Trouble.OF_ALL)
+    cause = getattr(error, "kwargs", {}).get("error")
+    if isinstance(cause, UploadError):  # raised by the body, while it was sent
+        return cause
+    if isinstance(cause, FileNotFoundError):
+        what = f"{text}; check the CA file in AWS_CA_BUNDLE"
+        return UploadError(what, trouble=Trouble.OF_ALL)
+    broken = exceptions.ConnectionError, exceptions.HTTPClientError
+    if isinstance(error, (*broken, botocore.parsers.ResponseParserError)):
+        what = f"the server could not be reached or broke off ({text})"
+        return UploadError(f"{what}; check network and endpoint", trouble=Trouble.NO_ANSWER)
+    if isinstance(error, exceptions.CredentialRetrievalError):
+        what = f"{text}; check the source of the credentials"
+        return UploadError(what, trouble=Trouble.NO_ANSWER)
+    if isinstance(error, exceptions.ParamValidationError):
+        return UploadError(text)
+    what = f"{text}; check the credentials and the configuration"
+    return UploadError(what, trouble=Trouble.OF_ALL)
 
-    def __init__(self, *, slots: int = 1, patience_seconds: float = PATIENCE_SECONDS) -> None:
+
+class Retries:
+    """The one retry loop around requests, shared by the threads of a run.
+
+    `slots` is how many requests may be under way at once.
+    """
+
+    # A request that fails for a passing reason is tried again until so long after its first
+    # failure; a run's very first request gives up sooner.
+    PATIENCE_SECONDS = 60
+    FIRST_PATIENCE_SECONDS = 9
+    BACKOFF_FIRST_SECONDS = 0.5
+    BACKOFF_MAX_SECONDS = 10
+
+    def __init__(self, *, slots: int = 1, is_first_request: bool = False) -> None:
         self.stop = threading.Event()
-        self._slots = threading.BoundedSemaphore(slots)
-        self._patience_seconds = patience_seconds
+        self.slots = threading.BoundedSemaphore(slots)
+        self._patience_seconds: float = self.PATIENCE_SECONDS
+        if is_first_request:
+            self._patience_seconds = self.FIRST_PATIENCE_SECONDS
         self._alive_at = -math.inf
 
     def note_life(self) -> None:
@@ -1066,51 +1498,200 @@ class Retries:
             raise Stopped
 
     def run(
-        self,
-        attempt: Callable[[], T],
-        *,
-        may_stop_run: bool = True,
-        trouble: UploadError | None = None,
+        self, attempt: Callable[[], T], *, may_stop_run: bool = True, damaged_tries: int = 0
     ) -> T:
         """Return what `attempt` returns, trying again while the trouble is a passing one.
 
-        `trouble` is that of a try before. Raises UploadError when this file cannot be sent,
-        StopRun when no file can (an UploadError too with `may_stop_run` false: for what a
-        tight policy may refuse).
+        `damaged_tries` tries were made before. Raises UploadError when this file cannot be
+        sent, StopRun when no file can (an UploadError too with `may_stop_run` false: for what
+        a tight policy may refuse), Stopped when the run is being stopped.
         """
-        give_up_at, damaged = math.inf, 0
+        give_up_at, damaged = math.inf, damaged_tries
         for tries in itertools.count():
             self.check_stopped()
-            if not trouble:
-                try:
-                    with self._slots:
-                        answer = attempt()
-                except request_errors() as error:
-                    cause = getattr(error, "kwargs", {}).get("error")
-                    if isinstance(cause, UploadError):  # raised by the body, while it was sent
-                        raise cause from error
-                    trouble = trouble_of(error)
-                else:
-                    self.note_life()
-                    return answer
-            give_up_at = min(give_up_at, time.monotonic() + self._patience_seconds)
-            damaged += trouble.kind == "damaged"
-            is_passing = trouble.kind == "passing" or 0 < damaged < DAMAGED_TRIES
-            if is_passing and time.monotonic() < give_up_at:
-                longest = min(BACKOFF_MAX_SECONDS, BACKOFF_FIRST_SECONDS * 2 ** min(tries, 10))
-                self.stop.wait(random.uniform(longest / 2, longest))
-            elif may_stop_run and self._meets_every_file(trouble):
-                raise StopRun(str(trouble))
+            try:
+                with self.slots:
+                    answer = attempt()
+            except request_errors() as raised:
+                error = error_of(raised)
             else:
-                raise trouble
-            trouble = None
+                self.note_life()
+                return answer
+            if error.trouble not in (Trouble.NO_ANSWER, Trouble.UNAVAILABLE):
+                self.note_life()
+            give_up_at = min(give_up_at, time.monotonic() + self._patience_seconds)
+            damaged += error.trouble is Trouble.DAMAGED
+            is_rare = error.trouble is Trouble.DAMAGED and damaged < DAMAGED_TRIES
+            if (error.trouble in PASSING or is_rare) and time.monotonic() < give_up_at:
+                longest = self.BACKOFF_FIRST_SECONDS * 2 ** min(tries, 10)
+                longest = min(self.BACKOFF_MAX_SECONDS, longest)
+                self.stop.wait(random.uniform(longest / 2, longest))
+            elif may_stop_run and self._meets_every_file(error.trouble):
+                raise StopRun(str(error))
+            else:
+                raise error
         raise AssertionError("unreachable")
 
-    def _meets_every_file(self, trouble: UploadError) -> bool:
+    def _meets_every_file(self, trouble: Trouble) -> bool:
         # A server that has long been silent to all is gone; one that serves others is not.
         silent_seconds = time.monotonic() - self._alive_at
-        gone = trouble.kind == "passing" and silent_seconds > self._patience_seconds / 2
-        return gone or trouble.kind == "stops"
+        is_silent = trouble in (Trouble.NO_ANSWER, Trouble.UNAVAILABLE)
+        is_gone = is_silent and silent_seconds > self._patience_seconds / 2
+        return is_gone or trouble is Trouble.OF_ALL
+
+
+# --- bucket -----------------------------------------------------------------------
+
+
+def etag_of(answer: Mapping[str, Any]) -> str:
+    """Return the ETag of an answer without its quotes, or an empty string."""
+    return str(answer.get("ETag") or "").strip('"').lower()
+
+
+class Bucket:
+    """The bucket of a run; `client` is boto3's, for its region.
+
+    `is_new` tells whether this run has created it; it may be missing until `create`.
+    """
+
+    # A name server or a black hole may hang far longer than any timeout of ours.
+    FIRST_REQUEST_SECONDS = 18
+    FIRST_CONNECT_TIMEOUT_SECONDS = 5
+    FIRST_READ_TIMEOUT_SECONDS = 8
+    NAME = re.compile(r"(?![\d.]+$)(?!.*\.\.)[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
+
+    def __init__(self, run: Run) -> None:
+        """Find the bucket, or raise StopRun if it is unclear whether it exists.
+
+        A 403 does not stop: a write-only credential may not look, and the first upload tells.
+        https://docs.aws.amazon.com/AmazonS3/latest/API/API_HeadBucket.html
+        """
+        self._options, self._report, self._interruption = run.options, run.report, run.interruption
+        self.name, self.is_new = run.options.bucketname, False
+        self.session = Session(run.options)
+        client = self.session.client(
+            None,
+            connect_timeout=self.FIRST_CONNECT_TIMEOUT_SECONDS,
+            read_timeout=self.FIRST_READ_TIMEOUT_SECONDS,
+        )
+        look = functools.partial(self._look, client, Retries(is_first_request=True))
+        try:
+            status, region = self._interruption.wait_for(look, seconds=self.FIRST_REQUEST_SECONDS)
+        except NoAnswer as error:
+            where = client.meta.endpoint_url
+            raise StopRun(f"no answer from {where}; check network and endpoint") from error
+        if status == 401 or (status == 400 and not region):
+            why = "the server refuses these credentials"
+            raise StopRun(f"{why}; check keys, session token and clock")
+        self.exists = status != 404
+        self._use_region(region or client.meta.region_name)
+
+    def _use_region(self, region: str) -> None:
+        self.client = self.session.client(region)
+
+    def _look(self, client: S3Client, retries: Retries) -> tuple[int, str | None]:
+        """Return the HTTP status that HeadBucket gives, and the region it names."""
+
+        def head() -> tuple[int, str | None]:
+            answer: Any
+            try:
+                answer = client.head_bucket(Bucket=self.name)
+            except botocore.exceptions.ClientError as error:
+                if error_of(error).trouble in PASSING or error.operation_name != "HeadBucket":
+                    raise
+                answer = error.response
+            metadata = answer["ResponseMetadata"]
+            return metadata["HTTPStatusCode"], metadata["HTTPHeaders"].get("x-amz-bucket-region")
+
+        return retries.run(head)
+
+    def create(self) -> None:
+        """Create the bucket and wait until it exists, or raise StopRun."""
+        if not self.NAME.fullmatch(self.name):
+            why = f"there is no bucket {self.name}, and none can be created"
+            raise StopRun(f"{why}: the name of a bucket has {BUCKET_NAME_RULES}")
+        self._use_region(self._interruption.wait_for(self._create))
+        self.exists = self.is_new = True
+
+    def _create(self) -> str:
+        region = self._options.region or DEFAULT_REGION
+        location: Any = {"CreateBucketConfiguration": {"LocationConstraint": region}}
+        location = {} if region == "us-east-1" else location
+        attempts: list[tuple[S3Client, Any]] = [(self.session.client(region), location)]
+        if not (self._options.region or is_aws(self.client)):
+            attempts.append((self.client, {}))  # other servers have regions of their own, or none
+        for creator, location in attempts:
+            try:
+                create = functools.partial(creator.create_bucket, Bucket=self.name, **location)
+                Retries().run(create, may_stop_run=False)
+                break
+            except UploadError as error:
+                # A second request, or another run's, finds the bucket there already.
+                if error.code in ("BucketAlreadyOwnedByYou", "BucketAlreadyExists"):
+                    if self._status_soon(creator, seconds=3) == 200:
+                        break
+                    why = f"the bucket name {self.name} is taken by another account"
+                    raise StopRun(f"{why}; choose another with --bucketname") from error
+                if error.code not in LOCATION_CODES or creator is attempts[-1][0]:
+                    raise StopRun(f"cannot create the bucket {self.name}: {error}") from error
+        if self._status_soon(creator, seconds=20) == 404:
+            raise StopRun(f"the new bucket {self.name} does not appear; try again")
+        return creator.meta.region_name
+
+    def _status_soon(self, client: S3Client, *, seconds: int) -> int:
+        """Return what HeadBucket says, once it is not 404 or so much time has passed."""
+        deadline, retries = time.monotonic() + seconds, Retries()
+        while True:
+            status, _region = self._look(client, retries)
+            if status != 404 or time.monotonic() > deadline:
+                return status
+            time.sleep(0.5)
+
+    def matches(self, entries: Mapping[str, Entry]) -> Iterator[tuple[Entry, ObjectTypeDef]]:
+        """Yield each entry (given by key) with what the bucket's listing says of its object.
+
+        1,000 objects a request. Raises UploadError when they cannot be listed.
+        https://docs.aws.amazon.com/AmazonS3/latest/API/API_ListObjectsV2.html
+        """
+        if not entries:
+            return
+        prefix = os.path.commonprefix(list(entries))  # noqa: RUF071 (of strings, not of paths)
+        request = functools.partial(self.client.list_objects_v2, Bucket=self.name, Prefix=prefix)
+        get, retries, count, token = request, Retries(), 0, None
+        while True:
+            page = self._interruption.wait_for(
+                functools.partial(retries.run, get, may_stop_run=False)
+            )
+            for listed in page.get("Contents", ()):
+                if entry := entries.get(listed["Key"]):
+                    yield entry, listed
+            count += page.get("KeyCount", 0)
+            self._report.doing(f"{count:,} objects listed")
+            if not page.get("IsTruncated"):
+                return
+            if page.get("NextContinuationToken") in (None, token):
+                raise UploadError("the server breaks the listing off")
+            token = page["NextContinuationToken"]
+            get = functools.partial(request, ContinuationToken=token)
+
+    def abort(self, retries: Retries, key: str, upload_id: str) -> str | None:
+        """Abort a multipart upload, whose parts are paid for; return what to say if that fails."""
+        abort = self.client.abort_multipart_upload
+        request = functools.partial(abort, Bucket=self.name, Key=key, UploadId=upload_id)
+        try:
+            retries.run(request, may_stop_run=False)
+        except UploadError as error:
+            if error.code not in ("NoSuchUpload", "404"):
+                what = f"multipart upload {upload_id} could not be aborted"
+                return f"{what}, and its parts are paid for until it is"
+        return None
+
+
+# --- one file ---------------------------------------------------------------------
+
+# Files up to this size are read once: the bytes that are hashed are the bytes sent.
+IN_MEMORY_BYTES = 8 * MIB
+READ_BYTES, LARGE_READ_BYTES = MIB, 256 * KIB
 
 
 def new_md5(data: bytes = b"") -> hashlib._Hash:
@@ -1123,12 +1704,7 @@ def base64_of(digest: bytes) -> str:
     return base64.b64encode(digest).decode("ascii")
 
 
-def etag_of(answer: Any) -> str:
-    """Return the ETag of an answer without its quotes, or an empty string."""
-    return str(answer.get("ETag") or "").strip('"').lower()
-
-
-def is_md5_etag(answer: Any) -> bool:
+def is_md5_etag(answer: Mapping[str, Any]) -> bool:
     """Tell whether the ETag of an answer is made of MD5s: not under SSE-KMS and SSE-C.
 
     https://docs.aws.amazon.com/AmazonS3/latest/API/API_Object.html
@@ -1137,7 +1713,7 @@ def is_md5_etag(answer: Any) -> bool:
     return not encryption.startswith("aws:kms") and not answer.get("SSECustomerAlgorithm")
 
 
-def proven_etag(answer: Any, md5: bytes) -> str:
+def proven_etag(answer: Mapping[str, Any], md5: bytes) -> str:
     """Return the ETag of a put; raise DigestMismatch if it should be the MD5 and is not."""
     etag = etag_of(answer)
     if is_md5_etag(answer) and etag != md5.hex():
@@ -1145,22 +1721,26 @@ def proven_etag(answer: Any, md5: bytes) -> str:
     return etag
 
 
-@dataclass(slots=True)
-class Part:
-    """The digests of one part, and the ETag under which S3 has it, in its quotes."""
+class Body(Protocol):
+    """What bytes are read from."""
+
+    def read(self, size: int, /) -> bytes: ...
+
+
+class Digests(NamedTuple):
+    """The digests of a file or of one of its parts."""
 
     md5: bytes
     crc32: bytes
-    etag: str = ""
 
-    def is_same_as(self, listed: Any) -> bool:
+    def are_of(self, listed: PartTypeDef) -> bool:
         """Tell whether the part that ListParts describes has the same bytes."""
         if checksum := listed.get("ChecksumCRC32"):
-            return base64_of(self.crc32) == str(checksum)
+            return base64_of(self.crc32) == checksum
         return self.md5.hex() == etag_of(listed)
 
 
-def read_part(body: Any, size: int, *, with_crc32: bool = False) -> Part:
+def read_digests(body: Body, size: int, *, with_crc32: bool = False) -> Digests:
     """Return the digests of `size` bytes of `body`; raise FileChanged if there are fewer."""
     md5, crc32, left = new_md5(), 0, size
     while left and (data := body.read(min(left, READ_BYTES))):
@@ -1170,81 +1750,7 @@ def read_part(body: Any, size: int, *, with_crc32: bool = False) -> Part:
         left -= len(data)
     if left:
         raise FileChanged
-    return Part(md5.digest(), crc32.to_bytes(4, "big"))
-
-
-class Bandwidth:
-    """Keeps what all threads of all processes send below a rate, in bytes a second.
-
-    `free_at` is the time on the system's monotonic clock when the next byte may leave, in
-    memory that the processes share. It has no lock: one that is killed would never give
-    it back, and what is lost when two write at once is a piece.
-    """
-
-    def __init__(self, rate: int, free_at: Any) -> None:
-        self._rate, self._free_at = rate, free_at
-        # So small that even many connections at a low rate are never idle for long.
-        self.piece_bytes = min(LARGE_READ_BYTES, max(KIB, rate // 10))
-        self._lock = threading.Lock()
-
-    def wait_for(self, size: int) -> None:
-        """Return when it is the turn of so many bytes."""
-        with self._lock:
-            now = time.monotonic()
-            starts_at = max(now, self._free_at.value)
-            self._free_at.value = starts_at + size / self._rate
-        time.sleep(starts_at - now)
-
-
-class LargeReads:
-    """A body of `size` bytes for boto3 that is read in large pieces, or as bandwidth allows.
-
-    urllib3 asks for 16 KiB at a time and sends whatever it gets: at a gigabyte a second
-    the small reads would cost as much as the sending. `on_read(bytes_so_far)` is called for
-    each piece.
-    """
-
-    def __init__(
-        self, body: Any, size: int, *, on_read: Callable[[int], None], bandwidth: Bandwidth | None
-    ) -> None:
-        self._body, self._size, self._on_read, self._bandwidth = body, size, on_read, bandwidth
-        self._piece_bytes = bandwidth.piece_bytes if bandwidth else LARGE_READ_BYTES
-        self.seek, self.tell = body.seek, body.tell
-
-    def __len__(self) -> int:
-        return self._size
-
-    def read(self, size: int = -1) -> bytes:
-        """Return the next bytes: as many as are good, whatever `size` says."""
-        if size < 0:  # nothing but a hash would ask for all at once
-            return bytes(self._body.read())
-        try:
-            data = bytes(self._body.read(self._piece_bytes))
-        except OSError as error:
-            raise unreadable(error) from error
-        if not data and self._body.tell() < self._size:
-            raise FileChanged  # it is shorter now, and the server would wait for the rest
-        if self._bandwidth:
-            self._bandwidth.wait_for(len(data))
-        self._on_read(self._body.tell())
-        return data
-
-
-def open_regular(path: str) -> tuple[io.FileIO, os.stat_result]:
-    """Open `path`, or raise UploadError for what is no regular file (a FIFO never hangs)."""
-    flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
-    handle = io.FileIO(os.open(path, flags))
-    status = os.fstat(handle.fileno())
-    if not stat.S_ISREG(status.st_mode):
-        handle.close()
-        raise UploadError("it is no longer a regular file")
-    return handle, status
-
-
-def unreadable(error: OSError) -> UploadError:
-    """Return what to say of a file that cannot be read."""
-    advice = "its permissions" if isinstance(error, PermissionError) else "the disk"
-    return UploadError(f"cannot read it: {reason(error)}; check {advice}")
+    return Digests(md5.digest(), crc32.to_bytes(4, "big"))
 
 
 def check_unchanged(
@@ -1260,488 +1766,534 @@ def check_unchanged(
         raise FileChanged
 
 
-def check_unchanged_handle(handle: io.FileIO, before: os.stat_result, md5: bytes) -> None:
-    """Raise FileChanged unless the open file still has the bytes with this MD5 at its start."""
+class SourceFile:
+    """An open regular file, and its status when it was opened (`before`); a context manager.
 
-    def has_same_start() -> bool:
-        handle.seek(0)
-        return bool(read_part(handle, before.st_size).md5 == md5)
+    Raises OSError, or UploadError for what is no regular file (a FIFO never hangs).
+    """
 
-    check_unchanged(os.fstat(handle.fileno()), before, has_same_start)
+    FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
 
+    def __init__(self, path: str) -> None:
+        self.handle = io.FileIO(os.open(path, self.FLAGS))
+        self.before = os.fstat(self.handle.fileno())
+        if not stat.S_ISREG(self.before.st_mode):
+            self.close()
+            raise UploadError("it is no longer a regular file")
+        self.size = self.before.st_size
 
-def is_multipart(size: int, options: Namespace) -> bool:
-    """Decide how a file of `size` bytes is sent: in parts, or else in one."""
-    threshold: int = options.multipart_threshold
-    return size >= threshold
+    def __enter__(self) -> SourceFile:
+        return self
 
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
-def part_size_for(size: int, wanted: int) -> int:
-    """Return the part size in bytes for a file: `wanted`, or what S3's limits make of it."""
-    needed = -(-size // PARTS_MAX)
-    return min(max(wanted, PART_MIN_BYTES, -(-needed // MIB) * MIB), PART_MAX_BYTES)
+    def close(self) -> None:
+        """Close the file."""
+        self.handle.close()
 
+    def read_all(self) -> bytes:
+        """Return the bytes of a small file; raise UploadError for fewer or inexplicably more."""
+        data = self.handle.read(self.size + 1)
+        while len(data) < self.size and (more := self.handle.read(self.size + 1 - len(data))):
+            data += more
+        if len(data) < self.size:
+            raise FileChanged
+        if len(data) > self.size and os.fstat(self.handle.fileno()).st_size == self.size:
+            why = "it holds more than its size says, as files of the kernel do"
+            raise UploadError(f"{why}; leave it out with --exclude")
+        return data[: self.size]
 
-def read_small(handle: io.FileIO, size: int) -> bytes:
-    """Return the `size` bytes of a small file; raise UploadError for fewer or inexplicably more."""
-    data = handle.read(size + 1)
-    while len(data) < size and (more := handle.read(size + 1 - len(data))):
-        data += more
-    if len(data) < size:
-        raise FileChanged
-    if len(data) > size and os.fstat(handle.fileno()).st_size == size:
-        raise UploadError("it holds more than its size says, as files of the kernel do; leave it "
-                          "out with --exclude")  # fmt: skip
-    return data[:size]
+    def md5(self) -> bytes:
+        """Return the MD5 of the file as long as it was; raise FileChanged if it is shorter."""
+        self.handle.seek(0)
+        return read_digests(self.handle, self.size).md5
 
-
-def run_parameters(options: Namespace) -> dict[str, Any]:
-    """Return the parameters that all new objects of the run have in common."""
-    wanted = {
-        "StorageClass": options.storage_class,
-        "ServerSideEncryption": options.sse,
-        "SSEKMSKeyId": options.sse_kms_key_id,
-    }
-    return {name: value for name, value in wanted.items() if value}
+    def check_unchanged(self, md5: bytes) -> None:
+        """Raise FileChanged unless the file still has the bytes with this MD5 at its start."""
+        after = os.fstat(self.handle.fileno())
+        check_unchanged(after, self.before, lambda: self.md5() == md5)
 
 
 @functools.lru_cache(1024)
-def content_type_of(suffixes: str) -> str | None:
+def type_of_suffixes(suffixes: str) -> str | None:
     """Return the media type of a file whose name has such suffixes, as "tar.gz"."""
     return mimetypes.guess_type(f"name.{suffixes}")[0]
 
 
-@dataclass(slots=True)
-class Sent:
-    """A small file whose request is under way."""
-
-    task: Task
-    handle: io.FileIO
-    before: os.stat_result
-    md5: bytes
-    answer: dict[str, Any]
-    started_at: float
+def content_type_of(path: str) -> str | None:
+    """Return the media type of a file, by its name."""
+    return type_of_suffixes(os.path.basename(path).partition(".")[2])
 
 
-class Uploader:
-    """Sends one file per calling thread, and proves that S3 has its bytes.
+def mtime_text(status: os.stat_result) -> str:
+    """Return the time in seconds since 1970, as rclone keeps and restores it."""
+    seconds, rest = divmod(status.st_mtime_ns, 10**9)
+    if seconds < 0:
+        return f"{Decimal(status.st_mtime_ns).scaleb(-9):f}"
+    return f"{seconds}.{rest:09}"
 
-    `tell(event)` hands an event to the main thread.
+
+class Bandwidth:
+    """Keeps what is sent below a rate, in bytes a second.
+
+    `piece_bytes` is so small that even many connections at a low rate are never idle for long.
+    """
+
+    def __init__(self, rate: int) -> None:
+        self._rate = rate
+        self.piece_bytes = min(LARGE_READ_BYTES, max(KIB, rate // 10))
+        self._free_at = 0.0  # when the next byte may leave
+        self._lock = threading.Lock()
+
+    def seconds_until_free(self) -> float:
+        """Return after how many seconds the next byte may leave."""
+        return max(0.0, self._free_at - time.monotonic())
+
+    def take(self, size: int) -> float:
+        """Take the next turn for so many bytes; return after how many seconds it comes."""
+        with self._lock:
+            now = time.monotonic()
+            starts_at = max(now, self._free_at)
+            self._free_at = starts_at + size / self._rate
+        return starts_at - now
+
+
+class LargeReads:
+    """A body of `size` bytes for boto3 that is read in large pieces, or as bandwidth allows.
+
+    urllib3 asks for 16 KiB at a time and sends whatever it gets: at a gigabyte a second
+    the small reads would cost as much as the sending. `on_read(bytes_so_far)` is called for
+    each piece.
     """
 
     def __init__(
-        self, client: S3Client, options: Namespace, tell: Callable[[Event], None], free_at: Any
-    ) -> None:
-        self.client = client
-        self.options = options
-        self._tell = tell
-        self._unsaved: dict[int, threading.Event] = {}
-        self._put_object: Callable[..., Any] = client.put_object
-        self._run_parameters = run_parameters(options)
-        self.crt: CrtPut | None = None
-        if options.preferred_transfer_client == "crt":
-            self.crt = CrtPut(client, options, self._run_parameters)
-        self._put_small_object = self.crt.put_object if self.crt else self._put_object
-        self.retries = Retries(slots=options.max_concurrency)
-        self.bandwidth: Bandwidth | None = None
-        if options.max_bandwidth:
-            self.bandwidth = Bandwidth(options.max_bandwidth, free_at)
-        self._begin_max_bytes = min(CRT_MAX_BYTES, options.multipart_threshold - 1)
-        if self.bandwidth:
-            self._begin_max_bytes = min(self._begin_max_bytes, self.bandwidth.piece_bytes)
-        self._moved_at: dict[int, float] = {}
-        # Other servers may not know CRC32; Content-MD5 proves the parts everywhere.
-        self.sends_crc32 = is_aws(client)
+        self, body: IO[bytes], size: int, *, on_read: Callable[[int], None],
+        bandwidth: Bandwidth | None,
+    ) -> None:  # fmt: skip
+        self._body, self._size, self._on_read, self._bandwidth = body, size, on_read, bandwidth
+        self._piece_bytes = bandwidth.piece_bytes if bandwidth else LARGE_READ_BYTES
+        self.seek, self.tell = body.seek, body.tell
 
-    def upload(self, task: Task, trouble: UploadError | None = None) -> Task:
-        """Send one file and return the task with how that ended; raises only for a bug.
+    def __len__(self) -> int:
+        return self._size
 
-        `trouble` is what a first try has met, if there was one.
-        """
-        # A copy: the main thread counts by its own, whose size stays what was planned.
-        task, started = replace(task, outcome="failed"), time.monotonic()
+    def read(self, size: int = -1) -> bytes:
+        """Return the next bytes: as many as are good, whatever `size` says."""
+        if size < 0:  # nothing but a hash would ask for all at once
+            return self._body.read()
         try:
-            self._upload(task, trouble)
-            task.outcome = "uploaded"
-        except FileChanged as error:
-            task.outcome, task.error = "changed", str(error)
-        except UploadError as error:
-            task.outcome = "refused" if error.kind == "stops at first" else "failed"
-            task.error = str(error)
-        except StopRun as error:
-            task.outcome, task.error = "fatal", str(error)
-        except Stopped:
-            task.outcome = "stopped"
-        except FileNotFoundError:
-            task.error = "it vanished before it was sent; restore it"
+            data = self._body.read(self._piece_bytes)
         except OSError as error:
-            task.error = str(unreadable(error))
-        task.seconds = time.monotonic() - started
-        return task
+            raise unreadable(error) from error
+        if not data and self._body.tell() < self._size:
+            raise FileChanged  # it is shorter now, and the server would wait for the rest
+        if self._bandwidth:
+            time.sleep(self._bandwidth.take(len(data)))
+        self._on_read(self._body.tell())
+        return data
 
-    def _upload(self, task: Task, trouble: UploadError | None) -> None:
-        self.retries.check_stopped()
-        handle, before = open_regular(task.filepath)
-        with handle:
-            task.size, task.mtime_ns = before.st_size, before.st_mtime_ns
-            if is_multipart(before.st_size, self.options):
-                task.etag = MultipartUpload(self, task, before).send()
-            else:
-                self.abort(task)
-                task.etag = self._put(task, handle, before, trouble)
 
-    def begin(self, task: Task) -> tuple[Sent, Future[None]] | None:
-        """Send a small file in one request, for `end`; None when that is not to be tried."""
-        if not self.crt or self.retries.stop.is_set() or task.upload_id:
-            return None
-        handle, started_at = None, time.monotonic()
-        trouble: tuple[type[Exception], ...] = (OSError, UploadError, *request_errors())
+def unreadable(error: OSError) -> UploadError:
+    """Return what to say of a file that cannot be read."""
+    advice = "its permissions" if isinstance(error, PermissionError) else "the disk"
+    return UploadError(f"cannot read it: {reason(error)}; check {advice}")
+
+
+class Listener(Protocol):
+    """Whom the reliable way tells what happens before a file is done."""
+
+    def save_upload(self, index: int, result: Result) -> None:
+        """Return when the state holds the id of the new multipart upload."""
+
+    def note_moved(self, index: int, size: int, sent_earlier: int) -> None:
+        """Take note of how many bytes of a file have been sent, in all and by an earlier run."""
+
+
+class Uploader:
+    """The reliable way: sends one file per calling thread, and proves that S3 has its bytes."""
+
+    # Other processes may use up what this one can open: that passes.
+    OUT_OF_FILES = (errno.EMFILE, errno.ENFILE)
+
+    def __init__(
+        self, bucket: Bucket, options: Options, *,
+        retries: Retries, listener: Listener, bandwidth: Bandwidth | None, part_threads: int,
+    ) -> None:  # fmt: skip
+        self.bucket, self.client, self.options = bucket, bucket.client, options
+        self.retries, self.listener, self.bandwidth = retries, listener, bandwidth
+        self.part_threads = part_threads
+        self._run_parameters = options.object_parameters()
+        self._told_at: dict[int, float] = {}
+
+    def upload(self, task: Task) -> Result:
+        """Send one file and return how that ended; the one place that decides that."""
+        result = Result(upload_id=task.upload_id, part_size=task.part_size)
+        started = time.monotonic()
         try:
-            handle, before = open_regular(task.filepath)
-            if before.st_size > self._begin_max_bytes:
-                raise UploadError("it is too large for one thread to read along with others")
-            data = read_small(handle, before.st_size)
-            md5 = new_md5(data).digest()
-            if self.bandwidth:
-                self.bandwidth.wait_for(len(data))
-            future, answer = self.crt.begin(
-                Body=io.BytesIO(data),
-                ContentMD5=base64_of(md5),
-                **self.object_parameters(task, before),
-                **self.location(task),
-            )
-        except trouble:  # upload() meets it too, and says so
-            if handle:
-                handle.close()
-            return None
-        return Sent(task, handle, before, md5, answer, started_at), future
+            self._send(task, result)
+            result.outcome = Outcome.UPLOADED
+        except FileChanged as error:
+            result.outcome, result.error = Outcome.CHANGED, str(error)
+        except UploadError as error:
+            if error.trouble is Trouble.REFUSAL:
+                result.outcome = Outcome.REFUSED
+            result.is_trouble_of_server = error.trouble in PASSING
+            result.error = str(error)
+        except StopRun as error:
+            result.outcome, result.error = Outcome.STOPS_RUN, str(error)
+        except Stopped:
+            result.outcome = Outcome.STOPPED
+        except FileNotFoundError:
+            result.error = "it vanished before it was sent; restore it"
+        except OSError as error:
+            if error.errno in self.OUT_OF_FILES:
+                result.outcome = Outcome.CHANGED
+            result.error = str(unreadable(error))
+        result.seconds = time.monotonic() - started
+        return result
 
-    def end(self, sent: Sent, future: Future[None]) -> Task | UploadError:
-        """Return the task of a request that has succeeded, or what is wrong for `upload`."""
-        with sent.handle:
-            try:
-                assert self.crt
-                etag = proven_etag(self.crt.end(future, sent.answer), sent.md5)
-                self.retries.note_life()
-                check_unchanged_handle(sent.handle, sent.before, sent.md5)
-            except FileChanged as error:
-                return replace(sent.task, outcome="changed", error=str(error))
-            except request_errors() as error:
-                return trouble_of(error)
-        return replace(
-            sent.task, outcome="uploaded", size=sent.before.st_size, etag=etag,
-            mtime_ns=sent.before.st_mtime_ns, seconds=time.monotonic() - sent.started_at,
-        )  # fmt: skip
+    def _send(self, task: Task, result: Result) -> None:
+        self.retries.check_stopped()
+        with SourceFile(task.filepath) as source:
+            result.size, result.mtime_ns = source.size, source.before.st_mtime_ns
+            if self.options.is_multipart(source.size):
+                result.etag = MultipartUpload(self, task, source, result).send()
+            else:
+                self.abort(task, result)
+                result.etag = self._put(task, source)
 
-    def _put(
-        self, task: Task, handle: io.FileIO, before: os.stat_result, trouble: UploadError | None
-    ) -> str:
+    def _put(self, task: Task, source: SourceFile) -> str:
         """Send the file with PutObject and return the ETag."""
-        size, limit = before.st_size, self.bandwidth
+        limit = self.bandwidth
         body: Any
-        # For larger bodies the CRT is no faster, and keeps a copy of each.
-        is_small = size <= self._begin_max_bytes
-        put_object = self._put_small_object if is_small else self._put_object
-        if size <= IN_MEMORY_BYTES:
-            data = read_small(handle, size)
+        if source.size <= IN_MEMORY_BYTES:
+            data = source.read_all()
             body, md5 = io.BytesIO(data), new_md5(data).digest()
         else:
-            md5 = read_part(handle, size).md5
-            handle.seek(0)
-            body = s3transfer.utils.ReadFileChunk(handle, size, size)
-        if size > (limit.piece_bytes if limit else IN_MEMORY_BYTES):
-            body = LargeReads(
-                body, size, on_read=lambda sent: self.note_moved(task.index, {1: sent}),
-                bandwidth=limit,
-            )  # fmt: skip
+            md5 = source.md5()
+            source.handle.seek(0)
+            body = s3transfer.utils.ReadFileChunk(source.handle, source.size, source.size)
+        if source.size > (limit.piece_bytes if limit else IN_MEMORY_BYTES):
+            note = functools.partial(self.note_moved, task.index)
+            body = LargeReads(body, source.size, on_read=note, bandwidth=limit)
+        parameters = self.object_parameters(task.filepath, source.before)
+        parameters |= {"Bucket": self.bucket.name, "Key": task.key, "ContentMD5": base64_of(md5)}
 
         def put() -> str:
             body.seek(0)
             if limit and isinstance(body, io.BytesIO):
-                limit.wait_for(size)
-            parameters = self.object_parameters(task, before) | self.location(task)
-            answer = put_object(Body=body, ContentMD5=base64_of(md5), **parameters)
-            return proven_etag(answer, md5)
+                time.sleep(limit.take(source.size))
+            return proven_etag(self.client.put_object(Body=body, **parameters), md5)
 
         try:
-            etag = self.retries.run(put, trouble=trouble)
+            etag = self.retries.run(put, damaged_tries=int(task.was_in_lane))
         except UploadError:
             # A file that changes between hashing and sending is refused as damaged.
-            check_unchanged_handle(handle, before, md5)
+            source.check_unchanged(md5)
             raise
-        check_unchanged_handle(handle, before, md5)
+        source.check_unchanged(md5)
         return etag
 
-    def location(self, task: Task) -> dict[str, Any]:
-        """Return the parameters that every request for the object has."""
-        return {"Bucket": self.options.bucketname, "Key": task.key}
-
-    def object_parameters(self, task: Task, status: os.stat_result) -> dict[str, Any]:
-        """Return the parameters that describe a new object."""
-        parameters = dict(self._run_parameters)
-        if content_type := content_type_of(os.path.basename(task.filepath).partition(".")[2]):
+    def object_parameters(self, path: str, status: os.stat_result) -> dict[str, Any]:
+        """Return boto3's parameters that describe a new object."""
+        parameters: dict[str, Any] = dict(self._run_parameters)
+        if content_type := content_type_of(path):
             parameters["ContentType"] = content_type
-        # Seconds since 1970: the form in which rclone keeps and restores it.
-        parameters["Metadata"] = {"mtime": f"{Decimal(status.st_mtime_ns).scaleb(-9):f}"}
+        parameters["Metadata"] = {"mtime": mtime_text(status)}
         return parameters
 
-    def note_moved(self, index: int, sizes: dict[int, int], found: int = 0) -> None:
-        """Take note of how many bytes of a file have been sent, by part; tell it now and then."""
+    def note_moved(self, index: int, size: int, sent_earlier: int = 0) -> None:
+        """Take note of how many bytes of a file have been sent; tell it now and then."""
         self.retries.note_life()
         now = time.monotonic()
-        if self.options.shows_progress and now - self._moved_at.get(index, 0.0) > DRAW_SECONDS:
-            self._moved_at[index] = now
-            self._tell(Moved(index, sum(list(sizes.values())), found))
+        if now - self._told_at.get(index, 0.0) > Progress.DRAW_SECONDS:
+            self._told_at[index] = now
+            self.listener.note_moved(index, size, sent_earlier)
 
-    def announce(self, task: Task) -> None:
-        """Have the id of a new multipart upload saved, and return when it is."""
-        saved = self._unsaved[task.index] = threading.Event()
-        self._tell(replace(task, outcome="started"))
-        while not saved.wait(0.5):
-            self.retries.check_stopped()
-
-    def saved(self, index: int) -> None:
-        """Take note that the state holds the id that `announce` told."""
-        self._unsaved.pop(index).set()
-
-    def abort(self, task: Task) -> None:
-        """Abort the task's multipart upload, whose parts are paid for; say so if that fails."""
-        if task.upload_id:
-            upload = self.location(task) | {"UploadId": task.upload_id}
-            if abort_upload(self.client, self.retries, upload):
-                task.upload_id = task.part_size = None
-            else:
-                task.notice = f"multipart upload {task.upload_id} {NOT_ABORTED}"
+    def abort(self, task: Task, result: Result) -> None:
+        """Abort the multipart upload of a file, if it has one."""
+        if result.upload_id:
+            result.notice = self.bucket.abort(self.retries, task.key, result.upload_id)
+            if not result.notice:
+                result.upload_id = result.part_size = None
 
 
-def abort_upload(client: S3Client, retries: Retries, upload: dict[str, Any]) -> bool:
-    """Abort the multipart upload and tell whether it is gone."""
-    try:
-        retries.run(lambda: client.abort_multipart_upload(**upload), may_stop_run=False)
-    except UploadError as error:
-        return error.code in ("NoSuchUpload", "404")
-    return True
+# --- parts ------------------------------------------------------------------------
 
 
-def crt_problem(client: S3Client, options: Namespace) -> str | None:
-    """Return why small files cannot go through the AWS Common Runtime, or None if they can."""
-    try:
-        import awscrt.s3
-    except ImportError:
-        return "awscrt is not installed; run: python3 -m pip install 'boto3[crt]'"
-    if not hasattr(awscrt.s3, "S3RetryConfig"):
-        return "awscrt is too old; run: python3 -m pip install --upgrade 'boto3[crt]'"
-    if options.bucketname.startswith("arn:") or options.bucketname.endswith("--x-s3"):
-        return "it does not know access points and directory buckets"
-    if botocore.utils.get_environ_proxies(client.meta.endpoint_url):
-        return "it does not know the proxy of the environment"
-    config = session_of(options.profile)._session
-    bundles = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
-    has_bundle = config.get_config_variable("ca_bundle") or any(map(os.environ.get, bundles))
-    if has_bundle and client.meta.endpoint_url.startswith("https:"):
-        return "it does not know the CA bundle of the environment"
-    if client.meta.config.signature_version != "s3v4":  # type: ignore[attr-defined]
-        return "it does not know the signature version of the configuration"
-    return None
+class FileInParts:
+    """A file as it is sent in parts: where they begin, and their digests once they are read."""
+
+    def __init__(self, task: Task, source: SourceFile, part_size: int, retries: Retries) -> None:
+        self.path, self.size, self.part_size = task.filepath, source.size, part_size
+        self.digests: dict[int, Digests] = {}
+        self.has_crc32 = False
+        self._before, self._retries = source.before, retries
+
+    def read(self, number: int, *, handle: io.FileIO) -> Digests:
+        """Return the digests of the part with that number (from 1), of an open file."""
+        start = (number - 1) * self.part_size
+        handle.seek(start)
+        length = min(self.part_size, self.size - start)
+        return read_digests(handle, length, with_crc32=self.has_crc32)
+
+    def read_again(self) -> dict[int, Digests]:
+        """Return the digests of all parts, read from the file anew."""
+        again = {}
+        with SourceFile(self.path) as source:
+            for number in range(1, -(-self.size // self.part_size) + 1):
+                self._retries.check_stopped()
+                again[number] = self.read(number, handle=source.handle)
+        return again
+
+    def md5_of_whole(self) -> str:
+        """Return the MD5 of the whole file in hexadecimal digits, read anew."""
+        with SourceFile(self.path) as source:
+            return read_digests(source.handle, self.size).md5.hex()
+
+    def check_unchanged(self) -> None:
+        """Raise FileChanged unless the file still has the parts that were read."""
+        check_unchanged(os.stat(self.path), self._before, self._has_same_parts)
+
+    def _has_same_parts(self) -> bool:
+        again = self.read_again()
+        return all(digests.md5 == again[number].md5 for number, digests in self.digests.items())
+
+    def etag(self) -> str:
+        """Return the ETag that S3 gives to the object, if its ETags are MD5s."""
+        md5s = b"".join(digests.md5 for _, digests in sorted(self.digests.items()))
+        return f"{new_md5(md5s).hexdigest()}-{len(self.digests)}"
+
+    def crc32(self) -> str:
+        """Return the CRC32 that S3 gives to the object: that of the CRC32s of its parts."""
+        crc32s = b"".join(digests.crc32 for _, digests in sorted(self.digests.items()))
+        return f"{base64_of(zlib.crc32(crc32s).to_bytes(4, 'big'))}-{len(self.digests)}"
 
 
-THREAD = threading.local()
+class MultipartProof:
+    """Whether the object that was sent in parts holds the bytes that were read.
 
-
-def keep_thread_state() -> None:
-    """Let a thread of the CRT keep its Python state from one callback to the next.
-
-    Python would make a new one for each callback, and map and unmap memory for it: a tenth
-    of all the time that a small file takes.
-    """
-    if not hasattr(THREAD, "state"):
-        THREAD.state = ctypes.pythonapi.PyGILState_Ensure()
-
-
-class CrtBody:
-    """A body as the CRT reads it."""
-
-    def __init__(self, body: io.BytesIO) -> None:
-        self.read, self.seek, self._readinto = body.read, body.seek, body.readinto
-
-    def readinto1(self, buffer: memoryview) -> int:
-        """Read into the buffer and return how many bytes; the CRT has a thread for this."""
-        keep_thread_state()
-        return self._readinto(buffer)
-
-
-class CrtPut:
-    """PutObject of small bodies by the AWS Common Runtime, for a third of the CPU time.
-
-    The request is boto3's: botocore serialises one, which gives the address and the headers,
-    and per file only key, length, MD5, type and modification time change.
+    https://docs.aws.amazon.com/AmazonS3/latest/userguide/checking-object-integrity.html
     """
 
-    def __init__(self, client: S3Client, options: Namespace, parameters: dict[str, Any]) -> None:
-        import awscrt.auth
-        import awscrt.exceptions
-        import awscrt.http
-        import awscrt.io
-        import awscrt.s3
+    def __init__(self, uploader: Uploader, key: str, file: FileInParts) -> None:
+        self._client, self._retries = uploader.client, uploader.retries
+        self._location: Any = {"Bucket": uploader.bucket.name, "Key": key}
+        self._file = file
+        self._etags_are_md5 = True
 
-        self._crt = awscrt
-        request = self._serialised(client, options.bucketname, parameters)
-        url = urllib.parse.urlsplit(request.url)
-        self._path = url.path.removesuffix("KEY")
-        self._headers = [("Host", url.netloc)]
-        for name, value in request.headers.items():
-            if name.lower() not in HEADERS_OF_ONE_PUT:
-                text = value.decode("ascii") if isinstance(value, bytes) else value
-                self._headers.append((name, text))
-        self._region = client.meta.region_name
-        self._credentials: Any = session_of(options.profile).get_credentials()
-        self._signed_with: Any = None
-        modes = awscrt.s3.S3RequestTlsMode
-        loops = awscrt.io.EventLoopGroup(1)
-        self._client = awscrt.s3.S3Client(
-            bootstrap=awscrt.io.ClientBootstrap(loops, awscrt.io.DefaultHostResolver(loops)),
-            region=self._region,
-            tls_mode=modes.ENABLED if url.scheme == "https" else modes.DISABLED,
-            signing_config=self._current_signing_config(),
-            # Decides the number of connections: 250 of them, about as many as requests in flight.
-            throughput_target_gbps=100,
-            connect_timeout_ms=CONNECT_TIMEOUT_SECONDS * 1000,
-            # Retries is the one retry loop; 0 would mean the default, which is 5.
-            retry_config=awscrt.s3.S3RetryConfig(max_retries=1),
-        )
-        self._parser = botocore.parsers.create_parser("rest-xml")
-        self._shape: Any = client.meta.service_model.operation_model("PutObject").output_shape
+    def note_part(self, answer: Mapping[str, Any]) -> None:
+        """Take note of what an answer to UploadPart tells of the bucket's ETags."""
+        self._etags_are_md5 &= is_md5_etag(answer)
 
-    def _current_signing_config(self) -> Any:
-        """Return how to sign a request now: the boto3 session refreshes the credentials."""
-        credentials = self._credentials.get_frozen_credentials()[:3]
-        # The CRT would otherwise ask Python for them with each request, from another thread.
-        if credentials != self._signed_with:
-            provider = self._crt.auth.AwsCredentialsProvider.new_static(*credentials)
-            self._signing_config = self._crt.s3.create_default_s3_signing_config(
-                region=self._region, credential_provider=provider
-            )
-            self._signed_with = credentials
-        return self._signing_config
+    def etag(self, answer: Mapping[str, Any]) -> str:
+        """Return the ETag of an object that was completed with this answer.
 
-    @staticmethod
-    def _serialised(client: S3Client, bucket: str, parameters: dict[str, Any]) -> Any:
-        """Return the HTTP request that boto3 would send for a PutObject of the key KEY."""
-        requests = []
+        Raises DigestMismatch when it holds other bytes, NotThere when there is none. Where
+        neither the answer nor HeadObject tells, the parts stand as proof: S3 has accepted each
+        with its Content-MD5.
+        """
+        proven = self._compare(answer)
+        if proven is None and (head := self._head()) is not None:
+            if not head:
+                raise NotThere(self._mismatch(head))
+            answer = head
+            proven = head.get("ContentLength") == self._file.size and self._compare(head)
+        if proven is False:
+            raise DigestMismatch(self._mismatch(answer))
+        return etag_of(answer)
 
-        def take(request: Any, **_: object) -> Any:
-            requests.append(request)
-            return botocore.awsrequest.AWSResponse(request.url, 200, request.headers, io.BytesIO())
+    def etag_in_place(self) -> str | None:
+        """Return the ETag of the object if it is there and provably holds the bytes."""
+        head = self._head() or {}
+        if head.get("ContentLength") != self._file.size:
+            return None
+        self._file.digests = self._file.digests or self._file.read_again()
+        return etag_of(head) if self._compare(head) else None
 
-        client.meta.events.register_first("before-send.s3.PutObject", take)
+    def _mismatch(self, answer: Mapping[str, Any]) -> str:
+        if self._has_crc32(answer):
+            return f"its CRC32 is {answer['ChecksumCRC32']} and should be {self._file.crc32()}"
+        return f"its ETag is {etag_of(answer) or 'missing'} and should be {self._file.etag()}"
+
+    def _compare(self, answer: Mapping[str, Any]) -> bool | None:
+        """Tell whether the object in `answer` holds the bytes; None when it does not say."""
+        etag = etag_of(answer)
+        if etag == self._file.etag():
+            return True
+        if self._has_crc32(answer):
+            return bool(answer["ChecksumCRC32"] == self._file.crc32())
+        if not self._etags_are_md5 or not is_md5_etag(answer):
+            return None
+        if re.fullmatch(r"[0-9a-f]{32}", etag):
+            return self._file.md5_of_whole() == etag
+        # Another number of parts: the server has put them together in its own way.
+        count = len(self._file.digests)
+        return False if re.fullmatch(rf"[0-9a-f]{{32}}-{count}", etag) else None
+
+    def _has_crc32(self, answer: Mapping[str, Any]) -> bool:
+        """Tell whether the answer has a CRC32 that is made of those of the parts."""
+        crc32 = answer.get("ChecksumCRC32") or ""
+        return self._file.has_crc32 and crc32.endswith(f"-{len(self._file.digests)}")
+
+    def _head(self) -> Mapping[str, Any] | None:
+        """Return HeadObject's answer, empty for no object, or None where it is refused."""
+        # Without that mode S3 tells no checksum.
+        mode: Any = {"ChecksumMode": "ENABLED"} if self._file.has_crc32 else {}
+        head: Any = functools.partial(self._client.head_object, **self._location, **mode)
         try:
-            with contextlib.suppress(AttributeError):  # the answer has no body to parse
-                client.put_object(Bucket=bucket, Key="KEY", Body=b"", **parameters)
-        finally:
-            client.meta.events.unregister("before-send.s3.PutObject", take)
-        return requests[0]
-
-    def put_object(self, **parameters: Any) -> dict[str, Any]:
-        """Send one object as boto3's put_object would, and return what a proof needs."""
-        return self.end(*self.begin(**parameters))
-
-    def begin(
-        self, *, Key: str, Body: Any, ContentMD5: str, Metadata: dict[str, str],
-        ContentType: str | None = None, **_: Any,
-    ) -> tuple[Future[None], dict[str, Any]]:  # fmt: skip
-        """Send a request; the answer is filled when the future is done, and is for `end`."""
-        headers = [
-            *self._headers,
-            ("Content-MD5", ContentMD5),
-            ("Content-Length", str(Body.getbuffer().nbytes)),
-        ]
-        headers += [(f"x-amz-meta-{name}", value) for name, value in Metadata.items()]
-        if ContentType:
-            headers.append(("Content-Type", ContentType))
-        path = self._path + urllib.parse.quote(Key, safe="/-_.~")
-        http = self._crt.http
-        answer: dict[str, Any] = {}
-
-        def take(status_code: int, headers: list[tuple[str, str]], **_: object) -> None:
-            keep_thread_state()
-            answer.update((name.lower(), value) for name, value in headers)
-
-        request = self._client.make_request(
-            type=self._crt.s3.S3RequestType.DEFAULT,
-            operation_name="PutObject",
-            signing_config=self._current_signing_config(),
-            request=http.HttpRequest("PUT", path, http.HttpHeaders(headers), CrtBody(Body)),
-            on_headers=take,
-        )
-        return request.finished_future, answer
-
-    def end(self, future: Future[None], answer: dict[str, Any]) -> dict[str, Any]:
-        """Return what a proof needs of an answer, or raise what boto3 would."""
-        try:
-            future.result()
-        except self._crt.s3.S3ResponseError as error:
-            parsed = self._parser.parse(
-                {
-                    "status_code": error.status_code,
-                    "headers": botocore.awsrequest.HeadersDict(error.headers or []),
-                    "body": error.body or b"",
-                },
-                self._shape,
-            )
-            raise botocore.exceptions.ClientError(parsed, "PutObject") from error
-        except self._crt.exceptions.AwsCrtError as error:
-            # The runtime keeps the answer of some of S3's errors to itself.
-            code = error.name.removeprefix("AWS_ERROR_S3_").title().replace("_", "")
-            if code in ("RequestTimeTooSkewed", "SlowDown", "InternalError", "RequestTimeout"):
-                answer = {"Error": {"Code": code}}
-                raise botocore.exceptions.ClientError(answer, "PutObject") from error  # type: ignore[arg-type]
-            raise botocore.exceptions.HTTPClientError(error=error) from error
-        return {
-            "ETag": answer.get("etag"),
-            "ServerSideEncryption": answer.get("x-amz-server-side-encryption"),
-            "SSECustomerAlgorithm": answer.get("x-amz-server-side-encryption-customer-algorithm"),
-        }
+            answer: Mapping[str, Any] = self._retries.run(head, may_stop_run=False)
+        except UploadError as error:
+            if error.trouble in PASSING:
+                raise
+            return {} if error.code in ("404", "NoSuchKey", "NotFound") else None
+        return answer
 
 
-class MultipartUpload:
-    """One file sent in parts: the client that boto3's S3Transfer sees for it.
+class NotThere(DigestMismatch):
+    """The server has said that it completed the upload, and there is no object."""
+
+
+class PartsClient:
+    """What boto3's S3Transfer sees as its client while it sends one file.
 
     S3Transfer divides the file and sends the parts in parallel. Its requests pass
     through the methods that are named as boto3's: here each part gets its Content-MD5
     and is tried again by itself, a part that S3 already has is answered in S3's place
     (which is all that resuming is), and a failure aborts nothing, so that a later
-    run can go on.
+    run can go on. https://docs.aws.amazon.com/AmazonS3/latest/userguide/mpuoverview.html
     """
 
-    def __init__(self, uploader: Uploader, task: Task, before: os.stat_result) -> None:
+    def __init__(
+        self, uploader: Uploader, task: Task, file: FileInParts, *,
+        result: Result, proof: MultipartProof, on_s3: Mapping[int, PartTypeDef],
+    ) -> None:  # fmt: skip
         self.meta = uploader.client.meta
-        self._uploader, self._retries, self._client = uploader, uploader.retries, uploader.client
-        self._task = task
-        self._before = before
-        self._sends_crc32 = uploader.sends_crc32
-        self._etags_are_md5 = True
-        self._on_s3: dict[int, Any] = {}
-        self._parts: dict[int, Part] = {}
+        self._uploader, self._client, self._retries = uploader, uploader.client, uploader.retries
+        self._index, self._file, self._result, self._proof = task.index, file, result, proof
+        self._on_s3 = on_s3
+        self._etags: dict[int, str] = {}
         self._moved: dict[int, int] = {}
-        self._found_bytes = 0
-        self._etag = ""
+        self._sent_earlier = 0
+        self.etag = ""
+
+    def create_multipart_upload(self, **parameters: Any) -> dict[str, Any]:
+        """Start the multipart upload, or answer with the one to go on with.
+
+        Returns only when the state holds its id: no kill leaves parts that nobody knows of.
+        """
+        if not self._result.upload_id:
+
+            def create() -> str:
+                answer = self._client.create_multipart_upload(**parameters)
+                if not answer.get("UploadId"):
+                    raise DigestMismatch("the answer has no UploadId")
+                return answer["UploadId"]
+
+            self._result.upload_id = self._retries.run(create)
+            self._result.part_size = self._file.part_size
+            self._uploader.listener.save_upload(self._index, self._result)
+        return {"UploadId": self._result.upload_id}
+
+    def upload_part(self, *, PartNumber: int, Body: Any, **parameters: Any) -> dict[str, Any]:
+        """Send one part and prove it, unless S3 has the same bytes under its number."""
+        self._retries.check_stopped()
+        number, size = PartNumber, len(Body)
+        # Not Body itself, which breaks off in the middle once another part has failed.
+        with SourceFile(self._file.path) as source:
+            digests = self._file.read(number, handle=source.handle)
+            listed = self._on_s3.get(number)
+            if listed and listed.get("Size") == size and digests.are_of(listed):
+                etag = listed["ETag"]
+                self._sent_earlier += size
+                self._note_moved(number, size)
+            else:
+                parameters |= {"PartNumber": number, "ContentMD5": base64_of(digests.md5)}
+                parameters.pop("ChecksumAlgorithm", None)
+                if self._file.has_crc32:
+                    parameters["ChecksumCRC32"] = base64_of(digests.crc32)
+                etag = self._send(source.handle, size, digests=digests, parameters=parameters)
+        self._file.digests[number], self._etags[number] = digests, etag
+        return {"ETag": etag}
+
+    def _send(
+        self, handle: io.FileIO, size: int, *, digests: Digests, parameters: dict[str, Any]
+    ) -> str:
+        number = parameters["PartNumber"]
+        handle.seek((number - 1) * self._file.part_size)
+        chunk: Any = s3transfer.utils.ReadFileChunk(handle, size, self._file.size)
+        note = functools.partial(self._note_moved, number)
+        body: Any = LargeReads(chunk, size, on_read=note, bandwidth=self._uploader.bandwidth)
+
+        def send() -> str:
+            body.seek(0)
+            answer = self._client.upload_part(Body=body, **parameters)
+            self._proof.note_part(answer)
+            proven_etag(answer, digests.md5)
+            return answer["ETag"]
+
+        return self._retries.run(send)
+
+    def _note_moved(self, number: int, size: int) -> None:
+        self._moved[number] = size
+        moved = sum(list(self._moved.values()))
+        self._uploader.note_moved(self._index, moved, self._sent_earlier)
+
+    def complete_multipart_upload(self, **parameters: Any) -> dict[str, Any]:
+        """Make the parts one object, unless the file changed meanwhile, and prove it."""
+        self._file.check_unchanged()
+        parts: list[dict[str, Any]] = []
+        for number, digests in sorted(self._file.digests.items()):
+            parts.append({"PartNumber": number, "ETag": self._etags[number]})
+            if self._file.has_crc32:
+                parts[-1]["ChecksumCRC32"] = base64_of(digests.crc32)
+        parameters["MultipartUpload"] = {"Parts": parts}
+        complete: Any = functools.partial(self._client.complete_multipart_upload, **parameters)
+        try:
+            answer = self._retries.run(complete)
+        except UploadError as error:
+            # Perhaps a first request did complete it, and only its answer was lost.
+            etag = self._proof.etag_in_place() if error.code == "NoSuchUpload" else None
+            if not etag:
+                raise
+            self.etag = etag
+        else:
+            self.etag = self._proof.etag(answer)
+        return {}
+
+    def abort_multipart_upload(self, **_: object) -> dict[str, Any]:
+        """Do nothing: S3Transfer aborts after any failure, but the parts are of use."""
+        return {}
+
+
+class MultipartUpload:
+    """One file sent in parts, from those that S3 has of it on.
+
+    `result.upload_id` is the upload that a later run can go on with, if any.
+    """
+
+    def __init__(self, uploader: Uploader, task: Task, source: SourceFile, result: Result) -> None:
+        self._uploader, self._retries = uploader, uploader.retries
+        self._task, self._source, self._result = task, source, result
+        # Other servers may not know CRC32; Content-MD5 proves the parts everywhere.
+        self._wants_crc32 = is_aws(uploader.client)
 
     def send(self) -> str:
-        """Send the file and return the object's proven ETag.
-
-        On an error, `task.upload_id` is the upload that a later run can go on with, if any.
-        """
-        if self._before.st_size > PARTS_MAX * PART_MAX_BYTES:
+        """Send the file and return the object's proven ETag; raises what `upload` knows."""
+        if self._source.size > PARTS_MAX * PART_MAX_BYTES:
             raise UploadError("it is larger than the 48.8 TiB that S3 takes; split it")
         for tries in itertools.count(1):
             try:
                 return self._attempt()
             except FileChanged:
-                self._uploader.abort(self._task)
+                self._uploader.abort(self._task, self._result)
                 raise
             except DigestMismatch as error:
+                if not isinstance(error, NotThere):
+                    self._forget_upload()
                 if tries == DAMAGED_TRIES:
-                    raise trouble_of(error) from error
+                    raise error_of(error) from error
             except UploadError as error:
                 # Somebody else aborted it: there is nothing left to go on with.
                 if error.code != "NoSuchUpload" or tries == DAMAGED_TRIES:
@@ -1750,761 +2302,643 @@ class MultipartUpload:
         raise AssertionError("unreachable")
 
     def _attempt(self) -> str:
-        self._find_parts()
+        wanted = self._result.part_size or self._uploader.options.multipart_chunksize
+        part_size = part_size_for(self._source.size, wanted)
+        file = FileInParts(self._task, self._source, part_size, self._retries)
+        file.has_crc32 = self._wants_crc32
+        proof = MultipartProof(self._uploader, self._task.key, file)
+        on_s3: Mapping[int, PartTypeDef] = {}
+        if self._result.upload_id:
+            found, etag = None, None
+            try:
+                found = self._find_parts(file)
+            except UploadError as error:
+                if error.code != "NoSuchUpload":
+                    raise
+                etag = proof.etag_in_place()  # perhaps only the answer was lost
+            if found is None:
+                self._forget_upload()
+                return etag or self._attempt()
+            on_s3 = found
+        client = PartsClient(
+            self._uploader, self._task, file, result=self._result, proof=proof, on_s3=on_s3
+        )
         try:
-            if not self._etag:
-                self._transfer()
+            self._transfer(client, file)
         except UploadError:
             # A part that changes between hashing and sending is refused as damaged.
-            self._check_unchanged()
+            file.check_unchanged()
             raise
-        return self._etag
+        self._forget_upload()
+        return client.etag
 
-    def _check_unchanged(self) -> None:
-        check_unchanged(os.stat(self._task.filepath), self._before, self._has_same_parts)
-
-    def _transfer(self) -> None:
-        task, options = self._task, self._uploader.options
-        self._parts.clear()
-        config = boto3.s3.transfer.TransferConfig(
+    def _transfer(self, client: Any, file: FileInParts) -> None:
+        config: Any = boto3.s3.transfer.TransferConfig(
             multipart_threshold=1,
-            multipart_chunksize=self._part_size(),
-            max_concurrency=min(PART_THREADS, options.max_concurrency),
+            multipart_chunksize=file.part_size,
+            max_concurrency=self._uploader.part_threads,
             # boto3's own "auto" may pick the CRT, which ignores --endpoint-url.
             preferred_transfer_client="classic",
         )
         files = s3transfer.utils.OSUtils()
         # A file that grows is sent as long as it was at the start.
-        files.get_file_size = lambda filename: self._before.st_size  # type: ignore[method-assign]
-        extra_args = self._uploader.object_parameters(task, self._before)
-        if self._sends_crc32:
+        files.get_file_size = lambda filename: file.size  # type: ignore[method-assign]
+        extra_args = self._uploader.object_parameters(file.path, self._source.before)
+        if file.has_crc32:
             extra_args["ChecksumAlgorithm"] = "CRC32"
-        with boto3.s3.transfer.S3Transfer(self, config, files) as transfer:  # type: ignore[arg-type]
-            transfer.upload_file(task.filepath, options.bucketname, task.key, None, extra_args)
-
-    def _part_size(self) -> int:
-        wanted = self._task.part_size or self._uploader.options.multipart_chunksize
-        return part_size_for(self._before.st_size, wanted)
+        bucket, key = self._uploader.bucket.name, self._task.key
+        with boto3.s3.transfer.S3Transfer(client, config, files) as transfer:
+            transfer.upload_file(file.path, bucket, key, None, extra_args)
 
     def _forget_upload(self) -> None:
-        self._task.upload_id = self._task.part_size = None
+        self._result.upload_id = self._result.part_size = None
 
-    # The requests of S3Transfer:
-    # https://docs.aws.amazon.com/AmazonS3/latest/userguide/mpuoverview.html
+    def _find_parts(self, file: FileInParts) -> Mapping[int, PartTypeDef] | None:
+        """Return what S3 has of the recorded upload; one that is of no use is aborted (None).
 
-    def create_multipart_upload(self, **parameters: Any) -> dict[str, Any]:
-        """Start the multipart upload, or answer with the one to go on with.
-
-        Returns only when the state holds its id: no kill leaves parts that nobody knows of.
+        Raises UploadError when that cannot be found out now, or the upload is gone.
         """
-        task = self._task
-        if not task.upload_id:
-
-            def create() -> str:
-                answer = self._client.create_multipart_upload(**parameters)
-                if not answer.get("UploadId"):
-                    raise DigestMismatch("the answer has no UploadId")
-                return answer["UploadId"]
-
-            upload_id, task.part_size = self._retries.run(create), self._part_size()
-            task.upload_id = upload_id
-            self._uploader.announce(task)
-        return {"UploadId": task.upload_id}
-
-    def upload_part(self, *, PartNumber: int, Body: Any, **parameters: Any) -> dict[str, Any]:
-        """Send one part and prove it, unless S3 has the same bytes under its number."""
-        self._retries.check_stopped()
-        handle, _ = open_regular(self._task.filepath)
-        with handle:
-            handle.seek((PartNumber - 1) * self._part_size())
-            # Not Body itself, which breaks off in the middle once another part has failed.
-            body = s3transfer.utils.ReadFileChunk(handle, len(Body), self._before.st_size)
-            part = self._send_part(PartNumber, body, parameters)
-        self._parts[PartNumber] = part
-        return {"ETag": part.etag}
-
-    def _send_part(self, number: int, body: Any, parameters: dict[str, Any]) -> Part:
-        part = read_part(body, len(body), with_crc32=self._sends_crc32)
-        listed = self._on_s3.get(number)
-        if listed and listed.get("Size") == len(body) and part.is_same_as(listed):
-            part.etag = listed["ETag"]
-            self._found_bytes += len(body)
-            self._note_moved(number, len(body))
-            return part
-        parameters |= {"PartNumber": number, "ContentMD5": base64_of(part.md5)}
-        parameters.pop("ChecksumAlgorithm", None)
-        if self._sends_crc32:
-            parameters["ChecksumCRC32"] = base64_of(part.crc32)
-        parameters["Body"] = LargeReads(
-            body, len(body), on_read=functools.partial(self._note_moved, number),
-            bandwidth=self._uploader.bandwidth,
-        )  # fmt: skip
-
-        def send() -> str:
-            body.seek(0)
-            answer = self._client.upload_part(**parameters)
-            self._etags_are_md5 &= is_md5_etag(answer)
-            proven_etag(answer, part.md5)
-            return str(answer.get("ETag"))
-
-        part.etag = self._retries.run(send)
-        return part
-
-    def _note_moved(self, number: int, size: int) -> None:
-        self._moved[number] = size
-        self._uploader.note_moved(self._task.index, self._moved, self._found_bytes)
-
-    def complete_multipart_upload(self, **parameters: Any) -> dict[str, Any]:
-        """Make the parts one object, unless the file changed meanwhile, and prove it."""
-        self._check_unchanged()
-        parts: list[dict[str, Any]] = []
-        for number, part in sorted(self._parts.items()):
-            parts.append({"PartNumber": number, "ETag": part.etag})
-            if self._sends_crc32:
-                parts[-1]["ChecksumCRC32"] = base64_of(part.crc32)
-        parameters["MultipartUpload"] = {"Parts": parts}
+        list_parts = functools.partial(self._list_parts, file)
+        on_s3 = None
         try:
-            answer = self._retries.run(lambda: self._client.complete_multipart_upload(**parameters))
+            on_s3 = self._retries.run(list_parts, may_stop_run=False)
         except UploadError as error:
-            # Perhaps a first request did complete it, and only its answer was lost.
-            if error.code != "NoSuchUpload" or not self._is_in_place():
+            may_pass = error.trouble in PASSING or error.trouble is Trouble.OF_ALL
+            if may_pass or error.code == "NoSuchUpload":
                 raise
-        else:
-            self._prove(answer)
-        self._forget_upload()
-        return {}
+        if on_s3 is None:
+            self._uploader.abort(self._task, self._result)
+        return on_s3
 
-    def abort_multipart_upload(self, **_: Any) -> dict[str, Any]:
-        """Do nothing: S3Transfer aborts after any failure, but the parts are of use."""
-        return {}
-
-    def _has_same_parts(self) -> bool:
-        again = self._read_parts()
-        return all(part.md5 == again[number].md5 for number, part in self._parts.items())
-
-    def _read_parts(self) -> dict[int, Part]:
-        """Return the digests of all parts, read from the file anew."""
-        size, part_size, parts = self._before.st_size, self._part_size(), {}
-        handle, _ = open_regular(self._task.filepath)
-        with handle:
-            for number, start in enumerate(range(0, size, part_size), start=1):
-                self._retries.check_stopped()
-                length = min(part_size, size - start)
-                parts[number] = read_part(handle, length, with_crc32=self._sends_crc32)
-        return parts
-
-    def _find_parts(self) -> None:
-        """Look up what S3 has of the recorded upload: parts, all of it (`_etag`), or nothing."""
-        self._on_s3 = {}
-        if not self._task.upload_id:
-            return
-        found = None
-        try:
-            found = self._retries.run(self._list_parts, may_stop_run=False)
-        except UploadError as error:
-            if error.kind in ("passing", "stops"):
-                raise
-            if error.code == "NoSuchUpload":
-                self._parts.clear()
-                self._is_in_place()
-                self._forget_upload()
-                return
-        if found is None:
-            self._uploader.abort(self._task)
-            self._forget_upload()
-        else:
-            self._on_s3 = found
-
-    def _list_parts(self) -> dict[int, Any] | None:
+    def _list_parts(self, file: FileInParts) -> dict[int, PartTypeDef] | None:
         """Return the parts by number, or None when the upload is not as this run wants it."""
-        parts: dict[int, Any] = {}
-        wanted_class = self._uploader.options.storage_class
-        parameters = self._uploader.location(self._task) | {"UploadId": self._task.upload_id}
-        for page in self._client.get_paginator("list_parts").paginate(**parameters):
+        on_s3: dict[int, PartTypeDef] = {}
+        key, wanted_class = self._task.key, self._uploader.options.storage_class
+        pages = self._uploader.client.get_paginator("list_parts").paginate(
+            Bucket=self._uploader.bucket.name, Key=key, UploadId=self._result.upload_id or ""
+        )
+        for page in pages:
             if wanted_class and page.get("StorageClass", wanted_class) != wanted_class:
                 return None
-            if page.get("Key", self._task.key) != self._task.key:
+            if page.get("Key", key) != key:
                 return None
-            self._sends_crc32 = page.get("ChecksumAlgorithm") == "CRC32"
-            parts |= {part["PartNumber"]: part for part in page.get("Parts", ())}
-        return parts
+            file.has_crc32 = page.get("ChecksumAlgorithm") == "CRC32"
+            on_s3 |= {part["PartNumber"]: part for part in page.get("Parts", ())}
+        return on_s3
 
-    # The proof:
-    # https://docs.aws.amazon.com/AmazonS3/latest/userguide/checking-object-integrity.html
 
-    def _prove(self, answer: Any) -> None:
-        """Set `_etag`; raise DigestMismatch when the object does not hold the bytes.
+# --- lanes ------------------------------------------------------------------------
 
-        Where neither the answer nor HeadObject tells, the parts stand as proof: S3 has
-        accepted each with its Content-MD5.
-        """
-        proven = self._compare(answer)
-        if proven is None and (head := self._head()) is not None:
-            answer = head
-            proven = head.get("ContentLength") == self._before.st_size and self._compare(head)
-        self._etag = etag_of(answer)
-        if proven is False:
-            if answer:  # not so when there is no object: the server has not completed it
-                self._forget_upload()
-            wrong, self._etag = self._etag, ""
-            if self._has_crc32(answer):
-                crc32 = answer["ChecksumCRC32"]
-                raise DigestMismatch(f"its CRC32 is {crc32} and should be {self._expected_crc32()}")
-            raise DigestMismatch(
-                f"its ETag is {wrong or 'missing'} and should be {self._expected_etag()}"
-            )
 
-    def _is_in_place(self) -> bool:
-        """Tell whether the object is there and provably holds the bytes; then set `_etag`."""
-        head = self._head() or {}
-        if head.get("ContentLength") != self._before.st_size:
-            return False
-        self._parts = self._parts or self._read_parts()
-        if self._compare(head):
-            self._etag = etag_of(head)
-        return bool(self._etag)
+class LaneFile(NamedTuple):
+    """One small file for a lane."""
 
-    def _compare(self, answer: Any) -> bool | None:
-        """Tell whether the object in `answer` holds the bytes; None when it does not say."""
-        etag = etag_of(answer)
-        if etag == self._expected_etag():
-            return True
-        if self._has_crc32(answer):
-            return bool(answer["ChecksumCRC32"] == self._expected_crc32())
-        if not self._etags_are_md5 or not is_md5_etag(answer):
-            return None
-        if re.fullmatch(r"[0-9a-f]{32}", etag):
-            handle, _ = open_regular(self._task.filepath)
-            with handle:
-                return read_part(handle, self._before.st_size).md5.hex() == etag
-        # Another number of parts: the server has put them together in its own way.
-        return False if re.fullmatch(rf"[0-9a-f]{{32}}-{len(self._parts)}", etag) else None
+    number: int  # of the entry
+    path: str
+    key: str
 
-    def _expected_etag(self) -> str:
-        md5s = b"".join(part.md5 for _, part in sorted(self._parts.items()))
-        return f"{new_md5(md5s).hexdigest()}-{len(self._parts)}"
 
-    def _has_crc32(self, answer: Any) -> bool:
-        """Tell whether the answer has a CRC32 that is made of those of the parts."""
-        crc32 = answer.get("ChecksumCRC32") or ""
-        return self._sends_crc32 and crc32.endswith(f"-{len(self._parts)}")
+class LaneResult(NamedTuple):
+    """What a lane says of a file: that S3 has it, proven, or (without an ETag) nothing."""
 
-    def _expected_crc32(self) -> str:
-        crc32s = b"".join(part.crc32 for _, part in sorted(self._parts.items()))
-        return f"{base64_of(zlib.crc32(crc32s).to_bytes(4, 'big'))}-{len(self._parts)}"
+    number: int  # of the entry
+    size: int = 0
+    mtime_ns: int = 0
+    etag: str | None = None
 
-    def _head(self) -> Any:
-        """Return HeadObject's answer, empty for no object, or None where it is refused."""
-        location = self._uploader.location(self._task)
-        if self._sends_crc32:
-            location["ChecksumMode"] = "ENABLED"  # without it S3 tells no checksum
+
+class PutTemplate(NamedTuple):
+    """What the requests of all lanes have in common, as botocore has serialised it."""
+
+    region: str
+    is_https: bool
+    host: str
+    path: str  # the key follows
+    headers: list[tuple[str, str]]
+    ca_path: str
+
+    @classmethod
+    def of(cls, bucket: Bucket, options: Options) -> PutTemplate:
+        """Return that of a bucket: the request that boto3 would send for a put."""
+        requests = []
+
+        def take(request: Any, **_: object) -> Any:
+            requests.append(request)
+            return botocore.awsrequest.AWSResponse(request.url, 200, request.headers, io.BytesIO())
+
+        events: Any = bucket.client.meta.events
+        parameters = options.object_parameters()
+        events.register_first("before-send.s3.PutObject", take)
         try:
-            return self._retries.run(
-                lambda: self._client.head_object(**location), may_stop_run=False
-            )
-        except UploadError as error:
-            if error.kind == "passing":
-                raise
-            return {} if error.code in ("404", "NoSuchKey", "NotFound") else None
+            with contextlib.suppress(AttributeError):  # the answer has no body to parse
+                put: Any = bucket.client.put_object
+                put(Bucket=bucket.name, Key="KEY", Body=b"", **parameters)
+        finally:
+            events.unregister("before-send.s3.PutObject", take)
+        (request,) = requests
+        url = urllib.parse.urlsplit(request.url)
+        headers = [("Host", url.netloc)]
+        for name, value in request.headers.items():
+            if name.lower() not in OF_ONE_PUT:
+                text = value.decode("ascii") if isinstance(value, bytes) else value
+                headers.append((name, text))
+        return cls(
+            region=bucket.client.meta.region_name,
+            is_https=url.scheme == "https",
+            host=url.netloc,
+            path=url.path.removesuffix("KEY"),
+            headers=headers,
+            ca_path=bucket.session.ca_path(),
+        )
 
 
-# --- the bucket -------------------------------------------------------------------
+# Headers of a put that are other for each file, or made anew with its signature.
+OF_ONE_PUT = frozenset(
+    "authorization x-amz-date x-amz-content-sha256 x-amz-security-token expect content-length "
+    "content-type content-md5 x-amz-meta-mtime".split()
+)
+THREAD = threading.local()
 
 
-def open_bucket(options: Namespace, interruption: Interruption) -> S3Client:
-    """Return a client for the bucket, which is created where missing, or raise StopRun."""
-    client, exists = find_bucket(options, interruption)
-    options.is_new_bucket = not exists
-    if not exists:
-        create = functools.partial(create_bucket, client, options)
-        client = build_client(options, interruptible(create, interruption))
-    choose_transfer_client(client, options)
-    return client
+def keep_thread_state() -> None:
+    """Let a thread of the runtime keep its Python state from one callback to the next.
 
-
-def find_bucket(options: Namespace, interruption: Interruption) -> tuple[S3Client, bool]:
-    """Return a client for the bucket, and whether it exists; raise StopRun if that is unclear.
-
-    A 403 does not stop: a write-only credential may not look, and the first upload will tell.
-    https://docs.aws.amazon.com/AmazonS3/latest/API/API_HeadBucket.html
+    Python would make a new one for each callback, and map and unmap memory for it: a tenth
+    of all the time that a small file takes.
     """
-    probe = build_client(
-        options, None,
-        connect_timeout=FIRST_CONNECT_TIMEOUT_SECONDS, read_timeout=FIRST_READ_TIMEOUT_SECONDS,
-    )  # fmt: skip
-    try:
-        # A name server or a black hole may hang far longer than any timeout of ours.
-        look = functools.partial(look_at_bucket, probe, options)
-        status, region = interruptible(look, interruption, seconds=FIRST_REQUEST_SECONDS)
-    except NoAnswer as error:
-        where = probe.meta.endpoint_url
-        raise StopRun(f"no answer from {where}; check network and endpoint") from error
-    if status == 401 or (status == 400 and not region):
-        raise StopRun("the server refuses these credentials; check keys, session token and clock")
-    if status != 404 and region not in (None, probe.meta.region_name):
-        probe = build_client(options, region)
-    return probe, status != 404
+    if not hasattr(THREAD, "state"):
+        THREAD.state = ctypes.pythonapi.PyGILState_Ensure()
 
 
-def interruptible(
-    function: Callable[[], T], interruption: Interruption, *, seconds: float = math.inf
-) -> T:
-    """Return what `function` returns; it runs in a thread that a signal does not wait for.
+class RuntimeBody:
+    """A body as the runtime reads it."""
 
-    Raises Stopped after a signal, and NoAnswer when it takes longer than `seconds`.
-    """
-    answer = ThreadPoolExecutor(max_workers=1).submit(function)
-    deadline = time.monotonic() + seconds
-    while not wait([answer], timeout=0.05).done:
-        interruption.check()
-        if time.monotonic() > deadline:
-            raise NoAnswer
-    return answer.result()
+    def __init__(self, data: bytes) -> None:
+        body = io.BytesIO(data)
+        self.read, self.seek, self._readinto = body.read, body.seek, body.readinto
+
+    def readinto1(self, buffer: memoryview) -> int:
+        """Read into the buffer and return how many bytes; the runtime has a thread for this."""
+        keep_thread_state()
+        return self._readinto(buffer)
 
 
-def choose_transfer_client(client: S3Client, options: Namespace) -> None:
-    """Replace the option's "auto"; raise StopRun when "crt" is asked for and cannot be had."""
-    if options.preferred_transfer_client != "classic":
-        problem = crt_problem(client, options)
-        if problem and options.preferred_transfer_client == "crt":
-            raise StopRun(f"cannot use the AWS Common Runtime: {problem}")
-        options.preferred_transfer_client = "classic" if problem else "crt"
+class LanePut:
+    """One put that is under way."""
 
+    request: Any
 
-def look_at_bucket(client: S3Client, options: Namespace) -> tuple[int, str | None]:
-    """Return the HTTP status that HeadBucket gives, and the region it names."""
+    def __init__(self, number: int, source: SourceFile, md5: bytes) -> None:
+        self.number, self._source, self._md5 = number, source, md5
+        self._answer: dict[str, str] = {}
 
-    def head() -> tuple[int, str | None]:
-        answer: Any
+    def take_headers(self, headers: list[tuple[str, str]], **_: object) -> None:
+        """Take note of the answer's headers (a callback of the runtime)."""
+        keep_thread_state()
+        self._answer = {name.lower(): value for name, value in headers}
+
+    def result(self) -> LaneResult:
+        """Return what came of it, once it has ended."""
+        from awscrt.exceptions import AwsCrtError
+
+        encryption = "x-amz-server-side-encryption"
+        answer = {
+            "ETag": self._answer.get("etag"),
+            "ServerSideEncryption": self._answer.get(encryption),
+            "SSECustomerAlgorithm": self._answer.get(f"{encryption}-customer-algorithm"),
+        }
+        status = self._source.before
         try:
-            answer = client.head_bucket(Bucket=options.bucketname)
-        except botocore.exceptions.ClientError as error:
-            if trouble_of(error).kind == "passing":
-                raise
-            answer = error.response
-        metadata = answer["ResponseMetadata"]
-        return metadata["HTTPStatusCode"], metadata["HTTPHeaders"].get("x-amz-bucket-region")
-
-    return Retries(patience_seconds=FIRST_PATIENCE_SECONDS).run(head)
+            with self._source:
+                self.request.finished_future.result()
+                etag = proven_etag(answer, self._md5)
+                self._source.check_unchanged(self._md5)
+        except (AwsCrtError, DigestMismatch, UploadError, OSError):
+            return LaneResult(self.number)
+        return LaneResult(self.number, status.st_size, status.st_mtime_ns, etag)
 
 
-def is_there_soon(client: S3Client, options: Namespace) -> bool:
-    """Tell whether the bucket is ours; another run may be creating it this very moment."""
-    for _ in range(6):
-        status, _region = look_at_bucket(client, options)
-        if status != 404:
-            break
-        time.sleep(0.5)
-    return status == 200
+class LaneSender:
+    """What works inside a lane: one thread that begins puts, and one that proves them."""
 
+    SLOW_READ_SECONDS, READERS = 0.002, 16
+    BATCH_SECONDS = 0.003  # each message wakes the main process
 
-def create_bucket(client: S3Client, options: Namespace) -> str:
-    """Create the bucket, wait until it exists, and return its region, or raise StopRun."""
-    name, region = options.bucketname, options.region or DEFAULT_REGION
-    if not re.fullmatch(r"(?![\d.]+$)(?!.*\.\.)[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", name):
-        raise StopRun(f"there is no bucket {name}, and none can be created: the name of a bucket "
-                      f"has {BUCKET_NAME_RULES}")  # fmt: skip
-    location: Any = {"CreateBucketConfiguration": {"LocationConstraint": region}}
-    location = {} if region == "us-east-1" else location
-    attempts: list[tuple[S3Client, Any]] = [(build_client(options, region), location)]
-    if not (options.region or is_aws(client)):
-        attempts.append((client, {}))  # other servers have regions of their own, or none
-    for creator, location in attempts:
+    def __init__(self, template: PutTemplate, pipe: Connection) -> None:
+        from awscrt import io as runtime_io
+        from awscrt import s3 as runtime_s3
+
+        self._template, self._pipe = template, pipe
+        self._signing: Any = None
+        loops = runtime_io.EventLoopGroup(1)
+        resolver = runtime_io.DefaultHostResolver(loops)
+        modes, tls = runtime_s3.S3RequestTlsMode, runtime_io.TlsContextOptions()
+        is_folder = os.path.isdir(template.ca_path)
+        tls.override_default_trust_store_from_path(
+            ca_dirpath=template.ca_path if is_folder else None,
+            ca_filepath=None if is_folder else template.ca_path,
+        )
+        context = runtime_io.ClientTlsContext(tls)
+        self._client = runtime_s3.S3Client(
+            bootstrap=runtime_io.ClientBootstrap(loops, resolver),
+            region=template.region,
+            tls_mode=modes.ENABLED if template.is_https else modes.DISABLED,
+            tls_connection_options=context.new_connection_options(),
+            # Decides the number of connections: 250 of them, about as many as requests in flight.
+            throughput_target_gbps=100,
+            connect_timeout_ms=Session.CONNECT_TIMEOUT_SECONDS * 1000,
+            # One try: Retries is the one retry loop. 0 would mean the default, which is 5.
+            retry_config=runtime_s3.S3RetryConfig(max_retries=1),
+        )
+        self._files: queue.SimpleQueue[LaneFile] = queue.SimpleQueue()
+        self._results: queue.SimpleQueue[Callable[[], LaneResult]] = queue.SimpleQueue()
+        self._read_seconds, self._has_readers = 0.0, False
+        threading.Thread(target=self._report, daemon=True).start()
+
+    def sign_with(self, credentials: Frozen) -> None:
+        """Sign requests with these credentials from now on."""
+        from awscrt import auth, s3
+
+        # Static: the runtime would otherwise ask Python for them with each request.
+        provider = auth.AwsCredentialsProvider.new_static(*credentials)
+        self._signing = s3.create_default_s3_signing_config(
+            region=self._template.region, credential_provider=provider
+        )
+
+    def take(self, files: list[LaneFile]) -> None:
+        """Begin the puts of some files, in other threads where reading is slow (NFS)."""
+        for file in files:
+            if self._read_seconds < self.SLOW_READ_SECONDS:
+                self._begin(file)
+                continue
+            if not self._has_readers:
+                self._has_readers = True
+                for _ in range(self.READERS):
+                    threading.Thread(target=self._read_on, daemon=True).start()
+            self._files.put(file)
+
+    def _read_on(self) -> None:
+        while True:
+            self._begin(self._files.get())
+
+    def _begin(self, file: LaneFile) -> None:
+        from awscrt import http, s3
+
+        source, started = None, time.monotonic()
         try:
-            create = functools.partial(creator.create_bucket, Bucket=name, **location)
-            Retries().run(create, may_stop_run=False)
-            break
-        except UploadError as error:
-            # A second request, or another run's, finds the bucket there already.
-            if error.code in ("BucketAlreadyOwnedByYou", "BucketAlreadyExists"):
-                if is_there_soon(creator, options):
-                    break
-                why = f"the bucket name {name} is taken by another account"
-                raise StopRun(f"{why}; choose another with --bucketname") from error
-            if error.code not in LOCATION_CODES or creator is attempts[-1][0]:
-                raise StopRun(f"cannot create the bucket {name}: {error}") from error
-    try:
-        creator.get_waiter("bucket_exists").wait(Bucket=name, WaiterConfig={"Delay": 1})
-    except botocore.exceptions.WaiterError as error:
-        raise StopRun(f"the new bucket {name} does not appear; try again") from error
-    return creator.meta.region_name
-
-
-def list_objects(
-    client: S3Client, options: Namespace, keys: list[str], *,
-    report: Report, interruption: Interruption,
-) -> Iterator[Any]:  # fmt: skip
-    """Yield what the bucket says of its objects that may have one of the keys: 1,000 a request.
-
-    Raises UploadError when they cannot be listed.
-    https://docs.aws.amazon.com/AmazonS3/latest/API/API_ListObjectsV2.html
-    """
-    prefix = os.path.commonprefix(keys)  # noqa: RUF071 (of strings, which keys are, not of paths)
-    parameters = {"Bucket": options.bucketname, "Prefix": prefix}
-    request = functools.partial(client.list_objects_v2, **parameters)
-    retries, count, token = Retries(), 0, None
-    while True:
-        get_page = functools.partial(retries.run, request, may_stop_run=False)
-        page: Any = interruptible(get_page, interruption)
-        yield from page.get("Contents", ())
-        count += page.get("KeyCount", 0)
-        report.progress.draw([(0, f"{count:,} objects listed")])
-        if not page.get("IsTruncated"):
+            source = SourceFile(file.path)
+            data = source.read_all()
+        except (OSError, UploadError):  # the reliable way meets it too, and says so
+            if source:
+                source.close()
+            self._results.put(functools.partial(LaneResult, file.number))
             return
-        if page.get("NextContinuationToken") in (None, token):
-            raise UploadError("the server breaks the listing off")
-        token = page["NextContinuationToken"]
-        request = functools.partial(client.list_objects_v2, **parameters, ContinuationToken=token)
+        self._read_seconds += (time.monotonic() - started - self._read_seconds) / 32
+        md5 = new_md5(data).digest()
+        headers = [
+            *self._template.headers,
+            ("Content-MD5", base64_of(md5)),
+            ("Content-Length", str(len(data))),
+            ("x-amz-meta-mtime", mtime_text(source.before)),
+        ]
+        if content_type := content_type_of(file.path):
+            headers.append(("Content-Type", content_type))
+        path = self._template.path + urllib.parse.quote(file.key, safe="/-_.~")
+        request = http.HttpRequest("PUT", path, http.HttpHeaders(headers), RuntimeBody(data))
+        put = LanePut(file.number, source, md5)
+        put.request = self._client.make_request(
+            type=s3.S3RequestType.DEFAULT,
+            operation_name="PutObject",
+            signing_config=self._signing,
+            request=request,
+            on_headers=put.take_headers,
+        )
+        put.request.finished_future.add_done_callback(lambda _: self._results.put(put.result))
 
-
-def find_unchanged(
-    entries: list[Entry], previous: list[Entry] | None, client: S3Client, options: Namespace, *,
-    report: Report, interruption: Interruption,
-) -> None:  # fmt: skip
-    """Take as uploaded what has the size and time of the state, and size and ETag in the bucket."""
-    pending = {entry.filepath: entry for entry in entries if is_pending(entry)}
-    candidates: dict[str, tuple[Entry, str | None]] = {}
-    for old in previous or ():
-        entry = pending.get(old.filepath)
-        if entry and old.uploaded and old.etag and is_same_file(old, entry):
-            candidates[entry.filename] = entry, old.etag
-    if not candidates:
-        return
-    try:
-        keys = list(candidates)
-        for found in list_objects(client, options, keys, report=report, interruption=interruption):
-            same, etag = candidates.get(found["Key"], (None, None))
-            if same and (found["Size"], etag_of(found)) == (same.size, etag):
-                same.uploaded, same.etag = True, etag
-                report.unchanged_files += 1
-    except UploadError as error:
-        report.error(f"cannot list the bucket, so what it has is sent again: {error}")
-
-
-def is_same_file(old: Entry, entry: Entry) -> bool:
-    """Tell whether a file has the key, size and time that a state recorded."""
-    then = old.filename, old.size, old.mtime_ns
-    return then == (entry.filename, entry.size, entry.mtime_ns)
-
-
-def find_wrong(
-    entries: list[Entry], client: S3Client, options: Namespace, *,
-    report: Report, interruption: Interruption,
-) -> list[Entry]:  # fmt: skip
-    """Mark the uploaded entries that the bucket lacks, or holds otherwise; return them."""
-    unseen = {entry.filename: entry for entry in entries if entry.uploaded}
-    wrong: list[Entry] = []
-    if not unseen:
-        return wrong
-    try:
-        keys = list(unseen)
-        for found in list_objects(client, options, keys, report=report, interruption=interruption):
-            if entry := unseen.pop(found["Key"], None):
-                compare = functools.partial(difference, entry, found, client, options)
-                try:
-                    # Only a comparison with the local file takes long.
-                    entry.error = compare() if entry.etag else interruptible(compare, interruption)
-                except (OSError, UploadError) as error:
-                    report.unproven(entry, error)
-                if entry.error:
-                    wrong.append(entry)
-    except UploadError as error:
-        raise StopRun(f"cannot list the bucket {options.bucketname}: {error}") from error
-    for entry in unseen.values():
-        entry.error = "it is not in the bucket"
-        wrong.append(entry)
-    for entry in wrong:
-        entry.uploaded, entry.etag = False, None
-    return wrong
-
-
-def difference(entry: Entry, found: Any, client: S3Client, options: Namespace) -> str | None:
-    """Return what is wrong with the object that a listing found, or None.
-
-    Without an ETag in the state, it is compared with the local file: raises OSError or
-    UploadError when that cannot be done.
-    """
-    size, etag = found["Size"], etag_of(found)
-    if entry.size not in (None, size):
-        return f"it has {size:,} bytes there and not {entry.size:,}"
-    if entry.etag:
-        is_same = etag in ("", entry.etag)  # some listings have no ETags
-        return None if is_same else f"its ETag there is {shown(etag)} and not {shown(entry.etag)}"
-    handle, status = open_regular(entry.filepath)
-    with handle:
-        if status.st_size != size:
-            return f"it has {size:,} bytes there and {status.st_size:,} here"
-        # Of a multipart ETag the part size is not known, and the size has to do.
-        if re.fullmatch(r"[0-9a-f]{32}", etag) and read_part(handle, size).md5.hex() != etag:
-            head = functools.partial(client.head_object, Bucket=options.bucketname)
-            answer = Retries().run(lambda: head(Key=entry.filename), may_stop_run=False)
-            if is_md5_etag(answer):
-                return "it has other bytes there than here"
-    return None
-
-
-# --- transfer: the main thread's side ---------------------------------------------
-
-
-def raise_file_limit() -> None:
-    """Let this process open as many files as it will have under way: macOS gives 256."""
-    if sys.platform != "win32":
-        import resource
-
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        wanted = FILES_OPEN_MAX if hard == resource.RLIM_INFINITY else min(FILES_OPEN_MAX, hard)
-        if soft < wanted:
-            with contextlib.suppress(OSError, ValueError):
-                resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
-class Worker:
-    """The threads that upload: some for small files and a few for large ones.
-
-    Neither kind waits for the other, and large files do not multiply threads. `tell(event)`
-    hands events, each finished task among them, to the main thread.
-    """
-
-    def __init__(
-        self, client: S3Client, options: Namespace, tell: Callable[[Event], None], free_at: Any
-    ) -> None:
-        raise_file_limit()
-        self.uploader = Uploader(client, options, tell, free_at)
-        self.saved = self.uploader.saved
-        self.stop = self.uploader.retries.stop.set
-        self._tell = tell
-        self._ready: dict[bool, queue.SimpleQueue[tuple[Task, UploadError | None]]] = {}
-        self._begun: queue.SimpleQueue[tuple[Sent, Future[None]] | Task] = queue.SimpleQueue()
-        small_threads = options.max_concurrency
-        if self.uploader.crt:
-            small_threads = min(small_threads, REQUESTS_PER_PROCESS["classic"])
-        for large, threads in ((False, small_threads), (True, LARGE_FILES_AT_ONCE)):
-            self._ready[large] = queue.SimpleQueue()
-            for _ in range(threads):
-                # Daemons: a thread that is stuck in a socket must not hold up the exit.
-                threading.Thread(target=self._work, args=(large,), daemon=True).start()
-        if self.uploader.crt:
-            threading.Thread(target=self._pump, daemon=True).start()
-
-    def submit(self, tasks: list[Task]) -> None:
-        """Take tasks for the threads."""
-        for task in tasks:
-            if self.uploader.crt and not task.large:
-                self._begun.put(task)
-            else:
-                self._ready[task.large].put((task, None))
-
-    def _pump(self) -> None:
-        """Have many small files under way from one thread, which many threads would slow down.
-
-        It makes the first try of each; what does not succeed at once goes to the threads.
-        """
-        task = None
-        try:
+    def _report(self) -> None:
+        """Send results through the pipe, as many at a time as there are."""
+        with contextlib.suppress(OSError):
             while True:
-                item = self._begun.get()
-                if isinstance(item, tuple):
-                    task = item[0].task
-                    self._take_answer(*item)
-                elif begun := self.uploader.begin(task := item):
-                    sent, future = begun
-                    future.add_done_callback(functools.partial(self._note_done, sent))
-                else:
-                    self._ready[False].put((item, None))
-        finally:
-            self._tell_bug(task)
+                batch = [self._results.get()()]
+                time.sleep(self.BATCH_SECONDS)
+                while not self._results.empty():
+                    batch.append(self._results.get()())
+                self._pipe.send(batch)
 
-    def _take_answer(self, sent: Sent, future: Future[None]) -> None:
-        ended = self.uploader.end(sent, future)
-        if isinstance(ended, Task):
-            self._tell(ended)
-        else:
-            self._ready[False].put((sent.task, ended))
 
-    def _note_done(self, sent: Sent, future: Future[None]) -> None:
-        self._begun.put((sent, future))
+def raise_file_limit() -> int:
+    """Let this process open as many files as it will have under way; return how many it may."""
+    wanted = 4096  # macOS gives 256
+    if sys.platform == "win32":
+        return wanted
+    import resource
 
-    def _work(self, large: bool) -> None:
-        task = None
-        try:
-            while True:
-                task, trouble = self._ready[large].get()
-                self._tell(self.uploader.upload(task, trouble))
-        finally:
-            self._tell_bug(task)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    possible = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft < possible:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (possible, hard))
+            return possible
+    return min(wanted, soft)
 
-    def _tell_bug(self, task: Task | None) -> None:
-        # Only a bug ends a thread, and its traceback follows: the run must not hang.
-        if task:
-            self._tell(replace(task, outcome="fatal", error="this is a bug; please report it"))
+
+def end_process(failed: threading.ExceptHookArgs) -> None:
+    """End a lane in which a thread has failed: the reliable way gets what it had."""
+    threading.__excepthook__(failed)
+    os._exit(1)
+
+
+def run_lane(pipe: Connection) -> None:
+    """Be a lane: take files from the pipe and send results back, until it closes."""
+    gc.disable()  # as in main()
+    # A signal to the whole process group is for the main process to answer.
+    for signum in Interruption.SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
+    threading.excepthook = end_process
+    raise_file_limit()
+    # Where the runtime cannot be had, or the run has ended, so does the lane.
+    with contextlib.suppress(ImportError, AttributeError, EOFError, OSError):
+        import awscrt.auth
+        import awscrt.http
+        import awscrt.s3  # noqa: F401
+
+        sender = LaneSender(pipe.recv(), pipe)
+        gc.freeze()
+        gc.enable()
+        pipe.send([])
+        while True:
+            credentials, files = pipe.recv()
+            if credentials:
+                sender.sign_with(credentials)
+            sender.take(files)
+    os._exit(0)
 
 
 SPAWN = multiprocessing.get_context("spawn")
 
 
-class WorkerProcess:
-    """A Worker in a process of its own, so that several do not share one interpreter lock.
+class Lane:
+    """A lane as the main process sees it; `indexes` are those of the entries that it has.
 
-    It imports boto3 while the main process plans, and then waits for work(). Spawned: a fork
-    would hold the state's lock beyond the death of the main process, which ends the pipe and
-    with it the worker.
+    Spawned: a fork would hold the state's lock beyond the death of the main process, which
+    ends the pipe and with it the lane.
     """
 
-    def __init__(self, number: int, options: Namespace, free_at: Any) -> None:
-        self._number = number
+    def __init__(self) -> None:
+        self.indexes: set[int] = set()
+        self.is_ready = False
+        self._batch: list[LaneFile] = []
+        self._outbox: queue.SimpleQueue[list[LaneFile]] = queue.SimpleQueue()
         self._pipe, theirs = SPAWN.Pipe()
-        process = SPAWN.Process(target=serve, args=(number, theirs, options, free_at), daemon=True)
+        self._process = SPAWN.Process(target=run_lane, args=(theirs,), daemon=True)
         if sys.platform == "win32":
-            process.start()
+            self._process.start()
         else:
             # Else the first start() starts it, which would unblock the signals again.
             multiprocessing.resource_tracker.ensure_running()
             before = signal.pthread_sigmask(signal.SIG_BLOCK, Interruption.SIGNALS)
             try:
-                process.start()
+                self._process.start()
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
-        # What a Worker takes, told apart by its type: tasks, the index of one, or nothing.
-        self.submit = self.saved = self.stop = self._send
 
-    def work(self, options: Namespace, region: str, tell: Callable[[Event], None]) -> None:
-        """Let it take tasks, now that the options and the bucket's region are known."""
-        self._tell = tell
-        self._send((options, region))
-        threading.Thread(target=self._listen, daemon=True).start()
+    def open(
+        self, template: PutTemplate, session: Session, *,
+        on_results: Callable[[Lane, list[LaneResult]], None], on_end: Callable[[Lane], None],
+    ) -> None:  # fmt: skip
+        """Let it take files; both functions are called from threads of its own."""
+        threading.Thread(target=self._feed, args=(template, session, on_end), daemon=True).start()
+        threading.Thread(target=self._listen, args=(on_results, on_end), daemon=True).start()
 
-    def _send(self, message: tuple[Namespace, str] | list[Task] | int | None = None) -> None:
-        with contextlib.suppress(OSError):  # it has ended, and _listen says so
-            self._pipe.send(message)
+    def add(self, file: LaneFile) -> None:
+        """Have it send a file, with the next `flush`."""
+        self.indexes.add(file.number)
+        self._batch.append(file)
 
-    def _listen(self) -> None:
+    def flush(self) -> None:
+        """Hand over what was added."""
+        if self._batch:
+            self._outbox.put(self._batch)
+            self._batch = []
+
+    def kill(self) -> None:
+        """End it, whatever it does."""
+        with contextlib.suppress(OSError):
+            self._pipe.close()
+        self._process.terminate()
+
+    def _feed(
+        self, template: PutTemplate, session: Session, on_end: Callable[[Lane], None]
+    ) -> None:
+        # In a thread: to renew credentials can take long, and so can a pipe that is full.
+        known: Frozen | None = None
+        try:
+            with contextlib.suppress(*request_errors()):  # of the source of the credentials
+                self._pipe.send(template)
+                while True:
+                    files, credentials = self._outbox.get(), session.credentials()
+                    self._pipe.send((credentials if credentials != known else None, files))
+                    known = credentials
+        finally:
+            on_end(self)
+
+    def _listen(
+        self, on_results: Callable[[Lane, list[LaneResult]], None], on_end: Callable[[Lane], None]
+    ) -> None:
         try:
             with contextlib.suppress(EOFError, OSError):
                 while True:
-                    for event in self._pipe.recv():
-                        self._tell(event)
+                    results = self._pipe.recv()  # first of all none: it is ready
+                    self.is_ready = True
+                    on_results(self, results)
         finally:  # a bug too must not make the run wait for ever
-            self._tell(WorkerEnded(self._number))
+            on_end(self)
 
 
-def serve(number: int, pipe: Any, options: Namespace, free_at: Any) -> None:
-    """Be a worker process: take tasks from the pipe and send events back, until it closes."""
-    gc.disable()  # as in main()
-    # A signal to the whole process group is for the main process to answer.
-    for signum in Interruption.SIGNALS:
-        signal.signal(signum, signal.SIG_IGN)
-    events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-    threading.Thread(target=send_events, args=(events, pipe), daemon=True).start()
-    with contextlib.suppress(EOFError, OSError):
-        try:
-            import_boto3()
-            build_client(options, None)  # fills the caches of boto3, of which the next one profits
-            options, region = pipe.recv()
-            worker = Worker(build_client(options, region), options, events.put, free_at)
-        except StopRun as error:
-            pipe.send([WorkerEnded(number, str(error))])
-            return
-        gc.freeze()
-        gc.enable()
-        while True:
-            message = pipe.recv()
-            if message is None:
-                worker.stop()
-            elif isinstance(message, list):
-                worker.submit(message)
-            else:
-                worker.saved(message)
-    os._exit(0)
+class Lanes:
+    """All lanes of a run: none where they do not pay or cannot do what is asked."""
 
+    FILES_PER_LANE = 500
+    FILE_MAX_BYTES = 256 * KIB  # for larger bodies the runtime is no faster, and keeps a copy
+    LANES_MAX = 8
 
-def send_events(events: queue.SimpleQueue[Event], pipe: Any) -> None:
-    """Send events through the pipe, as many at a time as there are."""
-    with contextlib.suppress(OSError):
-        while True:
-            batch = [events.get()]
-            time.sleep(BATCH_SECONDS)  # each message wakes the main process
-            while not events.empty():
-                batch.append(events.get())
-            pipe.send(batch)
-
-
-def processes_for(small: Iterable[Entry], options: Namespace) -> int:
-    """Return in how many processes so many small files are best sent; reads no more than needed."""
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    else:
+    def __init__(self, bucket: Bucket, options: Options) -> None:
+        """Find out whether there can be lanes; raise StopRun if they are asked for and not."""
+        self._bucket, self._options, self._lanes = bucket, options, list[Lane]()
+        self._is_asked_for = options.preferred_transfer_client == "crt"
+        problem = self._problem()
+        if problem and self._is_asked_for:
+            raise StopRun(f"cannot use the AWS Common Runtime: {problem}")
         cores = os.cpu_count() or 1
-    most = min(cores, PROCESSES_MAX, options.max_concurrency or cores)
-    client = options.preferred_transfer_client
-    if client == "auto":
-        client = "crt" if importlib.util.find_spec("awscrt") else "classic"
-    per_process = FILES_PER_PROCESS[client]
-    count = sum(1 for _ in itertools.islice(small, most * per_process))
-    return max(1, min(most, count // per_process))
+        if hasattr(os, "sched_getaffinity"):
+            cores = len(os.sched_getaffinity(0))
+        self._most = min(cores, self.LANES_MAX, options.max_concurrency or cores)
+        if problem or options.preferred_transfer_client == "classic":
+            self._most = 0
+
+    def __len__(self) -> int:
+        return len(self._lanes)
+
+    def __iter__(self) -> Iterator[Lane]:
+        return iter(self._lanes)
+
+    def takes(self, entry: Entry) -> bool:
+        """Tell whether a file is for a lane, if there is one."""
+        size = entry.size or 0
+        is_small = size <= self.FILE_MAX_BYTES and not self._options.is_multipart(size)
+        return is_small and entry.is_pending and not entry.upload_id
+
+    def start_for(self, small_files: int) -> None:
+        """Start as many lanes as pay for so many small files, if they are not started yet."""
+        pay = small_files // self.FILES_PER_LANE
+        if small_files and self._is_asked_for:
+            pay = max(pay, 1)
+        while len(self._lanes) < min(pay, self._most):
+            try:
+                self._lanes.append(Lane())
+            except OSError:  # no more processes or pipes: the reliable way needs none
+                self._most = len(self._lanes)
+
+    def drop(self, lane: Lane) -> None:
+        """Take note that a lane has ended."""
+        self._lanes.remove(lane)
+
+    def _problem(self) -> str | None:
+        """Return why small files cannot go through the AWS Common Runtime, or None if they can."""
+        client = self._bucket.client
+        if not self._has_runtime():
+            return "awscrt is missing or too old; run: python3 -m pip install -U 'boto3[crt]'"
+        if self._bucket.name.startswith("arn:") or self._bucket.name.endswith("--x-s3"):
+            return "it does not know access points and directory buckets"
+        if botocore.utils.get_environ_proxies(client.meta.endpoint_url):
+            return "it does not know the proxy of the environment"
+        if client.meta.config.signature_version != "s3v4":  # type: ignore[attr-defined]
+            return "it does not know the signature version of the configuration"
+        if not os.path.isfile(globals().get("__file__", "")):
+            return "its processes need the script as a file"
+        return None
+
+    def _has_runtime(self) -> bool:
+        # To import it takes long; a lane that then cannot do so ends, and nothing is lost.
+        if not self._is_asked_for:
+            return importlib.util.find_spec("awscrt") is not None
+        try:
+            import awscrt.s3
+        except ImportError:
+            return False
+        return hasattr(awscrt.s3, "S3RetryConfig")
 
 
-def is_small(entry: Entry, options: Namespace) -> bool:
-    """Tell whether an entry is a file that is to be sent in one part."""
-    return is_pending(entry) and not is_multipart(entry.size or 0, options)
+# --- transfer ---------------------------------------------------------------------
 
 
-def start_processes(
-    options: Namespace, previous: list[Entry] | None, free_at: Any, *,
-    interruption: Interruption, state: StateFile,
-) -> list[WorkerProcess]:  # fmt: skip
-    """Start worker processes if there is work for them; they get ready while the run is planned."""
-    if options.skip_unchanged:  # how much there is to do is not known yet
-        return []
-    silent = Report(Namespace(quiet=True, verbose=False, shows_progress=False))
-    walk = Walk(options, silent, interruption, state)
-    found = (entry for entry in walk.entries(previous) if is_in_shard(entry, options))
-    small = (entry for entry in found if is_small(entry, options))
-    processes = processes_for(small, options)
-    if processes == 1:
-        return []
-    return [WorkerProcess(number, options, free_at) for number in range(processes)]
+class Way(enum.Enum):
+    """How a file is sent; those that come first are handed out first."""
+
+    LANE = "by a lane, which tries it once"
+    THREAD = "in one part, by a thread of this process"
+    PARTS = "in parts, by a thread of this process and those of S3Transfer"
+
+
+class Window:
+    """How many bytes may be under way: what the line, as far as it has shown, moves in a while.
+
+    On a slow uplink few requests then share it, and each moves often enough that neither the
+    runtime (after 30 seconds) nor S3 (after about 20) gives it up. Large files are streamed and
+    not in memory: a few may be under way, whatever their size, and hold up no small ones.
+    """
+
+    FIRST_BYTES, MAX_BYTES, SECONDS = MIB, 64 * MIB, 10
+    STREAMED_FILES = 8
+
+    def __init__(self) -> None:
+        self._bytes, self._under_way, self._streamed = self.FIRST_BYTES, 0, 0
+        self._since, self._moved = time.monotonic(), 0.0
+
+    def has_room_for(self, size: int) -> bool:
+        """Tell whether a file of that size may be under way too."""
+        if size > IN_MEMORY_BYTES:
+            return self._streamed < self.STREAMED_FILES
+        return self._under_way + size <= self._bytes
+
+    def begin(self, size: int) -> None:
+        """Take note that a file is under way."""
+        self._count(size, 1)
+
+    def end(self, size: int, *, moved: int) -> None:
+        """Take note that a file is no longer under way, and of what the line has moved of it."""
+        self._count(size, -1)
+        self._moved += moved
+        now = time.monotonic()
+        seconds = max(now - self._since, 0.001)
+        if seconds > self.SECONDS:  # what was long ago counts less and less
+            self._since, self._moved = now - seconds / 2, self._moved / 2
+        in_a_while = int(self._moved / seconds * self.SECONDS)
+        self._bytes = min(max(self.FIRST_BYTES, in_a_while), self.MAX_BYTES)
+
+    def _count(self, size: int, change: int) -> None:
+        if size > IN_MEMORY_BYTES:
+            self._streamed += change
+        else:
+            self._under_way += change * size
 
 
 class Transfer:
     """Sends the pending entries: hands out tasks, records results, saves the state.
 
-    All but the uploading runs in the main thread.
+    All but the sending runs in the main thread, and only this class changes entries.
     """
 
-    def __init__(
-        self, entries: list[Entry], client: S3Client, options: Namespace, *,
-        processes: list[WorkerProcess], free_at: Any,
-        state: StateFile, report: Report, interruption: Interruption,
-    ) -> None:  # fmt: skip
-        self._entries = entries
-        self._region = client.meta.region_name
-        self._options = options
-        self._state = state
-        self._report = report
-        self._interruption = interruption
-        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self._waiting = {large: self._tasks(large=large) for large in (False, True)}
-        self._next = {large: next(tasks, None) for large, tasks in self._waiting.items()}
+    QUEUED_PER_THREAD = 2  # so that none waits for the next
+    LARGE_FILES_AT_ONCE = 2
+    ALWAYS_UNDER_WAY = 4  # files, however large they are
+    CHANGED_PAUSE_SECONDS = 2
+    # So many files that the server fails to take, one after the other: it takes none.
+    FAILED_IN_A_ROW_MAX = 20
+
+    def __init__(self, run: Run, bucket: Bucket, entries: list[Entry], lanes: Lanes) -> None:
+        options = run.options
+        self._options, self._state, self._report = options, run.state, run.report
+        self._interruption, self._entries, self._lanes = run.interruption, entries, lanes
+        most = Concurrency.of(options, lanes=len(lanes), files_max=raise_file_limit())
+        self._concurrency, self._retries = most, Retries(slots=most.requests)
+        self._bandwidth = Bandwidth(options.max_bandwidth) if options.max_bandwidth else None
+        self._uploader = Uploader(
+            bucket, options, retries=self._retries, listener=self,
+            bandwidth=self._bandwidth, part_threads=most.part_threads,
+        )  # fmt: skip
+        self._pools = {
+            Way.THREAD: ThreadPoolExecutor(most.threads),
+            Way.PARTS: ThreadPoolExecutor(self.LARGE_FILES_AT_ONCE),
+        }
+        # What threads and lanes have to say: calls for the main thread.
+        self._news: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        # At the start: a file is of the same way when its turn comes, whatever became of lanes.
+        self._has_lanes = len(lanes) > 0
+        self._waiting = {way: self._tasks(way) for way in Way}
+        self._next = {way: next(tasks, None) for way, tasks in self._waiting.items()}
         self._again: deque[tuple[float, Task]] = deque()
-        self._processes, self._free_at = processes, free_at
-        self._workers: list[Worker | WorkerProcess] = []
-        self._tasks_of: list[dict[int, Task]] = []
-        self._under_way, self._bytes_under_way = {False: 0, True: 0}, 0
-        self._can_save, self._workers_lost = True, 0
-        self._refused: list[Task] = []
-        # What a crash run's state says was uploaded shows that a refusal is not of everything.
-        is_uploaded = (entry.uploaded for entry in entries)
-        self._accepted = options.crashrun == 1 and any(is_uploaded)
+        self._under_way: dict[int, tuple[Way, Task]] = {}
+        self._count = dict.fromkeys(Way, 0)
+        self._window = Window()
+        self._unsaved: list[threading.Event] = []
+        self._refused: list[tuple[Task, Result]] = []
+        self._has_accepted, self._can_save, self._failed_in_a_row = False, True, 0
         self.stop_message: str | None = None
+        if lanes:
+            template = PutTemplate.of(bucket, options)
+            for lane in lanes:
+                lane.open(
+                    template, bucket.session, on_results=self._tell_results, on_end=self._tell_end
+                )
 
     def run(self) -> None:
         """Send every pending entry, until all is done or the run must stop (`stop_message`).
 
         What is under way then has a few seconds to end.
         """
-        self._report.progress.begin(filter(is_pending, self._entries))
-        self._start_workers()
+        self._report.progress.begin(entry for entry in self._entries if entry.is_pending)
         stop_at = math.inf
         while time.monotonic() < stop_at:
             if not (self._interruption.signum or self.stop_message):
@@ -2512,170 +2946,225 @@ class Transfer:
                     self._hand_out()
             elif stop_at == math.inf:
                 stop_at = time.monotonic() + SIGNAL_GRACE_SECONDS
-                for worker in self._workers:
-                    worker.stop()
-            is_idle = not any(self._under_way.values())
-            if is_idle and (stop_at < math.inf or not (self._again or self._refused)):
+                self._retries.stop.set()
+            is_stopping = stop_at < math.inf
+            is_waiting = any(self._next.values()) or self._again or self._refused
+            if not self._under_way and (is_stopping or not is_waiting):
                 break
-            self._take_events()
+            self._take_news()
             self._settle_refused()
-            self._report.draw_progress(is_stopping=stop_at < math.inf)
+            self._report.draw_progress(is_stopping=is_stopping)
+        for lane in self._lanes:
+            lane.kill()
 
-    def _settle_refused(self) -> None:
-        """Decide whether a refusal is of one key or of all; while nothing tells, wait."""
-        if self._accepted:
-            for task in self._refused:
-                self._try_again(task, error=task.error, is_passing=False)
-            self._refused.clear()
-        elif self._refused and not any(self._under_way.values()):
-            self.stop_message = self.stop_message or self._refused[0].error
+    # --- What is handed out ---
 
-    def _start_workers(self) -> None:
-        options = self._options
-        small = (entry for entry in self._entries if is_small(entry, options))
-        processes = max(processes_for(small, options), len(self._processes))
-        if not options.max_concurrency:
-            threads = REQUESTS_PER_PROCESS[options.preferred_transfer_client]
-            options.max_concurrency = processes * threads
-        if processes == 1:
-            client = build_client(options, self._region)
-            self._workers = [Worker(client, options, self._events.put, self._free_at)]
-        else:
-            self._workers = [self._start_process(number, processes) for number in range(processes)]
-        self._tasks_of = [{} for _ in self._workers]
-
-    def _start_process(self, number: int, processes: int) -> WorkerProcess:
-        options = Namespace(**vars(self._options))
-        options.max_concurrency = -(-options.max_concurrency // processes)
-        if self._processes:
-            process = self._processes.pop(0)
-        else:
-            process = WorkerProcess(number, options, self._free_at)
-        process.work(options, self._region, self._events.put)
-        return process
-
-    def _tasks(self, *, large: bool) -> Iterator[Task]:
+    def _tasks(self, wanted: Way) -> Iterator[Task]:
         for index, entry in enumerate(self._entries):
-            size = entry.size or 0
-            if is_pending(entry) and is_multipart(size, self._options) == large:
-                yield Task(
-                    index, entry.filepath, entry.filename, size, large,
-                    entry.upload_id, entry.part_size,
-                )  # fmt: skip
+            if entry.is_pending and self._way_of(entry) is wanted:
+                path, key, size = entry.filepath, entry.filename, entry.size or 0
+                yield Task(index, path, key, size, entry.upload_id, entry.part_size)
+
+    def _way_of(self, entry: Entry) -> Way:
+        if self._options.is_multipart(entry.size or 0):
+            return Way.PARTS
+        limit = self._bandwidth
+        is_burst = limit is not None and (entry.size or 0) > limit.piece_bytes
+        if self._has_lanes and self._lanes.takes(entry) and not is_burst:
+            return Way.LANE
+        return Way.THREAD
 
     def _hand_out(self) -> None:
-        batches: list[list[Task]] = [[] for _ in self._workers]
-        for large, tasks in self._waiting.items():
-            while (task := self._next[large]) and self._has_room_for(task):
-                self._assign(task, batches)
-                self._next[large] = next(tasks, None)
+        for way, tasks in self._waiting.items():
+            while (task := self._next[way]) and self._begin(way, task):
+                self._next[way] = next(tasks, None)
         # Files that changed come after all others: their writer may have finished.
         while self._again and not any(self._next.values()):
             due, task = self._again[0]
-            # A last try is made alone: a file that kills its worker takes no other with it.
-            is_last = task.tries == CHANGED_TRIES and any(self._under_way.values())
-            if time.monotonic() < due or is_last or not self._has_room_for(task):
+            way = Way.PARTS if self._options.is_multipart(task.size) else Way.THREAD
+            if time.monotonic() < due or not self._begin(way, task):
                 break
-            self._assign(self._again.popleft()[1], batches)
-        for worker, batch in zip(self._workers, batches, strict=True):
-            if batch:
-                worker.submit(batch)
+            self._again.popleft()
+        for lane in self._lanes:
+            lane.flush()
 
-    def _has_room_for(self, task: Task) -> bool:
-        under_way = self._under_way[task.large]
-        if task.large:
-            return under_way < LARGE_FILES_AT_ONCE
-        if under_way < min(ALWAYS_UNDER_WAY, self._options.max_concurrency):
-            return True
-        queued = 1 if self._options.preferred_transfer_client == "crt" else QUEUED_PER_THREAD
-        return (
-            under_way < self._options.max_concurrency * queued
-            and self._bytes_under_way + task.size <= BYTES_UNDER_WAY
+    def _begin(self, way: Way, task: Task) -> bool:
+        """Hand out a task, unless there is no room for it now; tell whether it was."""
+        if way is Way.LANE and not self._lanes:  # they have all ended
+            way = Way.THREAD
+        if way is Way.PARTS:
+            if self._count[way] >= self.LARGE_FILES_AT_ONCE:
+                return False
+        elif len(self._under_way) >= self.ALWAYS_UNDER_WAY and not self._window.has_room_for(
+            task.size
+        ):
+            return False
+        if way is Way.LANE:
+            return self._begin_in_lane(task)
+        if way is Way.THREAD and self._is_busy(self.QUEUED_PER_THREAD):
+            return False
+        self._begin_in_thread(way, task)
+        return True
+
+    def _is_busy(self, queued_per_thread: int) -> bool:
+        return self._count[Way.THREAD] >= self._concurrency.threads * queued_per_thread
+
+    def _begin_in_thread(self, way: Way, task: Task) -> None:
+        self._note_begun(way, task)
+        future = self._pools[way].submit(self._uploader.upload, task)
+        # A bug in the thread is raised again in the main thread, by result().
+        future.add_done_callback(
+            lambda done: self._news.put(lambda: self._record(task.index, done.result()))
         )
 
-    def _assign(self, task: Task, batches: list[list[Task]]) -> None:
-        number = min(range(len(batches)), key=lambda n: len(self._tasks_of[n]))
-        self._tasks_of[number][task.index] = task
-        batches[number].append(task)
-        self._under_way[task.large] += 1
-        self._bytes_under_way += 0 if task.large else task.size
+    def _begin_in_lane(self, task: Task) -> bool:
+        ready = [lane for lane in self._lanes if lane.is_ready]
+        if not ready:
+            return False
+        lane = min(ready, key=lambda lane: len(lane.indexes))
+        kept_for_parts = 0
+        if self._count[Way.PARTS]:
+            kept_for_parts = min(self._concurrency.part_threads, self._concurrency.requests // 2)
+        if (
+            len(lane.indexes) >= self._concurrency.lane_requests
+            or self._count[Way.LANE] >= self._concurrency.requests - kept_for_parts
+            # Trouble is met by the side that knows what to do, before more is looked for.
+            or self._is_busy(self.QUEUED_PER_THREAD)
+            or (self._bandwidth and self._bandwidth.seconds_until_free() > 0)
+            or not self._retries.slots.acquire(blocking=False)
+        ):
+            return False
+        if self._bandwidth:
+            self._bandwidth.take(task.size)
+        self._note_begun(Way.LANE, task)
+        lane.add(LaneFile(task.index, task.filepath, task.key))
+        return True
 
-    def _take_back(self, index: int) -> Task:
-        task = next(tasks.pop(index) for tasks in self._tasks_of if index in tasks)
-        self._under_way[task.large] -= 1
-        self._bytes_under_way -= 0 if task.large else task.size
+    def _note_begun(self, way: Way, task: Task) -> None:
+        self._under_way[task.index] = way, task
+        self._count[way] += 1
+        if way is not Way.PARTS:
+            self._window.begin(task.size)
+
+    def _note_ended(self, index: int, *, moved: int) -> Task:
+        way, task = self._under_way.pop(index)
+        self._count[way] -= 1
+        if way is not Way.PARTS:
+            self._window.end(task.size, moved=moved)
+        self._report.progress.left(index)
         return task
 
-    def _take_events(self) -> None:
-        """Record what the workers report; wait a moment for it if there is nothing."""
-        started: list[Task] = []
+    # --- What threads and lanes call ---
+
+    def save_upload(self, index: int, result: Result) -> None:
+        """Return when the state holds the id of the new multipart upload."""
+        saved, known = threading.Event(), replace(result)
+        self._news.put(lambda: self._note_upload(index, known, saved))
+        while not saved.wait(0.5):
+            self._retries.check_stopped()
+
+    def note_moved(self, index: int, size: int, sent_earlier: int) -> None:
+        """Take note of how many bytes of a file have been sent, in all and by an earlier run."""
+        if self._report.progress.is_shown:
+            self._news.put(lambda: self._report.progress.moved(index, size, sent_earlier))
+
+    def _tell_results(self, lane: Lane, results: list[LaneResult]) -> None:
+        self._news.put(lambda: self._record_lane(lane, results))
+
+    def _tell_end(self, lane: Lane) -> None:
+        self._news.put(lambda: self._drop_lane(lane))
+
+    # --- What is recorded ---
+
+    def _take_news(self) -> None:
+        """Record what threads and lanes report; wait a moment for it if there is nothing."""
+        pause = 0.1
+        if self._bandwidth and self._next[Way.LANE]:
+            pause = min(pause, self._bandwidth.seconds_until_free())
         with contextlib.suppress(queue.Empty):
-            event = self._events.get(timeout=0.1)
+            self._news.get(timeout=pause)()
             while True:
-                if isinstance(event, WorkerEnded):
-                    self._replace_worker(event)
-                elif isinstance(event, Moved):
-                    self._report.progress.moving[event.index] = event.size
-                    self._report.progress.found[event.index] = event.found
-                else:
-                    self._record(event)
-                    if event.outcome == "started":
-                        started.append(event)
-                event = self._events.get_nowait()
-        if started or self._state.is_due():
+                self._news.get_nowait()()
+        if self._unsaved or self._state.is_due():
             self.save()
-        for event in started:
-            for worker, tasks in zip(self._workers, self._tasks_of, strict=True):
-                if event.index in tasks:
-                    worker.saved(event.index)
+        for saved in self._unsaved:
+            saved.set()
+        self._unsaved.clear()
 
-    def _record(self, task: Task) -> None:
-        """Write down in the entry what a worker says of it."""
-        entry = self._entries[task.index]
-        entry.upload_id, entry.part_size = task.upload_id, task.part_size
-        entry.sse = encryption_of(self._options) if task.upload_id else None
-        if task.notice:
-            self._report.notice(task.notice, entry.filepath)
-        if task.outcome in ("uploaded", "started"):
-            entry.size, entry.mtime_ns = task.size, task.mtime_ns
-        if task.outcome == "started":
-            self._accepted = True  # starting an upload takes the same permission
-            return
-        self._take_back(task.index)
-        self._report.progress.moving.pop(task.index, None)
-        if task.outcome == "uploaded":
-            entry.uploaded, entry.etag = True, task.etag
-            self._accepted = True
-            self._report.uploaded(entry, task.seconds)
-        elif task.outcome == "fatal":
-            self.stop_message = self.stop_message or task.error
-        elif task.outcome == "refused":
-            self._refused.append(task)
-        elif task.outcome != "stopped":
-            self._try_again(task, error=task.error, is_passing=task.outcome == "changed")
+    def _note_upload(self, index: int, result: Result, saved: threading.Event) -> None:
+        self._has_accepted = True  # starting an upload takes the same permission
+        entry = self._entries[index]
+        entry.size, entry.mtime_ns = result.size, result.mtime_ns
+        self._note_open_upload(entry, result)
+        self._unsaved.append(saved)
 
-    def _try_again(self, task: Task, *, error: str | None, is_passing: bool = True) -> None:
-        """Send the file of a task again later, or have it fail for good with `error`."""
-        entry = self._entries[task.index]
-        if is_passing and task.tries < CHANGED_TRIES:
-            again = replace(task, tries=task.tries + 1, upload_id=entry.upload_id)
-            again.part_size = entry.part_size
-            self._again.append((time.monotonic() + CHANGED_PAUSE_SECONDS, again))
-        else:
-            entry.error = error
-            self._report.failed(entry)
+    def _note_open_upload(self, entry: Entry, result: Result) -> None:
+        entry.upload_id, entry.part_size = result.upload_id, result.part_size
+        entry.sse = self._options.encryption if result.upload_id else None
 
-    def _replace_worker(self, ended: WorkerEnded) -> None:
-        """Start another process for one that ended, and try its files again."""
-        self.stop_message = self.stop_message or ended.error
-        self._workers_lost += 1
-        if self._workers_lost == WORKERS_LOST_MAX and not self.stop_message:
-            self.stop_message = "worker processes are killed again and again; check the memory"
-        error = "the process that sent it was killed, three times; check the memory"
-        for index in list(self._tasks_of[ended.number]):
-            self._try_again(self._take_back(index), error=error)
-        if not (self._interruption.signum or self.stop_message):
-            self._workers[ended.number] = self._start_process(ended.number, len(self._workers))
+    def _record_lane(self, lane: Lane, results: list[LaneResult]) -> None:
+        for index, size, mtime_ns, etag in results:
+            lane.indexes.remove(index)
+            self._retries.slots.release()
+            task = self._note_ended(index, moved=size)
+            if etag is None:
+                self._begin_in_thread(Way.THREAD, replace(task, was_in_lane=True))
+            else:
+                self._retries.note_life()
+                self._note_uploaded(index, Result(size=size, mtime_ns=mtime_ns, etag=etag))
+
+    def _drop_lane(self, lane: Lane) -> None:
+        """Give the files of a lane that has ended to the reliable way."""
+        if lane in self._lanes:
+            self._lanes.drop(lane)
+            self._record_lane(lane, [LaneResult(index) for index in sorted(lane.indexes)])
+            lane.kill()
+
+    def _note_uploaded(self, index: int, result: Result) -> None:
+        entry = self._entries[index]
+        entry.size, entry.mtime_ns, entry.etag = result.size, result.mtime_ns, result.etag
+        entry.uploaded = self._has_accepted = True
+        self._failed_in_a_row = 0
+        self._report.uploaded(entry, result.seconds)
+
+    def _record(self, index: int, result: Result) -> None:
+        """Write down in its entry what became of a file."""
+        entry, outcome = self._entries[index], result.outcome
+        is_uploaded = outcome is Outcome.UPLOADED
+        task = self._note_ended(index, moved=(result.size or 0) if is_uploaded else 0)
+        self._note_open_upload(entry, result)
+        if result.notice:
+            self._report.notice(result.notice, entry.filepath)
+        if is_uploaded:
+            self._note_uploaded(index, result)
+        elif outcome is Outcome.STOPS_RUN:
+            self.stop_message = self.stop_message or result.error
+        elif outcome is Outcome.REFUSED:
+            self._refused.append((task, result))
+        elif outcome is Outcome.CHANGED and task.tries < CHANGED_TRIES:
+            again = replace(task, tries=task.tries + 1, was_in_lane=False, size=result.size or 0)
+            again = replace(again, upload_id=result.upload_id, part_size=result.part_size)
+            self._again.append((time.monotonic() + self.CHANGED_PAUSE_SECONDS, again))
+        elif outcome is not Outcome.STOPPED:
+            self._note_failed(entry, result)
+
+    def _note_failed(self, entry: Entry, result: Result) -> None:
+        entry.error = result.error
+        self._report.failed(entry)
+        self._failed_in_a_row += result.is_trouble_of_server
+        if self._failed_in_a_row >= self.FAILED_IN_A_ROW_MAX:
+            self.stop_message = (
+                self.stop_message or f"one file after the other fails: {entry.error}"
+            )
+
+    def _settle_refused(self) -> None:
+        """Decide whether a refusal is of one key or of all; while nothing tells, wait."""
+        if self._has_accepted:
+            for task, result in self._refused:
+                self._note_failed(self._entries[task.index], result)
+            self._refused.clear()
+        elif self._refused and not self._under_way:
+            self.stop_message = self.stop_message or self._refused[0][1].error
 
     def save(self) -> bool:
         """Save the state and tell whether it worked; for the data's sake a run goes on without."""
@@ -2690,254 +3179,204 @@ class Transfer:
         return worked
 
 
-def is_pending(entry: Entry) -> bool:
-    """Tell whether an entry is to be sent."""
-    return not (entry.uploaded or entry.error)
+# --- commands ---------------------------------------------------------------------
 
 
-# --- report -----------------------------------------------------------------------
+def find_unchanged(
+    run: Run, bucket: Bucket, entries: list[Entry], previous: list[Entry] | None
+) -> None:
+    """Take as uploaded what has the size and time of the state, and size and ETag in the bucket."""
+    recorded: dict[str, Entry] = {}
+    pending = {entry.filepath: entry for entry in entries if entry.is_pending}
+    for old in previous or ():
+        entry = pending.get(old.filepath)
+        if entry and old.uploaded and old.etag:
+            then = old.filename, old.size, old.mtime_ns
+            if then == (entry.filename, entry.size, entry.mtime_ns):
+                recorded[old.filename] = old
+    try:
+        for old, listed in bucket.matches(recorded):
+            if (listed["Size"], etag_of(listed)) == (old.size, old.etag):
+                entry = pending[old.filepath]
+                entry.uploaded, entry.etag = True, old.etag
+                run.report.unchanged()
+    except UploadError as error:
+        run.report.error(f"cannot list the bucket, so what it has is sent again: {error}")
 
 
-class Report:
-    """What the user sees: failures and notices on stderr, the summary on stdout."""
-
-    NOTICES_OF_A_KIND = 3
-
-    def __init__(self, options: Namespace) -> None:
-        self._options = options
-        self._started = time.monotonic()
-        self._notices: Counter[str] = Counter()
-        self.files = self.bytes = self.failed_files = 0
-        self.unchanged_files = self.unproven_files = 0
-        self.progress = Progress(is_shown=options.shows_progress)
-
-    def error(self, text: str) -> None:
-        """Say what is wrong with the run."""
-        self._print(f"s3FileTransfer: {text}", sys.stderr)
-
-    def notice(self, kind: str, path: str) -> None:
-        """Say that something at `path` is left out; many of a kind are counted, not listed."""
-        self._notices[kind] += 1
-        if self._options.verbose or self._notices[kind] <= self.NOTICES_OF_A_KIND:
-            self._notify(f"{kind}: {shown(path)}")
-
-    def end_of_notices(self) -> None:
-        """Say how many notices were not listed."""
-        for kind, count in self._notices.items():
-            if not self._options.verbose and count > self.NOTICES_OF_A_KIND:
-                self._notify(f"{kind}: {count - self.NOTICES_OF_A_KIND:,} more")
-
-    def _notify(self, text: str) -> None:
-        if not self._options.quiet:
-            self._print(f"notice: {text}", sys.stderr)
-
-    def draw_progress(self, *, is_stopping: bool) -> None:
-        """Show how far the run is, if it is time."""
-        if is_stopping:
-            seconds = f"{SIGNAL_GRACE_SECONDS} seconds"
-            self.progress.draw([(0, "stopping"), (1, f"what is under way has {seconds}")])
-        else:
-            self.progress.draw_run(self.files, self.bytes, failed_files=self.failed_files)
-
-    def failed(self, entry: Entry) -> None:
-        """Say that an entry was not uploaded, and why."""
-        self.failed_files += 1
-        self.progress.failed(entry)
-        self._print(f"failed: {shown(entry.filepath)}: {entry.error}", sys.stderr)
-
-    def uploaded(self, entry: Entry, seconds: float = 0.0) -> None:
-        """Count an uploaded file (or one that a run without --dryrun would send), and list it."""
-        self.files += 1
-        self.bytes += entry.size or 0
-        self.progress.ended(entry)
-        if not (self._options.dryrun or self._options.verbose):
-            return
-        size = human_size(entry.size or 0)
-        line = f"{shown(entry.filepath)} -> {self._url(entry.filename)} ({size}"
-        if self._options.dryrun:
-            self._print(f"would upload: {line})", sys.stdout)
-        else:
-            self._print(f"uploaded: {line}, {seconds:.1f} s)", sys.stderr)
-
-    def _url(self, key: str) -> str:
-        return shown(f"s3://{self._options.bucketname}/{key}")
-
-    def summary(self, state_path: str, *, left: int = 0) -> None:
-        """Say on stdout how the run went; `left` files were neither sent nor failed."""
-        if self._options.quiet:
-            return
-        seconds = time.monotonic() - self._started
-        what = f"{self.files:,} file{'' if self.files == 1 else 's'}, {human_size(self.bytes)}"
-        failed = f"{self.failed_files:,} failed" + (f", {left:,} not yet sent" if left else "")
-        if self._options.skip_unchanged or self.unchanged_files:
-            failed = f"{self.unchanged_files:,} unchanged, {failed}"
-        text = f"dry run: would send {what}; {failed}"
-        if not self._options.dryrun:
-            rate = human_size(self.bytes / max(seconds, 0.001))
-            text = f"sent {what} to {self._url(self._options.prefix)} in {seconds:.1f} s ({rate}/s)"
-            text += f"; {failed}; state: {shown(state_path)}"
-        self._print(text, sys.stdout)
-
-    def wrong(self, entry: Entry, *, kind: str = "wrong", why: str | None = None) -> None:
-        """Say that the bucket does not hold what the state says of an entry."""
-        self.failed_files += 1
-        where = f"{self._url(entry.filename)} (of {shown(entry.filepath)})"
-        self._print(f"{kind}: {where}: {why or entry.error}", sys.stdout)
-
-    def unproven(self, entry: Entry, error: OSError | UploadError) -> None:
-        """Say that nothing tells whether the bucket holds what the state says of an entry."""
-        self.unproven_files += 1
-        why = reason(error) if isinstance(error, OSError) else str(error)
-        self.wrong(entry, kind="unproven", why=f"it cannot be compared with the file: {why}")
-
-    def verified(self, entries: list[Entry], state_path: str, *, left: int) -> None:
-        """Say on stdout how a comparison of the bucket with the state ended."""
-        if not self._options.quiet:
-            right = sum(entry.uploaded for entry in entries) - self.unproven_files
-            size = human_size(sum(entry.size or 0 for entry in entries if entry.uploaded))
-            what = f"{right:,} file{'' if right == 1 else 's'} right, {size}"
-            wrong = f"{self.failed_files - self.unproven_files:,} wrong"
-            if self.unproven_files:
-                wrong += f", {self.unproven_files:,} unproven"
-            text = f"verified in {self._url('')}: {what}; {wrong}, {left:,} not yet sent; state: "
-            self._print(text + shown(state_path), sys.stdout)
-
-    def _print(self, text: str, stream: TextIO | None) -> None:
-        self.progress.clear()
-        # A closed pipe or a full disk behind a stream must not end a backup.
-        with contextlib.suppress(OSError, ValueError):
-            if stream:  # None when it was closed at the start
-                print(text, file=stream, flush=stream is sys.stderr)
+def find_wrong(run: Run, bucket: Bucket, entries: list[Entry]) -> list[Entry]:
+    """Mark the uploaded entries that the bucket lacks, or holds otherwise; return them."""
+    unseen = {entry.filename: entry for entry in entries if entry.uploaded}
+    wrong: list[Entry] = []
+    try:
+        for entry, listed in bucket.matches(dict(unseen)):
+            unseen.pop(entry.filename, None)
+            compare = functools.partial(difference, bucket, entry, listed)
+            try:
+                # Only a comparison with the local file takes long.
+                wait_for = run.interruption.wait_for
+                entry.error = compare() if entry.etag else wait_for(compare)
+            except (OSError, UploadError) as error:
+                run.report.unproven(entry, error)
+            if entry.error:
+                wrong.append(entry)
+    except UploadError as error:
+        raise StopRun(f"cannot list the bucket {bucket.name}: {error}") from error
+    for entry in unseen.values():
+        entry.error = "it is not in the bucket"
+        wrong.append(entry)
+    for entry in wrong:
+        entry.uploaded, entry.etag = False, None
+    return wrong
 
 
-class Progress:
-    """The line on a terminal that says how far a run is.
+def difference(bucket: Bucket, entry: Entry, listed: ObjectTypeDef) -> str | None:
+    """Return what is wrong with the object that a listing found, or None.
 
-    `moving` has the bytes sent of each large file that is under way, and `found` those of
-    them, and of the large files before, that an earlier run had sent.
+    Without an ETag in the state, it is compared with the local file: raises OSError or
+    UploadError when that cannot be done.
     """
-
-    ERASE = "\033[K"  # what is right of the cursor
-
-    def __init__(self, *, is_shown: bool) -> None:
-        self.moving: dict[int, int] = {}
-        self.found: dict[int, int] = {}
-        self._small_total = self._small_left = 0
-        self._is_shown = is_shown
-        if is_shown and sys.platform == "win32":
-            os.system("")  # lets the console know such sequences
-        self._line, self._drawn_at = "", -math.inf
-        self._total_files = self._total_bytes = self._failed_files = self._failed_bytes = 0
-        self._is_begun = False
-        self._past: deque[tuple[float, int, int]] = deque()
-
-    def begin(self, pending: Iterable[Entry]) -> None:
-        """Take note of what is to be sent."""
-        self._is_begun = True
-        self._past.append((time.monotonic(), 0, 0))
-        for entry in pending if self._is_shown else ():
-            self._total_files += 1
-            self._total_bytes += entry.size or 0
-            self._small_left += (entry.size or 0) < MIB
-        self._small_total = self._small_left
-
-    def ended(self, entry: Entry) -> None:
-        """Take note that a file has been sent, or will not be."""
-        self._small_left -= (entry.size or 0) < MIB
-
-    def failed(self, entry: Entry) -> None:
-        """Take note that a file will not be sent."""
-        if self._is_begun:
-            self._failed_files += 1
-            self._failed_bytes += entry.size or 0
-            self.ended(entry)
-
-    def draw_run(self, files: int, size: int, *, failed_files: int) -> None:
-        """Draw how far the run is: so many files and bytes have been sent, so many failed."""
-        now = time.monotonic()
-        if not self._is_due(now):
-            return
-        size += sum(self.moving.values())
-        total = max(self._total_bytes, size)
-        moved, small = size - sum(self.found.values()), self._small_total - self._small_left
-        self._past.append((now, small, moved))
-        while now - self._past[0][0] > RATE_SECONDS:
-            self._past.popleft()
-        before, small_before, moved_before = self._past[0]
-        seconds = max(now - before, 0.001)
-        bytes_left = max(self._total_bytes - self._failed_bytes - size, 0)
-        files_left = self._total_files - self._failed_files - files
-        parts = [
-            (0, f"{files:,}/{self._total_files:,} files"),
-            (4, f"{human_size(size)}/{human_size(total)}"),
-            (1, self._percent(files_left, bytes_left)),
-            (3, f"{human_size((moved - moved_before) / seconds)}/s"),
-        ]
-        rates = (self._small_left, small - small_before), (bytes_left, moved - moved_before)
-        # Small files take their time for each, large ones for their bytes.
-        lefts = [left / moved * seconds for left, moved in rates if moved > 0]
-        if seconds > 1 and lefts:
-            parts.append((2, f"{human_time(max(lefts))} left"))
-        if failed_files:
-            parts.append((1, f"{failed_files:,} failed"))
-        self.draw(parts)
-
-    def _percent(self, files_left: int, bytes_left: int) -> str:
-        left, total = bytes_left, self._total_bytes
-        if not total:
-            left, total = files_left, max(self._total_files, 1)
-        return f"{100 * (total - left) // total}%"
-
-    def _is_due(self, now: float) -> bool:
-        return self._is_shown and now - self._drawn_at >= DRAW_SECONDS
-
-    def draw(self, parts: list[tuple[int, str]]) -> None:
-        """Draw the texts if it is time, without those of the highest numbers if space is short."""
-        now = time.monotonic()
-        if not self._is_due(now):
-            return
-        try:
-            # Behind the line there must be room for the ^C that a terminal shows.
-            room = (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 3
-        except (OSError, ValueError):
-            room = 77
-        while len(parts) > 1 and len("  ".join(text for _, text in parts)) > room:
-            parts.remove(max(parts))
-        line = "  ".join(text for _, text in parts)[:room]
-        self._write(f"\r{line}{self.ERASE}")
-        self._line, self._drawn_at = line, now
-
-    def clear(self) -> None:
-        """Take the line off the terminal, so that other text can be written."""
-        if self._line:
-            self._write(f"\r{self.ERASE}")
-            self._line = ""
-
-    @staticmethod
-    def _write(text: str) -> None:
-        with contextlib.suppress(OSError, ValueError):
-            sys.stderr.write(text)
-            sys.stderr.flush()
+    size, etag = listed["Size"], etag_of(listed)
+    if entry.size not in (None, size):
+        return f"it has {size:,} bytes there and not {entry.size:,}"
+    if entry.etag:
+        is_same = etag in ("", entry.etag)  # some listings have no ETags
+        return None if is_same else f"its ETag there is {shown(etag)} and not {shown(entry.etag)}"
+    with SourceFile(entry.filepath) as source:
+        if source.size != size:
+            return f"it has {size:,} bytes there and {source.size:,} here"
+        # Of a multipart ETag the part size is not known, and the size has to do.
+        if re.fullmatch(r"[0-9a-f]{32}", etag) and source.md5().hex() != etag:
+            head = bucket.client.head_object
+            request = functools.partial(head, Bucket=bucket.name, Key=entry.filename)
+            if is_md5_etag(Retries().run(request, may_stop_run=False)):
+                return "it has other bytes there than here"
+    return None
 
 
-def human_time(seconds: float) -> str:
-    """Return a time as clocks show it: 0:07, 12:34, 3:45:06."""
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes}:{rest:02}"
-    return f"{minutes // 60:,}:{minutes % 60:02}:{rest:02}"
+def show_plan(run: Run) -> int:
+    """List what a run would send and return the exit code; nothing is changed."""
+    previous = run.state.read()
+    check_previous(previous, run.options)
+    found: Iterable[Entry] = find_files(run, previous)
+    if run.options.skip_unchanged:
+        import_boto3()
+        bucket, found = Bucket(run), list(found)
+        if bucket.exists:
+            find_unchanged(run, bucket, found, previous)
+    for entry in found:
+        if entry.error:
+            run.report.failed(entry)
+        elif not entry.uploaded:
+            run.report.uploaded(entry)
+    run.report.end_of_notices()
+    run.report.summary(run.state.path)
+    return 1 if run.report.failed_files else 0
 
 
-def human_size(size: float) -> str:
-    """Return bytes in decimal units, as disks and `ls --si` count them."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 999.95:
-            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:,.1f} TB"
+def verify(run: Run) -> int:
+    """Compare the bucket with the state, mark there what is wrong, and return the exit code."""
+    previous = run.state.read()
+    check_previous(previous, run.options)
+    entries = previous or []
+    import_boto3()
+    bucket = Bucket(run)
+    if not bucket.exists:
+        why = f"there is no bucket {bucket.name}; check --bucketname and --endpoint-url"
+        raise StopRun(f"{why}, or create it and send all with --crashrun 1")
+    wrong = find_wrong(run, bucket, entries)
+    if wrong:
+        run.state.save_or_stop(entries)
+    for entry in wrong:
+        run.report.wrong(entry)
+    left = sum(not entry.uploaded for entry in entries) - len(wrong)
+    run.report.verified(entries, run.state.path, left=left)
+    return exit_code_for_files(run, left=left)
 
 
-# --- main -------------------------------------------------------------------------
+def back_up(run: Run) -> int:
+    """Plan, send and record; return the exit code."""
+    previous = run.state.read()
+    check_previous(previous, run.options)
+    import_boto3()
+    bucket = Bucket(run)
+    if not bucket.exists:
+        bucket.create()
+        if run.options.crashrun and any(entry.uploaded for entry in previous or ()):
+            run.report.error(f"the bucket {bucket.name} was gone: all files are sent again")
+            for entry in previous or ():
+                entry.uploaded, entry.etag, entry.upload_id = False, None, None
+    lanes = Lanes(bucket, run.options)
+    entries = plan(run, bucket, previous, lanes)
+    del previous  # of a million files: half a gigabyte
+    lanes.start_for(sum(map(lanes.takes, entries)))
+    gc.freeze()
+    gc.enable()
+    transfer = Transfer(run, bucket, entries, lanes)
+    try:
+        transfer.run()
+    finally:  # after a bug too: what was sent is not forgotten
+        is_saved = transfer.save()
+    left = sum(not entry.uploaded for entry in entries) - run.report.failed_files
+    run.report.summary(run.state.path, left=left)
+    if transfer.stop_message:
+        run.report.error(f"stopped: {transfer.stop_message}")
+    if run.interruption.signum:
+        run.report.error(Report.INTERRUPTED)
+        return run.interruption.exit_code
+    if transfer.stop_message or not is_saved:
+        return 2
+    return exit_code_for_files(run, left=left)
+
+
+def plan(run: Run, bucket: Bucket, previous: list[Entry] | None, lanes: Lanes) -> list[Entry]:
+    """Return the entries of the run, saved; those with an error are told."""
+    options, state, report = run.options, run.state, run.report
+    found = find_files(run, previous)
+    # What else the state said is of no use to this run, or to a crash run after it.
+    keeps_uploaded = options.skip_unchanged
+    kept = [
+        old
+        for old in previous or ()
+        if old.upload_id or (keeps_uploaded and old.uploaded and not other_job(old, options))
+    ]
+    entries = list(itertools.islice(found, 1))
+    if entries and not options.crashrun:
+        # A crash run after a kill during the walk finds this, and walks the folder.
+        root, prefix = options.backupfolder, options.prefix
+        folder = Entry(root, prefix, bucket=bucket.name, shard=options.shard)
+        state.save_or_stop([folder, *kept])
+    small_files = 0
+    for entry in found:
+        entries.append(entry)
+        small_files += lanes.takes(entry)
+        # They get ready meanwhile. What is unchanged is not known yet.
+        if not (small_files % Lanes.FILES_PER_LANE or options.skip_unchanged):
+            lanes.start_for(small_files)
+    report.end_of_notices()
+    # A crash run has such files too, after an incremental run was killed during its walk.
+    if (options.skip_unchanged or options.crashrun) and not bucket.is_new:
+        find_unchanged(run, bucket, entries, previous)
+    uploads = (old for old in kept if old.upload_id)
+    abandoned = carry_uploads(entries, uploads, options.encryption)
+    retries = Retries(is_first_request=True)
+    for old in abandoned:  # before the state forgets them
+        abort = functools.partial(bucket.abort, retries, old.filename, old.upload_id or "")
+        if problem := run.interruption.wait_for(abort):
+            report.notice(problem, old.filepath)
+    state.save_or_stop(entries)
+    for entry in entries:
+        if entry.error:
+            report.failed(entry)
+    return entries
+
+
+def exit_code_for_files(run: Run, *, left: int = 0) -> int:
+    """Return 1, and say what to do about it, if some files are not in the bucket; else 0."""
+    if run.report.failed_files or left:
+        run.report.error("some files are not in the bucket; send them with --crashrun 1")
+        return 1
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -2949,178 +3388,40 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     options = parse_arguments(argv)
-    report, state = Report(options), StateFile(options.statefile)
+    run = Run(options, StateFile(options.statefile), Report(options), interruption)
     if sys.getfilesystemencoding() != "utf-8":
-        report.error("file names would be read wrongly in this locale; set PYTHONUTF8=1")
+        run.report.error("file names would be read wrongly in this locale; set PYTHONUTF8=1")
         return 2
     try:
         if options.dryrun:
-            return show_plan(options, report, interruption, state)
-        state.lock()
-        if options.verify:
-            return verify(options, report, interruption, state)
-        return back_up(options, report, interruption, state)
+            return show_plan(run)
+        run.state.lock()
+        return verify(run) if options.verify else back_up(run)
     except (StopRun, UploadError) as error:
-        report.error(str(error))
+        run.report.error(str(error))
         return 2
     except Stopped:
-        report.error(INTERRUPTED if state.has_saved else "interrupted before anything was sent")
+        before = "interrupted before anything was sent"
+        run.report.error(Report.INTERRUPTED if run.state.has_saved else before)
         return interruption.exit_code
 
 
-def show_plan(
-    options: Namespace, report: Report, interruption: Interruption, state: StateFile
-) -> int:
-    """List what a run would send and return the exit code; nothing is changed."""
-    previous = state.read()
-    check_previous(previous, options)
-    walk = Walk(options, report, interruption, state)
-    found: Iterable[Entry] = find_files(options, previous, walk, report)
-    if options.skip_unchanged:
-        import_boto3()
-        client, exists = find_bucket(options, interruption)
-        found = list(found)
-        if exists:
-            find_unchanged(
-                found, previous, client, options, report=report, interruption=interruption
-            )
-    for entry in found:
-        if entry.error:
-            report.failed(entry)
-        elif not entry.uploaded:
-            report.uploaded(entry)
-    report.end_of_notices()
-    report.summary(state.path)
-    return 1 if report.failed_files else 0
-
-
-def verify(options: Namespace, report: Report, interruption: Interruption, state: StateFile) -> int:
-    """Compare the bucket with the state, mark there what is wrong, and return the exit code."""
-    previous = state.read()
-    check_previous(previous, options)
-    entries = previous or []
-    import_boto3()
-    client, exists = find_bucket(options, interruption)
-    if not exists:
-        raise StopRun(f"there is no bucket {options.bucketname}; check --bucketname and "
-                      "--endpoint-url, or create it and send all with --crashrun 1")  # fmt: skip
-    wrong = find_wrong(entries, client, options, report=report, interruption=interruption)
-    if wrong:
-        save_or_stop(state, entries)
-    for entry in wrong:
-        report.wrong(entry)
-    left = sum(not entry.uploaded for entry in entries) - len(wrong)
-    report.verified(entries, state.path, left=left)
-    return exit_code_for_files(report, left=left)
-
-
-def back_up(
-    options: Namespace, report: Report, interruption: Interruption, state: StateFile
-) -> int:
-    """Plan, send and record; return the exit code."""
-    previous = state.read()
-    check_previous(previous, options)
-    free_at = SPAWN.RawValue("d", 0.0) if options.max_bandwidth else None
-    processes = start_processes(options, previous, free_at, interruption=interruption, state=state)
-    import_boto3()
-    client = open_bucket(options, interruption)
-    if (
-        options.crashrun
-        and options.is_new_bucket
-        and any(entry.uploaded for entry in previous or ())
-    ):
-        report.error(f"the bucket {options.bucketname} was gone: all files are sent again")
-        for entry in previous or ():
-            entry.uploaded, entry.etag, entry.upload_id = False, None, None
-    walk = Walk(options, report, interruption, state)
-    found = find_files(options, previous, walk, report)
-    # What else the state said is of no use to this run, or to a crash run after it.
-    kept = [
-        e for e in previous or ()
-        if e.upload_id or (options.skip_unchanged and e.uploaded and not other_job(e, options))
-    ]  # fmt: skip
-    uploads = {e.filepath: e for e in kept if e.upload_id}
-    first = next(found, None)
-    if first and not options.crashrun:
-        # A crash run after a kill during the walk finds this, and walks the folder.
-        folder = Entry(options.backupfolder, options.prefix, bucket=options.bucketname)
-        folder.shard = options.shard
-        save_or_stop(state, [folder, *kept])
-    entries = [first, *found] if first else []
-    report.end_of_notices()
-    # A crash run has such files too, after an incremental run was killed during its walk.
-    if (options.skip_unchanged or options.crashrun) and not options.is_new_bucket:
-        find_unchanged(entries, previous, client, options, report=report, interruption=interruption)
-    del previous, kept  # of a million files: half a gigabyte
-    abandoned = carry_uploads(entries, uploads, options)
-    abort_abandoned(abandoned, client, options, report=report, interruption=interruption)
-    save_or_stop(state, entries)
-    for entry in entries:
-        if entry.error:
-            report.failed(entry)
-    gc.freeze()
-    gc.enable()
-    transfer = Transfer(
-        entries, client, options, processes=processes, free_at=free_at,
-        state=state, report=report, interruption=interruption,
-    )  # fmt: skip
-    transfer.run()
-    saved = transfer.save()
-    left = sum(not entry.uploaded for entry in entries) - report.failed_files
-    report.summary(state.path, left=left)
-    return exit_code_of(transfer, report, interruption, saved=saved)
-
-
-def abort_abandoned(
-    abandoned: list[Entry], client: S3Client, options: Namespace, *,
-    report: Report, interruption: Interruption,
-) -> None:  # fmt: skip
-    """Abort recorded multipart uploads that no file goes on with, before the state forgets them."""
-    retries = Retries(patience_seconds=FIRST_PATIENCE_SECONDS)
-    for entry in abandoned:
-        upload = {"Bucket": options.bucketname, "Key": entry.filename, "UploadId": entry.upload_id}
-        abort = functools.partial(abort_upload, client, retries, upload)
-        if interruptible(abort, interruption):
-            entry.upload_id = entry.part_size = None
-        else:
-            report.notice(f"multipart upload {entry.upload_id} {NOT_ABORTED}", entry.filepath)
-
-
-def exit_code_of(
-    transfer: Transfer, report: Report, interruption: Interruption, *, saved: bool
-) -> int:
-    """Say why not all is in the bucket, if so, and return the exit code."""
-    if transfer.stop_message:
-        report.error(f"stopped: {transfer.stop_message}")
-    if interruption.signum:
-        report.error(INTERRUPTED)
-        return interruption.exit_code
-    if transfer.stop_message or not saved:
-        return 2
-    return exit_code_for_files(report)
-
-
-def exit_code_for_files(report: Report, *, left: int = 0) -> int:
-    """Return 1, and say what to do about it, if some files are not in the bucket; else 0."""
-    if report.failed_files or left:
-        report.error("some files are not in the bucket; send them with --crashrun 1")
-        return 1
-    return 0
-
-
-def save_or_stop(state: StateFile, entries: list[Entry]) -> None:
-    """Save the state; raise StopRun when that fails, since nothing has been sent yet."""
+def guard() -> NoReturn:
+    """Run `main` and end the process with its exit code; whatever happens, it ends."""
+    code = 2
     try:
-        state.save(entries)
-    except OSError as error:
-        why = f"cannot save the state file {shown(state.path)}: {reason(error)}"
-        raise StopRun(f"{why}; make room, or choose another place with --statefile") from error
+        code = main()
+    except SystemExit as error:  # argparse has said why
+        code = error.code if isinstance(error.code, int) else 2
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(OSError, AttributeError):  # stdout is full, or closed
+            sys.stdout.flush()
+        # Not sys.exit: threads stuck in a socket would hold it up, and freeing the entries
+        # of a million files takes seconds.
+        os._exit(code)
 
 
 if __name__ == "__main__":
-    code = main()
-    with contextlib.suppress(OSError, AttributeError):  # stdout is full, or closed
-        sys.stdout.flush()
-    # Not sys.exit: threads stuck in a socket would hold it up, and freeing the entries
-    # of a million files takes seconds.
-    os._exit(code)
+    guard()

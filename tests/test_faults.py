@@ -88,6 +88,43 @@ def test_what_every_file_meets_from_some_moment_on_stops_the_run(small_job: Job)
     job.check_all_is_there()
 
 
+@pytest.mark.parametrize("others", [0, 40], ids=["alone", "among-others"])
+def test_one_key_at_which_the_server_always_fails_is_one_failure(job: Job, others: int) -> None:
+    job.write({**small_files(others), "z-cursed": b"cursed"})
+    job.proxy.add_fault(Fault(answer(500, "InternalError"), operation="PutObject", key="z-cursed"))
+    job.check_failed(job.run(), "z-cursed", said="InternalError")
+    assert len(job.uploaded()) == others
+    job.proxy.clear_faults()
+    assert_clean(job.crash_run())
+    job.check_all_is_there()
+
+
+def test_a_server_that_fails_at_every_file_stops_the_run(job: Job) -> None:
+    files = small_files(60)
+    job.write(files)
+    job.proxy.add_fault(Fault(answer(500, "InternalError"), operation="PutObject"))
+    completed = job.run()
+    assert completed.returncode == 2
+    assert "stopped: one file after the other fails: S3 answered InternalError" in completed.stderr
+    assert len(job.errors()) < len(files)
+    assert job.state() == dict.fromkeys(files, 0)
+
+
+@pytest.mark.parametrize("code", ["InvalidAccessKeyId", "SignatureDoesNotMatch"])
+@pytest.mark.parametrize("after", [0, 30])
+def test_credentials_that_are_wrong_stop_every_run(small_job: Job, code: str, after: int) -> None:
+    job = small_job
+    job.write(small_files(80))
+    job.back_up("earlier.dat")
+    pending = [job.pending_entry(key, bucket=job.bucket) for key in small_files(80)]
+    job.write_state(job.uploaded_entry("earlier.dat"), *pending)
+    job.proxy.add_fault(Fault(answer(403, code), operation="PutObject", after=after))
+    assert_stopped(job.crash_run("--max-concurrency", "8"), code, "check the credentials")
+    assert job.uploaded() >= {"earlier.dat"}
+    assert len(job.uploaded()) == after + 1
+    assert job.errors() == {}
+
+
 # --- Trouble that passes ---------------------------------------------------------------------
 
 

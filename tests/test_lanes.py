@@ -1,4 +1,4 @@
-"""Many small files: in processes of their own, by the AWS Common Runtime or by boto3."""
+"""The lanes: many small files, sent by processes of their own with the AWS Common Runtime."""
 
 from __future__ import annotations
 
@@ -10,33 +10,25 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import NewJob
 from support.checks import assert_clean, assert_stopped
 from support.faults import Fault, answer, call, delay
 from support.files import IN_PARTS, LARGE_BYTES, small_files, some_bytes
 from support.job import Job, named, prelude
 from support.proxy import Request
-from support.script import finish, wait_until
-from support.servers import S3Server
+from support.script import SCRIPT_PATH, base_environment, finish, wait_until
 from support.systems import needs_cores, needs_limits, needs_proc
 
 CLIENT_OPTION = "--preferred-transfer-client"
 CLASSIC, CRT = (CLIENT_OPTION, "classic"), (CLIENT_OPTION, "crt")
-# So many that the hasty script starts a process for each core, by each of the clients.
-FILES_THAT_PAY = {CLASSIC: 100, CRT: 320}
+# So many that the hasty script starts a lane for each of two cores.
+MANY = 130
 # In the User-Agent of what awscrt sends.
 CRT_MARK = "CRTS3NativeClient"
 
 as_on_windows = pytest.mark.skipif(sys.platform == "win32", reason="has it all in reality")
 
 
-@pytest.fixture
-def job(new_job: NewJob, server: S3Server) -> Job:
-    """A job that is sent by boto3, of which fewer files make a process worth its while."""
-    return new_job(server, *CLASSIC)
-
-
-def workers_of(pid: int) -> list[int]:
+def lanes_of(pid: int) -> list[int]:
     """The ids of the processes that a run has started to send files."""
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     found = []
@@ -47,9 +39,9 @@ def workers_of(pid: int) -> list[int]:
     return found
 
 
-def kill_all(workers: list[int]) -> None:
+def kill_all(lanes: list[int]) -> None:
     """Kill processes, some of which may have ended meanwhile."""
-    for pid in workers:
+    for pid in lanes:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
 
@@ -60,15 +52,23 @@ def is_alive(pid: int) -> bool:
     return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
-def start_with_workers(
-    job: Job, *, after_puts: int = 30
-) -> tuple[subprocess.Popen[str], list[int]]:
-    """Start a run of so many files that it has workers; return when they are at work."""
-    job.write(small_files(FILES_THAT_PAY[CLASSIC]))
+def is_by_lane(request: Request) -> bool:
+    """Whether a lane sent the request: by awscrt."""
+    return CRT_MARK in str(request.headers["User-Agent"])
+
+
+def by_lanes(job: Job) -> list[str]:
+    """The keys of the puts that lanes sent."""
+    return [request.key for request in job.requests("PutObject") if is_by_lane(request)]
+
+
+def start_with_lanes(job: Job, *, after_puts: int = 30) -> tuple[subprocess.Popen[str], list[int]]:
+    """Start a run of so many files that it has lanes; return when they are at work."""
+    job.write(small_files(MANY))
     job.proxy.add_fault(Fault(delay(0.05), operation="PutObject"))
-    process = job.start()
-    job.wait_for("PutObject", after_puts)
-    return process, workers_of(process.pid)
+    process = job.start("--max-concurrency", "16")
+    wait_until(lambda: len(by_lanes(job)) >= after_puts, 60, "puts of the lanes")
+    return process, lanes_of(process.pid)
 
 
 # --- Processes -------------------------------------------------------------------------------
@@ -76,82 +76,97 @@ def start_with_workers(
 
 @needs_cores
 @needs_proc
-@pytest.mark.parametrize("way", [CLASSIC, CRT], ids=["classic", "crt"])
-def test_many_files_are_spread_over_processes_and_few_are_not(
-    new_job: NewJob, server: S3Server, way: tuple[str, str]
-) -> None:
-    job = new_job(server, *way)
+def test_many_files_are_spread_over_lanes_and_few_need_none(job: Job) -> None:
     job.proxy.add_fault(Fault(delay(0.02), operation="PutObject"))
-    for count, is_spread in ((FILES_THAT_PAY[way], True), (10, False)):
+    for count, lanes in ((MANY, 2), (10, 0)):
         files = small_files(count)
         job.folder = job.folder.with_name(f"{count} files")
         job.write(files)
         since = len(job.puts())
         process = job.start()
         job.wait_for("PutObject", since + 1)
-        assert (len(workers_of(process.pid)) > 1) == is_spread
+        assert len(lanes_of(process.pid)) == lanes
         assert_clean(finish(process))
         assert job.state() == dict.fromkeys(files, 1)
-    assert set(job.in_bucket()) == set(small_files(FILES_THAT_PAY[way]))
+        puts = job.requests("PutObject")[since:]
+        assert [is_by_lane(request) for request in puts] == [lanes > 0] * count
+    assert set(job.in_bucket()) == set(small_files(MANY))
 
 
 @needs_cores
 @needs_proc
-def test_a_killed_worker_costs_no_file(job: Job) -> None:
-    process, workers = start_with_workers(job)
-    os.kill(workers[0], signal.SIGKILL)
+def test_a_killed_lane_costs_no_file(job: Job) -> None:
+    process, lanes = start_with_lanes(job)
+    os.kill(lanes[0], signal.SIGKILL)
     assert_clean(finish(process))
     job.check_all_is_there()
 
 
 @needs_cores
 @needs_proc
-def test_a_file_that_kills_every_worker_fails_and_stops_nothing_else(job: Job) -> None:
-    job.write(small_files(FILES_THAT_PAY[CLASSIC]))
-    deadly = "d0/0000.dat"
+def test_lanes_that_are_all_killed_leave_their_files_to_the_reliable_way(job: Job) -> None:
+    job.write(small_files(MANY))
 
-    def kill_workers(_: Request) -> None:
-        kill_all(workers_of(process.pid))
+    def kill_lanes(_: Request) -> None:
+        kill_all(lanes_of(process.pid))
 
-    job.proxy.add_fault(Fault(call(kill_workers), key=deadly))
+    fault = job.proxy.add_fault(Fault(call(kill_lanes), operation="PutObject", after=5))
     process = job.start()
-    completed = finish(process)
-    job.check_failed(completed, deadly, said="was killed")
-    assert set(job.in_bucket()) >= job.uploaded()
-
-
-@needs_cores
-@needs_proc
-def test_workers_that_are_killed_again_and_again_lead_to_no_lie(job: Job) -> None:
-    job.write(small_files(FILES_THAT_PAY[CLASSIC]))
-    killed: set[int] = set()
-
-    def kill_workers(_: Request) -> None:
-        workers = workers_of(process.pid)
-        killed.update(workers)
-        kill_all(workers)
-
-    job.proxy.add_fault(Fault(call(kill_workers), operation="PutObject"))
-    process = job.start()
-    completed = finish(process)
-    assert killed
-    job.check_state_is_true()
-    # Whether it gives up the run, or files, or finds another way: what it says is so.
-    has_all = len(job.uploaded()) == FILES_THAT_PAY[CLASSIC]
-    assert (completed.returncode == 0) == has_all
-    assert has_all or "killed" in completed.stderr
-    job.proxy.clear_faults()
-    assert_clean(job.crash_run())
+    assert_clean(finish(process))
+    assert fault.hits
+    assert 0 < len(by_lanes(job)) < len(job.puts())
     job.check_all_is_there()
 
 
 @needs_cores
+def test_lanes_that_cannot_start_leave_their_files_to_the_reliable_way(
+    job: Job, tmp_path: Path
+) -> None:
+    (tmp_path / "awscrt.py").write_text("raise ImportError")
+    job.write(small_files(MANY))
+    assert_clean(job.run(env={"PYTHONPATH": str(tmp_path)}))
+    job.check_all_is_there()
+    assert by_lanes(job) == []
+
+
+NO_PROCESSES = """\
+import errno, multiprocessing.context
+def start(self):
+    raise OSError(errno.EAGAIN, "no more processes")
+multiprocessing.context.SpawnProcess.start = start
+"""
+
+
+def test_a_system_that_starts_no_more_processes_sends_all(job: Job) -> None:
+    job.write(small_files(MANY))
+    assert_clean(job.run(python_flags=prelude(NO_PROCESSES)))
+    job.check_all_is_there()
+
+
+def test_the_script_from_standard_input_sends_all(job: Job) -> None:
+    job.write(small_files(MANY))
+    script = SCRIPT_PATH.read_text(encoding="utf-8")
+    completed = subprocess.run(
+        [sys.executable, "-", *map(str, job.arguments())],
+        input=script,
+        env={**base_environment(job.state_path.parent), **job.endpoint.environment()},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (completed.returncode, completed.stderr) == (0, "")
+    job.check_all_is_there()
+    assert by_lanes(job) == []
+
+
+@needs_cores
 @needs_proc
-def test_workers_end_with_a_killed_run_and_do_not_keep_the_lock(job: Job) -> None:
-    process, workers = start_with_workers(job)
-    assert workers
+def test_lanes_end_with_a_killed_run_and_do_not_keep_the_lock(job: Job) -> None:
+    process, lanes = start_with_lanes(job)
+    assert lanes
     process.kill()
-    wait_until(lambda: not any(map(is_alive, workers)), 20, "the end of the workers")
+    wait_until(lambda: not any(map(is_alive, lanes)), 20, "the end of the lanes")
     process.communicate()
     job.check_state_is_true()
     job.proxy.clear_faults()
@@ -163,86 +178,111 @@ def test_workers_end_with_a_killed_run_and_do_not_keep_the_lock(job: Job) -> Non
 @needs_proc
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_to_the_whole_group_is_answered_once(job: Job, signum: int, code: int) -> None:
-    process, workers = start_with_workers(job)
+    process, lanes = start_with_lanes(job)
     os.killpg(process.pid, signum)
     completed = finish(process, timeout=30)
     assert completed.returncode == code
     (sentence,) = completed.stderr.splitlines()
     assert "--crashrun 1" in sentence
-    assert not any(map(is_alive, workers))
+    wait_until(lambda: not any(map(is_alive, lanes)), 20, "the end of the lanes")
     job.check_state_is_true()
     job.proxy.clear_faults()
     assert_clean(job.crash_run())
     job.check_all_is_there()
 
 
-@needs_cores
-def test_what_every_file_would_meet_is_said_once_by_all_workers(job: Job) -> None:
-    files = small_files(FILES_THAT_PAY[CLASSIC])
-    job.write(files)
-    job.proxy.add_fault(Fault(answer(403, "ExpiredToken"), operation="PutObject", after=40))
-    assert_stopped(job.run(), "ExpiredToken")
-    assert len(job.uploaded()) == 40
-    job.check_state_is_true()
+# --- Trouble ---------------------------------------------------------------------------------
 
 
 @needs_cores
-def test_worker_processes_ride_out_faults(job: Job) -> None:
-    job.write(small_files(FILES_THAT_PAY[CLASSIC]))
+@pytest.mark.parametrize("code", ["ExpiredToken", "AccessDenied"])
+def test_what_every_file_would_meet_is_said_once(job: Job, code: str) -> None:
+    job.write(small_files(MANY))
+    job.proxy.add_fault(Fault(answer(403, code), operation="PutObject"))
+    assert_stopped(job.run(), code)
+    assert job.uploaded() == set()
+    assert by_lanes(job)
+
+
+@needs_cores
+def test_lanes_and_the_reliable_way_ride_out_throttling(job: Job) -> None:
+    job.write(small_files(MANY))
     job.proxy.add_fault(Fault(answer(503, "SlowDown"), operation="PutObject", one_in=5))
     assert_clean(job.run())
+    assert 0 < len(by_lanes(job)) < len(job.puts())
     job.check_all_is_there()
 
 
-# --- The AWS Common Runtime ------------------------------------------------------------------
+# Each process notes how many files it opens at once, at the most.
+SLOW_DISK = """\
+import os, threading, time
+real, lock, opening = os.open, threading.Lock(), []
+def slow(path, *args, **keywords):
+    if str(path).endswith(".dat"):
+        opening.append(path)
+        with lock, open({record!r}, "a") as file:
+            print(len(opening), file=file)
+        time.sleep(0.02)
+        opening.pop()
+    return real(path, *args, **keywords)
+os.open = slow
+"""
 
 
-def is_by_crt(request: Request) -> bool:
-    """Whether awscrt sent the request."""
-    return CRT_MARK in str(request.headers["User-Agent"])
+@needs_cores
+def test_a_slow_disk_is_read_by_many_threads(job: Job, tmp_path: Path) -> None:
+    record = tmp_path / "record"
+    (tmp_path / "sitecustomize.py").write_text(SLOW_DISK.format(record=str(record)))
+    job.write(small_files(MANY))
+    assert_clean(job.run(env={"PYTHONPATH": str(tmp_path)}))
+    assert len(by_lanes(job)) == MANY
+    assert max(map(int, record.read_text().split())) > 8
+    job.check_all_is_there()
 
 
-@pytest.mark.parametrize(("name", "by_crt"), [("auto", True), ("crt", True), ("classic", False)])
-def test_preferred_transfer_client(job: Job, name: str, by_crt: bool) -> None:
+@needs_cores
+def test_lanes_trust_the_authorities_of_the_environment(tls_job: Job) -> None:
+    tls_job.write(small_files(MANY))
+    assert_clean(tls_job.run())
+    assert len(by_lanes(tls_job)) == MANY
+    tls_job.check_all_is_there()
+
+
+@pytest.mark.parametrize(("name", "by_lane"), [("auto", False), ("crt", True), ("classic", False)])
+def test_preferred_transfer_client(job: Job, name: str, by_lane: bool) -> None:
     job.write({"a.txt": b"bytes", "large": some_bytes(LARGE_BYTES)})
     assert_clean(job.run(CLIENT_OPTION, name, *IN_PARTS))
     (put,) = job.requests("PutObject")
-    assert is_by_crt(put) == by_crt
-    assert not any(map(is_by_crt, job.requests("UploadPart")))
+    assert is_by_lane(put) == by_lane
+    assert not any(map(is_by_lane, job.requests("UploadPart")))
     job.check_all_is_there()
 
 
-CRT_CANNOT = {
+RUNTIME_CANNOT = {
     "proxy": {"HTTP_PROXY": "{url}", "http_proxy": "{url}", "NO_PROXY": "", "no_proxy": ""},
     "not-installed": {"PYTHONPATH": "{folder}"},
 }
 
 
-def check_that_boto3_sends(job: Job, env: dict[str, str]) -> None:
-    """Check that asking for the runtime is refused, and that not asking for it works."""
-    job.make("a.txt")
-    assert_stopped(job.run(*CRT, env=env), "cannot use the AWS Common Runtime: ")
-    assert_clean(job.run(CLIENT_OPTION, "auto", env=env))
-    job.check_all_is_there()
-    assert not any(map(is_by_crt, job.requests("PutObject")))
-
-
-@pytest.mark.parametrize("why", CRT_CANNOT)
+@pytest.mark.parametrize("why", RUNTIME_CANNOT)
 def test_where_the_runtime_cannot_do_what_is_asked_boto3_sends(
     job: Job, tmp_path: Path, why: str
 ) -> None:
     (tmp_path / "awscrt.py").write_text("raise ImportError")
     places = {"url": job.endpoint.endpoint_url, "folder": str(tmp_path)}
-    check_that_boto3_sends(
-        job, {name: value.format(**places) for name, value in CRT_CANNOT[why].items()}
-    )
+    env = {name: value.format(**places) for name, value in RUNTIME_CANNOT[why].items()}
+    job.write(small_files(MANY))
+    assert_stopped(job.run(*CRT, env=env), "cannot use the AWS Common Runtime: ")
+    assert_clean(job.run(env=env))
+    job.check_all_is_there()
+    assert by_lanes(job) == []
 
 
 OF_ONE_REQUEST = {"authorization", "x-amz-date", "user-agent", "accept", "connection"}
 OF_ONE_CLIENT = {"amz-sdk-invocation-id", "amz-sdk-request", "accept-encoding"}
 
 
-def test_the_runtime_sends_the_request_that_boto3_sends(job: Job) -> None:
+def test_a_lane_sends_the_request_that_boto3_sends(job: Job) -> None:
     keys = ("plain.txt", "no extension", "sp ace+%&#?'\"ü~*()!$,;=:@.bin", "deep/er/file.html")
     job.write({key: key.encode() for key in keys})
     options = ["--storage-class", "STANDARD", "--sse", "AES256", "--prefix", "pre fix/"]
@@ -252,7 +292,7 @@ def test_the_runtime_sends_the_request_that_boto3_sends(job: Job) -> None:
         since = job.seen()
         assert_clean(job.run(*client, *options))
         puts = job.requests("PutObject", since=since)
-        assert len(puts) == len(keys)
+        assert [is_by_lane(put) for put in puts] == [client == CRT] * len(keys)
         headers = [
             {name.lower(): value for name, value in request.headers.items()} for request in puts
         ]
@@ -282,7 +322,7 @@ def make_mixed(job: Job, count: int) -> None:
 )
 def test_a_system_that_lacks(job: Job, tmp_path: Path, names: tuple[str, ...]) -> None:
     (tmp_path / "sitecustomize.py").write_text(TAKEN_AWAY.format(names=names))
-    make_mixed(job, FILES_THAT_PAY[CLASSIC])
+    make_mixed(job, MANY)
     for _ in range(2):  # with and without an old state
         assert_clean(job.run(*IN_PARTS, env={"PYTHONPATH": str(tmp_path)}))
         job.check_all_is_there()
@@ -347,7 +387,7 @@ sys.platform = "win32"
 
 @as_on_windows
 def test_backup_as_on_windows(job: Job) -> None:
-    make_mixed(job, FILES_THAT_PAY[CLASSIC])
+    make_mixed(job, MANY)
     assert_clean(job.run(*IN_PARTS, python_flags=prelude(WINDOWS)))
     job.check_all_is_there()
     assert_clean(job.run(*IN_PARTS, *CRT, python_flags=prelude(WINDOWS)))

@@ -88,8 +88,7 @@ def test_no_file_needs_more_parts_than_s3_takes(size: int, wanted: int) -> None:
 @pytest.mark.parametrize(("size", "is_large"), [(GB - 1, False), (GB, True)])
 def test_files_of_1_gb_and_more_go_in_parts(tmp_path: Path, size: int, is_large: bool) -> None:
     names = ["--bucketname", "bucket", "--backupfolder", str(tmp_path)]
-    module = program()
-    assert module.is_multipart(size, module.parse_arguments(names)) == is_large
+    assert program().parse_arguments(names).is_multipart(size) == is_large
 
 
 @pytest.mark.parametrize(

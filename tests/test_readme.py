@@ -38,7 +38,10 @@ TESTED = {
         "test_a_slow_upload_is_cut_off",
         "test_a_second_signal_ends_the_run_at_once",
     ],
-    "a worker process is killed (out of memory)": ["test_a_killed_worker_costs_no_file"],
+    "a process that sends small files is killed (out of memory)": [
+        "test_a_killed_lane_costs_no_file",
+        "test_lanes_that_are_all_killed_leave_their_files_to_the_reliable_way",
+    ],
     "the state's disk is full": [
         "test_full_disk_keeps_the_old_state",
         "test_disk_that_fills_during_the_run_keeps_the_last_state",
@@ -53,6 +56,9 @@ TESTED = {
         "test_a_server_that_says_nothing_is_given_up",
     ],
     "S3 throttles (503 SlowDown)": ["test_a_fifth_refused_and_a_twentieth_dropped_loses_nothing"],
+    "S3 fails again and again at one file (500)": [
+        "test_one_key_at_which_the_server_always_fails_is_one_failure"
+    ],
     "the answer's ETag is wrong, or S3 got damaged bytes": [
         "test_what_is_damaged_again_and_again_is_tried_three_times_and_fails",
         "test_a_fault_once_is_mended_by_sending_again",

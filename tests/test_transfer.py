@@ -15,11 +15,12 @@ import pytest
 from conftest import NewJob
 from support.checks import assert_clean
 from support.faults import Fault, answer, call, delay, slow, stall
-from support.files import IN_PARTS, LARGE_BYTES, small_files, some_bytes
-from support.job import Job
+from support.files import IN_PARTS, LARGE_BYTES, MIB, PART_BYTES, small_files, some_bytes
+from support.job import Job, prelude
 from support.proxy import Exchange
 from support.script import Completed, finish, wait_until
 from support.servers import S3Server
+from support.systems import needs_limits
 
 if sys.platform == "win32":
     pytest.skip("POSIX only: SIGTERM and SIGHUP as signals", allow_module_level=True)
@@ -246,9 +247,8 @@ def test_the_state_says_what_was_sent_when_the_run_stops(small_job: Job) -> None
     job.check_state_is_true()
 
 
-def test_concurrency_is_kept(small_job: Job) -> None:
-    job = small_job
-    job.write(small_files(30))
+def most_at_once(job: Job, operation: str, pause_seconds: float = 0.2) -> list[int]:
+    """Count how many requests of an operation are under way at once: the list has the most."""
     under_way, most = [0], [0]
     lock = threading.Lock()
 
@@ -256,13 +256,82 @@ def test_concurrency_is_kept(small_job: Job) -> None:
         with lock:
             under_way[0] += 1
             most[0] = max(most[0], under_way[0])
-        exchange.pause(0.05)
+        exchange.pause(pause_seconds)
         answer = exchange.forward()
         with lock:
             under_way[0] -= 1
         exchange.reply(answer)
 
-    job.proxy.add_fault(Fault(count, operation="PutObject"))
+    job.proxy.add_fault(Fault(count, operation=operation))
+    return most
+
+
+@pytest.mark.parametrize("asked", [3, 12])
+def test_concurrency_reaches_the_parts_of_large_files(job: Job, asked: int) -> None:
+    job.write({"large": some_bytes(12 * PART_BYTES)})
+    most = most_at_once(job, "UploadPart", pause_seconds=0.5)
+    assert_clean(job.run(*IN_PARTS, "--max-concurrency", str(asked)))
+    assert most == [asked]
+
+
+def test_a_streamed_file_does_not_hold_up_the_small_ones(job: Job) -> None:
+    job.write({"a-large": some_bytes(70 * MIB), **small_files(60)})
+    leave = threading.Event()
+
+    def hold(exchange: Exchange) -> None:
+        leave.wait(60)
+        exchange.reply(exchange.forward())
+
+    job.proxy.add_fault(Fault(hold, operation="PutObject", key="a-large"))
+    most = most_at_once(job, "PutObject")
+    process = job.start()
+    try:
+        wait_until(lambda: len(job.puts()) == 61, 60, "all the others")
+        wait_until(lambda: sum(r.status == 200 for r in job.requests("PutObject")) == 60, 60, "it")
+    finally:
+        leave.set()
+    assert_clean(finish(process))
+    assert most[0] > 4
+    job.check_all_is_there()
+
+
+@needs_limits
+@pytest.mark.parametrize("way", ["crt", "classic"])
+def test_few_open_files_mean_few_requests_at_a_time(rclone_job: Job, way: str) -> None:
+    rclone_job.write(small_files(400))
+    rclone_job.proxy.add_fault(Fault(delay(0.2), operation="PutObject"))
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))"
+    assert_clean(rclone_job.run("--preferred-transfer-client", way, python_flags=prelude(limit)))
+    rclone_job.check_all_is_there()
+
+
+def test_a_bug_ends_the_run_with_its_traceback_and_the_state(job: Job) -> None:
+    job.write(small_files(40))
+    broken = "import hashlib; real = hashlib.md5; count = [0]"
+    broken += """
+def md5(*args, **keywords):
+    count[0] += 1
+    if count[0] > 20:
+        raise ZeroDivisionError
+    return real(*args, **keywords)
+hashlib.md5 = md5
+"""
+    process = job.start("--max-concurrency", "1", python_flags=prelude(broken))
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "ZeroDivisionError" in stderr
+    sent = {request.key for request in job.requests("PutObject") if request.status == 200}
+    assert len(sent) > 5
+    assert len(sent) - 1 <= len(job.uploaded()) <= len(sent)
+    job.check_state_is_true()
+    assert_clean(job.crash_run())
+    job.check_all_is_there()
+
+
+def test_concurrency_is_kept(small_job: Job) -> None:
+    job = small_job
+    job.write(small_files(30))
+    most = most_at_once(job, "PutObject", pause_seconds=0.05)
     assert_clean(job.run("--max-concurrency", "5"))
     assert most == [5]
     job.check_all_is_there()

@@ -56,7 +56,7 @@ HASTE = {
     "CHANGED_PAUSE_SECONDS = 2": "0.1",
     "SAVE_INTERVAL_SECONDS = 1.0": "0.1",
     "SIGNAL_GRACE_SECONDS = 8": "3",
-    'FILES_PER_PROCESS = {"classic": 400, "crt": 1500}': '{"classic": 40, "crt": 150}',
+    "FILES_PER_LANE = 500": "50",
 }
 
 
