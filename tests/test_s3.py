@@ -98,14 +98,15 @@ def test_credentials_that_cannot_be_had_are_said_in_a_sentence(
 def test_a_role_that_is_refused_is_said_in_a_sentence(job: Job, tmp_path: Path) -> None:
     job.make("a.dat")
     (tmp_path / "config").write_text(
-        "[profile p]\nregion = eu-west-1\nrole_arn = arn:aws:iam::123456789012:role/r\nsource_profile = base\n"
+        "[profile p]\nregion = eu-west-1\nrole_arn = arn:aws:iam::123456789012:role/r\n"
+        "source_profile = base\n"
         "[profile base]\naws_access_key_id = k\naws_secret_access_key = s\n"
     )
     env = environment_without(job.endpoint, *KEYS, "AWS_CONFIG_FILE")
     env |= {"AWS_CONFIG_FILE": str(tmp_path / "config")}
     env["AWS_ENDPOINT_URL_STS"] = job.proxy.url
     job.proxy.add_fault(Fault(answer(403, "AccessDenied")))
-    assert_stopped(job.run("--profile", "p", server=None, env=env), "credentials", "AccessDenied")
+    assert_stopped(job.run("--profile", "p", server=None, env=env), "credentials", "AssumeRole")
     assert not job.state_path.exists()
 
 

