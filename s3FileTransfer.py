@@ -1249,6 +1249,25 @@ class Frozen(NamedTuple):
     token: str | None
 
 
+def cannot_start(error: Exception) -> StopRun:
+    """Return what to say when boto3 refuses its configuration."""
+    why = f"cannot start S3: {one_line(error)}"
+    return StopRun(f"{why}; check profile, credentials and endpoint")
+
+
+def send_small_body_at_once(params: dict[str, Any], **_: object) -> None:
+    """Spare small puts the `Expect: 100-continue` round trip (a botocore event handler)."""
+    if isinstance(params["body"], io.BytesIO):
+        # botocore waits for leave to send what it has to read; bytes leave with the headers.
+        params["body"] = params["body"].getvalue()
+
+
+def name_bucket_owner(owner: str, params: dict[str, str], model: Any, **_: object) -> None:
+    """Add the owner to each request that knows the parameter (a botocore event handler)."""
+    if "ExpectedBucketOwner" in model.input_shape.members:  # CreateBucket lacks it
+        params["ExpectedBucketOwner"] = owner
+
+
 class Session:
     """The one boto3 session of a run, and the credentials, which it renews by itself.
 
@@ -1330,25 +1349,6 @@ class Session:
             name_owner = functools.partial(name_bucket_owner, options.expected_bucket_owner)
             client.meta.events.register("provide-client-params.s3", name_owner)
         return client
-
-
-def cannot_start(error: Exception) -> StopRun:
-    """Return what to say when boto3 refuses its configuration."""
-    why = f"cannot start S3: {one_line(error)}"
-    return StopRun(f"{why}; check profile, credentials and endpoint")
-
-
-def send_small_body_at_once(params: dict[str, Any], **_: object) -> None:
-    """Spare small puts the `Expect: 100-continue` round trip (a botocore event handler)."""
-    if isinstance(params["body"], io.BytesIO):
-        # botocore waits for leave to send what it has to read; bytes leave with the headers.
-        params["body"] = params["body"].getvalue()
-
-
-def name_bucket_owner(owner: str, params: dict[str, str], model: Any, **_: object) -> None:
-    """Add the owner to each request that knows the parameter (a botocore event handler)."""
-    if "ExpectedBucketOwner" in model.input_shape.members:  # CreateBucket lacks it
-        params["ExpectedBucketOwner"] = owner
 
 
 def is_aws(client: S3Client) -> bool:
@@ -1859,6 +1859,12 @@ class Bandwidth:
         return starts_at - now
 
 
+def unreadable(error: OSError) -> UploadError:
+    """Return what to say of a file that cannot be read."""
+    advice = "its permissions" if isinstance(error, PermissionError) else "the disk"
+    return UploadError(f"cannot read it: {reason(error)}; check {advice}")
+
+
 class LargeReads:
     """A body of `size` bytes for boto3 that is read in large pieces, or as bandwidth allows.
 
@@ -1892,12 +1898,6 @@ class LargeReads:
             time.sleep(self._bandwidth.take(len(data)))
         self._on_read(self._body.tell())
         return data
-
-
-def unreadable(error: OSError) -> UploadError:
-    """Return what to say of a file that cannot be read."""
-    advice = "its permissions" if isinstance(error, PermissionError) else "the disk"
-    return UploadError(f"cannot read it: {reason(error)}; check {advice}")
 
 
 class Listener(Protocol):
@@ -2071,6 +2071,10 @@ class FileInParts:
         return f"{base64_of(zlib.crc32(crc32s).to_bytes(4, 'big'))}-{len(self.digests)}"
 
 
+class NotThere(DigestMismatch):
+    """The server has said that it completed the upload, and there is no object."""
+
+
 class MultipartProof:
     """Whether the object that was sent in parts holds the bytes that were read.
 
@@ -2149,10 +2153,6 @@ class MultipartProof:
                 raise
             return {} if error.code in ("404", "NoSuchKey", "NotFound") else None
         return answer
-
-
-class NotThere(DigestMismatch):
-    """The server has said that it completed the upload, and there is no object."""
 
 
 class PartsClient:
@@ -3204,6 +3204,30 @@ def find_unchanged(
         run.report.error(f"cannot list the bucket, so what it has is sent again: {error}")
 
 
+def difference(bucket: Bucket, entry: Entry, listed: ObjectTypeDef) -> str | None:
+    """Return what is wrong with the object that a listing found, or None.
+
+    Without an ETag in the state, it is compared with the local file: raises OSError or
+    UploadError when that cannot be done.
+    """
+    size, etag = listed["Size"], etag_of(listed)
+    if entry.size not in (None, size):
+        return f"it has {size:,} bytes there and not {entry.size:,}"
+    if entry.etag:
+        is_same = etag in ("", entry.etag)  # some listings have no ETags
+        return None if is_same else f"its ETag there is {shown(etag)} and not {shown(entry.etag)}"
+    with SourceFile(entry.filepath) as source:
+        if source.size != size:
+            return f"it has {size:,} bytes there and {source.size:,} here"
+        # Of a multipart ETag the part size is not known, and the size has to do.
+        if re.fullmatch(r"[0-9a-f]{32}", etag) and source.md5().hex() != etag:
+            head = bucket.client.head_object
+            request = functools.partial(head, Bucket=bucket.name, Key=entry.filename)
+            if is_md5_etag(Retries().run(request, may_stop_run=False)):
+                return "it has other bytes there than here"
+    return None
+
+
 def find_wrong(run: Run, bucket: Bucket, entries: list[Entry]) -> list[Entry]:
     """Mark the uploaded entries that the bucket lacks, or holds otherwise; return them."""
     unseen = {entry.filename: entry for entry in entries if entry.uploaded}
@@ -3230,30 +3254,6 @@ def find_wrong(run: Run, bucket: Bucket, entries: list[Entry]) -> list[Entry]:
     return wrong
 
 
-def difference(bucket: Bucket, entry: Entry, listed: ObjectTypeDef) -> str | None:
-    """Return what is wrong with the object that a listing found, or None.
-
-    Without an ETag in the state, it is compared with the local file: raises OSError or
-    UploadError when that cannot be done.
-    """
-    size, etag = listed["Size"], etag_of(listed)
-    if entry.size not in (None, size):
-        return f"it has {size:,} bytes there and not {entry.size:,}"
-    if entry.etag:
-        is_same = etag in ("", entry.etag)  # some listings have no ETags
-        return None if is_same else f"its ETag there is {shown(etag)} and not {shown(entry.etag)}"
-    with SourceFile(entry.filepath) as source:
-        if source.size != size:
-            return f"it has {size:,} bytes there and {source.size:,} here"
-        # Of a multipart ETag the part size is not known, and the size has to do.
-        if re.fullmatch(r"[0-9a-f]{32}", etag) and source.md5().hex() != etag:
-            head = bucket.client.head_object
-            request = functools.partial(head, Bucket=bucket.name, Key=entry.filename)
-            if is_md5_etag(Retries().run(request, may_stop_run=False)):
-                return "it has other bytes there than here"
-    return None
-
-
 def show_plan(run: Run) -> int:
     """List what a run would send and return the exit code; nothing is changed."""
     previous = run.state.read()
@@ -3274,6 +3274,14 @@ def show_plan(run: Run) -> int:
     return 1 if run.report.failed_files else 0
 
 
+def exit_code_for_files(run: Run, *, left: int = 0) -> int:
+    """Return 1, and say what to do about it, if some files are not in the bucket; else 0."""
+    if run.report.failed_files or left:
+        run.report.error("some files are not in the bucket; send them with --crashrun 1")
+        return 1
+    return 0
+
+
 def verify(run: Run) -> int:
     """Compare the bucket with the state, mark there what is wrong, and return the exit code."""
     previous = run.state.read()
@@ -3292,6 +3300,53 @@ def verify(run: Run) -> int:
     left = sum(not entry.uploaded for entry in entries) - len(wrong)
     run.report.verified(entries, run.state.path, left=left)
     return exit_code_for_files(run, left=left)
+
+
+def abort_uploads(run: Run, bucket: Bucket, abandoned: list[Entry]) -> None:
+    """Abort recorded multipart uploads that no file goes on with."""
+    retries = Retries(is_first_request=True)
+    for old in abandoned:
+        abort = functools.partial(bucket.abort, retries, old.filename, old.upload_id or "")
+        if problem := run.interruption.wait_for(abort):
+            run.report.notice(problem, old.filepath)
+
+
+def plan(run: Run, bucket: Bucket, previous: list[Entry] | None, lanes: Lanes) -> list[Entry]:
+    """Return the entries of the run, saved; those with an error are told."""
+    options, state, report = run.options, run.state, run.report
+    found = find_files(run, previous)
+    # What else the state said is of no use to this run, or to a crash run after it.
+    keeps_uploaded = options.skip_unchanged
+    kept = [
+        old
+        for old in previous or ()
+        if old.upload_id or (keeps_uploaded and old.uploaded and not other_job(old, options))
+    ]
+    entries = list(itertools.islice(found, 1))
+    if entries and not options.crashrun:
+        # A crash run after a kill during the walk finds this, and walks the folder.
+        root, prefix = options.backupfolder, options.prefix
+        folder = Entry(root, prefix, bucket=bucket.name, shard=options.shard)
+        state.save_or_stop([folder, *kept])
+    small_files = 0
+    for entry in found:
+        entries.append(entry)
+        small_files += lanes.takes(entry)
+        # They get ready meanwhile. What is unchanged is not known yet.
+        if not (small_files % Lanes.FILES_PER_LANE or options.skip_unchanged):
+            lanes.start_for(small_files)
+    report.end_of_notices()
+    # A crash run has such files too, after an incremental run was killed during its walk.
+    if (options.skip_unchanged or options.crashrun) and not bucket.is_new:
+        find_unchanged(run, bucket, entries, previous)
+    uploads = (old for old in kept if old.upload_id)
+    # Before the state forgets them.
+    abort_uploads(run, bucket, carry_uploads(entries, uploads, options.encryption))
+    state.save_or_stop(entries)
+    for entry in entries:
+        if entry.error:
+            report.failed(entry)
+    return entries
 
 
 def back_up(run: Run) -> int:
@@ -3327,56 +3382,6 @@ def back_up(run: Run) -> int:
     if transfer.stop_message or not is_saved:
         return 2
     return exit_code_for_files(run, left=left)
-
-
-def plan(run: Run, bucket: Bucket, previous: list[Entry] | None, lanes: Lanes) -> list[Entry]:
-    """Return the entries of the run, saved; those with an error are told."""
-    options, state, report = run.options, run.state, run.report
-    found = find_files(run, previous)
-    # What else the state said is of no use to this run, or to a crash run after it.
-    keeps_uploaded = options.skip_unchanged
-    kept = [
-        old
-        for old in previous or ()
-        if old.upload_id or (keeps_uploaded and old.uploaded and not other_job(old, options))
-    ]
-    entries = list(itertools.islice(found, 1))
-    if entries and not options.crashrun:
-        # A crash run after a kill during the walk finds this, and walks the folder.
-        root, prefix = options.backupfolder, options.prefix
-        folder = Entry(root, prefix, bucket=bucket.name, shard=options.shard)
-        state.save_or_stop([folder, *kept])
-    small_files = 0
-    for entry in found:
-        entries.append(entry)
-        small_files += lanes.takes(entry)
-        # They get ready meanwhile. What is unchanged is not known yet.
-        if not (small_files % Lanes.FILES_PER_LANE or options.skip_unchanged):
-            lanes.start_for(small_files)
-    report.end_of_notices()
-    # A crash run has such files too, after an incremental run was killed during its walk.
-    if (options.skip_unchanged or options.crashrun) and not bucket.is_new:
-        find_unchanged(run, bucket, entries, previous)
-    uploads = (old for old in kept if old.upload_id)
-    abandoned = carry_uploads(entries, uploads, options.encryption)
-    retries = Retries(is_first_request=True)
-    for old in abandoned:  # before the state forgets them
-        abort = functools.partial(bucket.abort, retries, old.filename, old.upload_id or "")
-        if problem := run.interruption.wait_for(abort):
-            report.notice(problem, old.filepath)
-    state.save_or_stop(entries)
-    for entry in entries:
-        if entry.error:
-            report.failed(entry)
-    return entries
-
-
-def exit_code_for_files(run: Run, *, left: int = 0) -> int:
-    """Return 1, and say what to do about it, if some files are not in the bucket; else 0."""
-    if run.report.failed_files or left:
-        run.report.error("some files are not in the bucket; send them with --crashrun 1")
-        return 1
-    return 0
 
 
 def main(argv: list[str] | None = None) -> int:

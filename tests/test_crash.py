@@ -17,7 +17,7 @@ from support.kills import kill_in_walk, killed_in_parts, killing_call
 from support.script import wait_until
 from support.systems import needs_signals
 
-ROUNDS, LONG_ROUNDS = 6, 60
+ROUNDS, LONG_ROUNDS = 10, 60
 SMALL_FILES = 100
 # HeadBucket, the small files, and the start, parts and end of one multipart upload.
 REQUESTS = 1 + SMALL_FILES + 1 + 3 + 1
