@@ -2509,8 +2509,10 @@ class LanePut:
         }
         status = self._source.before
         try:
+            ended = self.request.finished_future
+            self.request = None  # it knows this object: the bytes would never be given back
             with self._source:
-                self.request.finished_future.result()
+                ended.result()
                 etag = proven_etag(answer, self._md5)
                 self._source.check_unchanged(self._md5)
         except (AwsCrtError, DigestMismatch, UploadError, OSError):
