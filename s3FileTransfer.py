@@ -2523,6 +2523,7 @@ class LanePut:
 class LaneSender:
     """What works inside a lane: one thread that begins puts, and one that proves them."""
 
+    FILE_MAX_BYTES = 256 * KIB  # for larger bodies the runtime is no faster, and keeps a copy
     SLOW_READ_SECONDS, READERS = 0.002, 16
     BATCH_SECONDS = 0.003  # each message wakes the main process
 
@@ -2589,6 +2590,8 @@ class LaneSender:
         source, started = None, time.monotonic()
         try:
             source = SourceFile(file.path)
+            if source.size > self.FILE_MAX_BYTES:
+                raise UploadError("it has grown since the walk")
             data = source.read_all()
         except (OSError, UploadError):  # the reliable way meets it too, and says so
             if source:
@@ -2762,7 +2765,6 @@ class Lanes:
     """All lanes of a run: none where they do not pay or cannot do what is asked."""
 
     FILES_PER_LANE = 500
-    FILE_MAX_BYTES = 256 * KIB  # for larger bodies the runtime is no faster, and keeps a copy
     LANES_MAX = 8
 
     def __init__(self, bucket: Bucket, options: Options) -> None:
@@ -2788,7 +2790,7 @@ class Lanes:
     def takes(self, entry: Entry) -> bool:
         """Tell whether a file is for a lane, if there is one."""
         size = entry.size or 0
-        is_small = size <= self.FILE_MAX_BYTES and not self._options.is_multipart(size)
+        is_small = size <= LaneSender.FILE_MAX_BYTES and not self._options.is_multipart(size)
         return is_small and entry.is_pending and not entry.upload_id
 
     def start_for(self, small_files: int) -> None:
@@ -3071,7 +3073,7 @@ class Transfer:
             self._news.put(lambda: self._report.progress.moved(index, size, sent_earlier))
 
     def _tell_results(self, lane: Lane, results: list[LaneResult]) -> None:
-        self._news.put(lambda: self._record_lane(lane, results))
+        self._news.put(lambda: self._take_results(lane, results))
 
     def _tell_end(self, lane: Lane) -> None:
         self._news.put(lambda: self._drop_lane(lane))
@@ -3081,8 +3083,8 @@ class Transfer:
     def _take_news(self) -> None:
         """Record what threads and lanes report; wait a moment for it if there is nothing."""
         pause = 0.1
-        if self._bandwidth and self._next[Way.LANE]:
-            pause = min(pause, self._bandwidth.seconds_until_free())
+        if self._bandwidth and (until_free := self._bandwidth.seconds_until_free()):
+            pause = min(pause, until_free)
         with contextlib.suppress(queue.Empty):
             self._news.get(timeout=pause)()
             while True:
@@ -3103,6 +3105,10 @@ class Transfer:
     def _note_open_upload(self, entry: Entry, result: Result) -> None:
         entry.upload_id, entry.part_size = result.upload_id, result.part_size
         entry.sse = self._options.encryption if result.upload_id else None
+
+    def _take_results(self, lane: Lane, results: list[LaneResult]) -> None:
+        if lane in self._lanes:  # else its files are with the reliable way
+            self._record_lane(lane, results)
 
     def _record_lane(self, lane: Lane, results: list[LaneResult]) -> None:
         for index, size, mtime_ns, etag in results:

@@ -213,6 +213,19 @@ def test_lanes_and_the_reliable_way_ride_out_throttling(job: Job) -> None:
     job.check_all_is_there()
 
 
+@needs_cores
+def test_a_file_that_has_grown_large_is_left_to_the_reliable_way(job: Job) -> None:
+    job.make("a", "b")
+
+    def grow(_: Request) -> None:
+        job.write({"b": some_bytes(300_000)})
+
+    job.proxy.add_fault(Fault(call(grow), operation="PutObject", key="a", times=1))
+    assert_clean(job.run(*CRT, "--max-concurrency", "1"))
+    assert by_lanes(job) == ["a"]
+    job.check_all_is_there()
+
+
 # Each process notes how many files it opens at once, at the most.
 SLOW_DISK = """\
 import os, threading, time
@@ -348,7 +361,7 @@ import awscrt.s3, boto3.s3.transfer
 
 multiprocessing.resource_tracker.ensure_running()
 
-class Main(types.ModuleType):  # under its other name, what workers send finds the script
+class Main(types.ModuleType):  # under its other name, what lanes send finds the script
     def __getattr__(self, name):
         return getattr(sys.modules["__main__"], name)
 

@@ -625,11 +625,11 @@ def test_the_split_does_not_depend_on_the_other_files(job: Job) -> None:
     assert part.state() == {"sub/a.dat": 1}
 
 
-def test_many_files_in_worker_processes_are_split_too(job: Job) -> None:
+def test_many_files_in_lanes_are_split_too(job: Job) -> None:
     names = [f"{number:04}" for number in range(160)]
     job.write(dict.fromkeys(names, b"bytes"))
     part = shards_of(job, 2)["2/2"]
-    assert_clean(part.run("--shard", "2/2", "--preferred-transfer-client", "classic"))
+    assert_clean(part.run("--shard", "2/2"))
     assert sorted(part.state()) == keys_of("2/2", names)
     assert job.sent() == keys_of("2/2", names)
 

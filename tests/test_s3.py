@@ -213,6 +213,24 @@ def test_credentials_that_are_refreshed_in_the_middle_of_a_run_are_used(
     assert set(signers[20:]) == {new}  # those before may have been signed before they came
 
 
+def test_credentials_that_cannot_be_renewed_stop_the_run(small_job: Job, tmp_path: Path) -> None:
+    job, path = small_job, tmp_path / "credentials.json"
+    expires = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(minutes=2)
+    said = {"Version": 1, "AccessKeyId": "key", "SecretAccessKey": SECRET}
+    path.write_text(json.dumps({**said, "Expiration": expires.isoformat()}))
+    (tmp_path / "config").write_text(f"[default]\ncredential_process = cat '{path}'\n")
+    env = environment_without(job.endpoint, *KEYS, "AWS_CONFIG_FILE")
+    env["AWS_CONFIG_FILE"] = str(tmp_path / "config")
+    job.write(small_files(60))
+    lose = Fault(call(lambda _: path.unlink()), operation="PutObject", after=20, times=1)
+    job.proxy.add_fault(lose)
+    completed = job.run("--max-concurrency", "2", server=None, env=env)
+    assert_stopped(completed, "check the source of the credentials")
+    assert SECRET not in completed.stdout + completed.stderr
+    assert 20 <= len(job.uploaded()) < 60
+    job.check_state_is_true()
+
+
 # --- The endpoint ----------------------------------------------------------------------------
 
 

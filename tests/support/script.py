@@ -162,7 +162,7 @@ def kill_group(process: subprocess.Popen[str]) -> None:
     """Kill a started script if it still runs, with the processes that it started."""
     # Once it has been waited for, its process group may be another one's.
     if process.poll() is None:
-        if sys.platform == "win32":  # where its workers see that it is gone
+        if sys.platform == "win32":  # where its lanes see that it is gone
             process.kill()
         else:
             os.killpg(process.pid, signal.SIGKILL)
