@@ -2729,9 +2729,7 @@ class Lane:
 
     def kill(self) -> None:
         """End it, whatever it does."""
-        with contextlib.suppress(OSError):
-            self._pipe.close()
-        self._process.terminate()
+        self._process.kill()  # it ignores SIGTERM, as signals are for the main process
 
     def _feed(
         self, template: PutTemplate, session: Session, on_end: Callable[[Lane], None]

@@ -389,7 +389,7 @@ msvcrt.LK_NBLCK, msvcrt.locking = 2, locking
 sys.modules.update(msvcrt=msvcrt, fcntl=None, resource=None)
 for module, names in (
     (os, "fchmod sched_getaffinity O_NONBLOCK geteuid getuid"),
-    (signal, "SIGHUP SIGKILL pthread_sigmask"),
+    (signal, "SIGHUP pthread_sigmask"),  # multiprocessing here needs SIGKILL
 ):
     for name in names.split():
         vars(module).pop(name, None)
