@@ -1906,6 +1906,9 @@ class Listener(Protocol):
     def save_upload(self, index: int, result: Result) -> None:
         """Return when the state holds the id of the new multipart upload."""
 
+    def note_accepted(self) -> None:
+        """Take note that S3 has taken something of this run."""
+
     def note_moved(self, index: int, size: int, sent_earlier: int) -> None:
         """Take note of how many bytes of a file have been sent, in all and by an earlier run."""
 
@@ -1950,6 +1953,7 @@ class Uploader:
             if error.errno in self.OUT_OF_FILES:
                 result.outcome = Outcome.CHANGED
             result.error = str(unreadable(error))
+        self._told_at.pop(task.index, None)
         result.seconds = time.monotonic() - started
         return result
 
@@ -2231,9 +2235,13 @@ class PartsClient:
             answer = self._client.upload_part(Body=body, **parameters)
             self._proof.note_part(answer)
             proven_etag(answer, digests.md5)
+            if not answer.get("ETag"):
+                raise DigestMismatch("the answer has no ETag")
             return answer["ETag"]
 
-        return self._retries.run(send)
+        etag = self._retries.run(send)
+        self._uploader.listener.note_accepted()
+        return etag
 
     def _note_moved(self, number: int, size: int) -> None:
         self._moved[number] = size
@@ -2535,18 +2543,20 @@ class LaneSender:
         self._signing: Any = None
         loops = runtime_io.EventLoopGroup(1)
         resolver = runtime_io.DefaultHostResolver(loops)
-        modes, tls = runtime_s3.S3RequestTlsMode, runtime_io.TlsContextOptions()
-        is_folder = os.path.isdir(template.ca_path)
-        tls.override_default_trust_store_from_path(
-            ca_dirpath=template.ca_path if is_folder else None,
-            ca_filepath=None if is_folder else template.ca_path,
-        )
-        context = runtime_io.ClientTlsContext(tls)
+        modes, tls = runtime_s3.S3RequestTlsMode, None
+        if template.is_https:
+            options, ca_path = runtime_io.TlsContextOptions(), template.ca_path
+            is_folder = os.path.isdir(ca_path)
+            options.override_default_trust_store_from_path(
+                ca_dirpath=ca_path if is_folder else None,
+                ca_filepath=None if is_folder else ca_path,
+            )
+            tls = runtime_io.ClientTlsContext(options).new_connection_options()
         self._client = runtime_s3.S3Client(
             bootstrap=runtime_io.ClientBootstrap(loops, resolver),
             region=template.region,
             tls_mode=modes.ENABLED if template.is_https else modes.DISABLED,
-            tls_connection_options=context.new_connection_options(),
+            tls_connection_options=tls,
             # Decides the number of connections: 250 of them, about as many as requests in flight.
             throughput_target_gbps=100,
             connect_timeout_ms=Session.CONNECT_TIMEOUT_SECONDS * 1000,
@@ -2629,6 +2639,7 @@ class LaneSender:
                 while not self._results.empty():
                     batch.append(self._results.get()())
                 self._pipe.send(batch)
+        os._exit(1)
 
 
 def raise_file_limit() -> int:
@@ -2689,9 +2700,12 @@ class Lane:
     ends the pipe and with it the lane.
     """
 
+    STUCK_SECONDS = 120
+
     def __init__(self) -> None:
         self.indexes: set[int] = set()
         self.is_ready = False
+        self._heard_at = time.monotonic()
         self._batch: list[LaneFile] = []
         self._outbox: queue.SimpleQueue[list[LaneFile]] = queue.SimpleQueue()
         self._pipe, theirs = SPAWN.Pipe()
@@ -2718,6 +2732,8 @@ class Lane:
 
     def add(self, file: LaneFile) -> None:
         """Have it send a file, with the next `flush`."""
+        if not self.indexes:
+            self._heard_at = time.monotonic()
         self.indexes.add(file.number)
         self._batch.append(file)
 
@@ -2726,6 +2742,11 @@ class Lane:
         if self._batch:
             self._outbox.put(self._batch)
             self._batch = []
+
+    def is_stuck(self) -> bool:
+        """Tell whether it should long have said something: a disk may hang (NFS)."""
+        is_asked = bool(self.indexes) or not self.is_ready
+        return is_asked and time.monotonic() - self._heard_at > self.STUCK_SECONDS
 
     def kill(self) -> None:
         """End it, whatever it does."""
@@ -2753,7 +2774,7 @@ class Lane:
             with contextlib.suppress(EOFError, OSError):
                 while True:
                     results = self._pipe.recv()  # first of all none: it is ready
-                    self.is_ready = True
+                    self.is_ready, self._heard_at = True, time.monotonic()
                     on_results(self, results)
         finally:  # a bug too must not make the run wait for ever
             on_end(self)
@@ -2916,8 +2937,9 @@ class Transfer:
         }
         # What threads and lanes have to say: calls for the main thread.
         self._news: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        # At the start: a file is of the same way when its turn comes, whatever became of lanes.
-        self._has_lanes = len(lanes) > 0
+        # Decided once: what changes in the entry of a file that is under way, or a lane that ends,
+        # must not hand the file out again.
+        self._ways = [self._way_of(entry) if entry.is_pending else None for entry in entries]
         self._waiting = {way: self._tasks(way) for way in Way}
         self._next = {way: next(tasks, None) for way, tasks in self._waiting.items()}
         self._again: deque[tuple[float, Task]] = deque()
@@ -2954,6 +2976,8 @@ class Transfer:
             if not self._under_way and (is_stopping or not is_waiting):
                 break
             self._take_news()
+            for lane in [lane for lane in self._lanes if lane.is_stuck()]:
+                self._drop_lane(lane)
             self._settle_refused()
             self._report.draw_progress(is_stopping=is_stopping)
         for lane in self._lanes:
@@ -2963,7 +2987,7 @@ class Transfer:
 
     def _tasks(self, wanted: Way) -> Iterator[Task]:
         for index, entry in enumerate(self._entries):
-            if entry.is_pending and self._way_of(entry) is wanted:
+            if self._ways[index] is wanted:
                 path, key, size = entry.filepath, entry.filename, entry.size or 0
                 yield Task(index, path, key, size, entry.upload_id, entry.part_size)
 
@@ -2972,7 +2996,7 @@ class Transfer:
             return Way.PARTS
         limit = self._bandwidth
         is_burst = limit is not None and (entry.size or 0) > limit.piece_bytes
-        if self._has_lanes and self._lanes.takes(entry) and not is_burst:
+        if self._lanes and self._lanes.takes(entry) and not is_burst:
             return Way.LANE
         return Way.THREAD
 
@@ -3026,7 +3050,8 @@ class Transfer:
         lane = min(ready, key=lambda lane: len(lane.indexes))
         kept_for_parts = 0
         if self._count[Way.PARTS]:
-            kept_for_parts = min(self._concurrency.part_threads, self._concurrency.requests // 2)
+            half = max(1, self._concurrency.requests // 2)
+            kept_for_parts = min(self._concurrency.part_threads, half)
         if (
             len(lane.indexes) >= self._concurrency.lane_requests
             or self._count[Way.LANE] >= self._concurrency.requests - kept_for_parts
@@ -3064,6 +3089,10 @@ class Transfer:
         self._news.put(lambda: self._note_upload(index, known, saved))
         while not saved.wait(0.5):
             self._retries.check_stopped()
+
+    def note_accepted(self) -> None:
+        """Take note that S3 has taken something of this run."""
+        self._has_accepted = True
 
     def note_moved(self, index: int, size: int, sent_earlier: int) -> None:
         """Take note of how many bytes of a file have been sent, in all and by an earlier run."""
