@@ -829,8 +829,9 @@ def lock_handle(handle: IO[str]) -> None:
 class StateFile:
     """The JSON state file: read, replaced atomically, and locked for one run at a time."""
 
+    # How often it is saved, and the most of the run's time that this takes.
     SAVE_INTERVAL_SECONDS = 1.0
-    SAVE_SHARE = 0.03  # of the run's time
+    SAVE_SHARE = 0.03
 
     def __init__(self, path: str) -> None:
         self._given_path = os.path.abspath(path)
