@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import signal
 import socket
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import uuid
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 from typing import Protocol
 
 import pytest
@@ -32,6 +34,10 @@ from support.script import kill_group, run_script, start_script
 from support.servers import S3Server, moto, named_server, rclone
 
 LINES_SHOWN = 40
+HANDLERS: dict[int, Callable[[int, FrameType | None], object]] = {
+    signal.SIGINT: signal.default_int_handler,
+    signal.SIGHUP: lambda *_: None,
+}
 CLIENT_OPTION = "--preferred-transfer-client"
 
 
@@ -47,6 +53,11 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "long: takes long; runs with --long only")
     if config.getoption("--long"):
         forks.is_wanted = False
+    # In the background of a shell and under nohup they are ignored: so they would be by the script,
+    # which inherits that. A handler is not inherited.
+    for signum, handler in HANDLERS.items():
+        if signal.getsignal(signum) == signal.SIG_IGN:
+            signal.signal(signum, handler)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -22,7 +22,8 @@ wanted=$("$python" -c 'import sys; print(sys.version)' &&
     cat requirements.txt tests/requirements.txt)
 if [ "$wanted" != "$(cat "$venv/made-of" 2>/dev/null || true)" ]; then
     "$python" -m venv --clear "$venv"
-    "$bin/python" -m pip install --quiet --disable-pip-version-check \
+    # Compiled when it is imported: most of it never is.
+    "$bin/python" -m pip install --quiet --disable-pip-version-check --no-compile \
         -r requirements.txt -r tests/requirements.txt
     printf '%s\n' "$wanted" > "$venv/made-of"
 fi
