@@ -13,8 +13,9 @@ crash, sends what the state file marks as not uploaded.
 
 The state file is a JSON list with one entry a line: filepath (absolute),
 uploadedSuccess (0 or 1), filename (the object's key) and, where known, bucket,
-size, mtime_ns, etag, shard, error and, of an open multipart upload, upload_id,
-part_size and sse.
+size, mtime_ns, ctime_ns, etag, shard, error, part_size, sse and, of an open
+multipart upload, upload_id. What happens between two saves of it is appended
+to STATEFILE.journal.
 
 exit codes:
   0    everything that should be in the bucket is there
@@ -155,7 +156,7 @@ class Options:
     crashrun: int
     statefile: str
     dryrun: bool
-    verify: bool
+    verify: str | None
     max_bandwidth: int | None
     max_concurrency: int | None
     preferred_transfer_client: str
@@ -207,11 +208,14 @@ class Entry:
     bucket: str | None = None
     size: int | None = None
     mtime_ns: int | None = None
+    # 0 where it will not tell whether the file changes: it was written just before it was read.
+    ctime_ns: int | None = None
     etag: str | None = None
     shard: str | None = None
     error: str | None = None
     upload_id: str | None = None
     part_size: int | None = None
+    # What was asked for, of an open upload; what S3 answered, of an object whose ETag is no MD5.
     sse: str | None = None
 
     @property
@@ -241,35 +245,34 @@ class Entry:
 
     def to_json(self) -> str:
         """Return the entry as one line of JSON, the three original fields first."""
-        fields: dict[str, object] = {
-            "filepath": self.filepath,
-            "uploadedSuccess": int(self.uploaded),
-            "filename": self.filename,
-        }
-        for name in OPTIONAL_FIELDS:
+        path, key = READABLE_JSON.encode(self.filepath), READABLE_JSON.encode(self.filename)
+        text = f'{{"filepath": {path}, "uploadedSuccess": {self.uploaded:d}, "filename": {key}'
+        # Put together here: the encoder takes three times as long for a dict.
+        for name, kind in OPTIONAL_FIELDS.items():
             if (value := getattr(self, name)) is not None:
-                fields[name] = value
+                in_json = READABLE_JSON.encode(value) if kind is str else value
+                text += f', "{name}": {in_json}'
+        text += "}"
         # A name that is no valid UTF-8 (here it has lone surrogates) survives as escapes.
-        text = READABLE_JSON.encode(fields)
-        return text if text.isprintable() else json.dumps(fields)
+        return text if text.isprintable() else json.dumps(json.loads(text))
 
 
 READABLE_JSON = json.JSONEncoder(ensure_ascii=False)
 # Of Entry, in the order in which the state file has them.
-OPTIONAL_FIELDS = {"bucket": str, "size": int, "mtime_ns": int, "etag": str, "shard": str}
-OPTIONAL_FIELDS |= {"error": str, "upload_id": str, "part_size": int, "sse": str}
+OPTIONAL_FIELDS = {"bucket": str, "size": int, "mtime_ns": int, "ctime_ns": int, "etag": str}
+OPTIONAL_FIELDS |= {"shard": str, "error": str, "upload_id": str, "part_size": int, "sse": str}
 
 
-@dataclass(frozen=True, slots=True)
-class Task:
+class Task(NamedTuple):
     """One file to send: what threads and lanes get to see of its entry."""
 
-    index: int  # of the entry
+    number: int  # of the entry
     filepath: str
     key: str
     size: int
     upload_id: str | None = None
     part_size: int | None = None
+    etag: str | None = None  # what the bucket has; the file is sent only if it has another
     tries: int = 1  # of the whole file, this one among them
     was_in_lane: bool = False
 
@@ -278,6 +281,7 @@ class Outcome(enum.Enum):
     """How the sending of one file ended."""
 
     UPLOADED = "S3 has it, proven"
+    UNCHANGED = "S3 had it already"
     FAILED = "it cannot be sent"
     REFUSED = "it was refused, as all files may be"
     CHANGED = "try it again later"
@@ -287,12 +291,17 @@ class Outcome(enum.Enum):
 
 @dataclass(slots=True)
 class Result:
-    """What became of a task; `upload_id` is that of a multipart upload that is still open."""
+    """What became of a task; `upload_id` is that of a multipart upload that is still open.
+
+    The other fields of the object are as in `Entry`.
+    """
 
     outcome: Outcome = Outcome.FAILED
     size: int | None = None
     mtime_ns: int | None = None
+    ctime_ns: int | None = None
     etag: str | None = None
+    sse: str | None = None
     error: str | None = None
     notice: str | None = None
     is_trouble_of_server: bool = False
@@ -357,8 +366,9 @@ def shown(text: str) -> str:
 
 
 def one_line(error: object) -> str:
-    """Return the text of `error` as one printable line."""
-    return shown(" ".join(str(error).split())) or type(error).__name__
+    """Return the text of `error` as one printable line, without a password in an address."""
+    text = re.sub(r"//[^/@\s]+@", "//", " ".join(str(error).split()))
+    return shown(text) or type(error).__name__
 
 
 # --- arguments --------------------------------------------------------------------
@@ -407,6 +417,9 @@ def bucket_name(text: str) -> str:
     """Return `text` if it can be a bucket's name (some have one that S3 no longer creates)."""
     if not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9._-]{1,254}|arn:[\w:/.+=,@-]+", text):
         raise ArgumentTypeError(f"{text!r} is not a bucket name, which has {BUCKET_NAME_RULES}")
+    if text.endswith("--x-s3"):
+        what = "is an S3 Express directory bucket, which takes no Content-MD5 as proof"
+        raise ArgumentTypeError(f"{text} {what}; choose another bucket")
     return text
 
 
@@ -452,8 +465,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="where the state is kept (default: stateFile.json in the current directory)")
     add("--dryrun", action="store_true",
         help="show what would be sent; touch neither bucket nor state")
-    add("--verify", action="store_true",
-        help="send nothing; compare the bucket with the state file, for --crashrun 1 to repair")
+    add("--verify", nargs="?", const="bucket", choices=["bucket", "folder"],
+        help="send nothing; compare the bucket with the state file, for --crashrun 1 to repair; "
+        "or the files of a folder, such as a restored copy")
     add("--max-bandwidth", metavar="RATE", type=rate,
         help="e.g. 10MB/s, over all uploads together (default: no limit)")
     add("--max-concurrency", metavar="N", type=positive,
@@ -611,6 +625,14 @@ class Progress:
         """Take note that a file has been sent, or will not be."""
         self._small_left -= (entry.size or 0) < MIB
 
+    def unchanged(self, entry: Entry) -> None:
+        """Take note that a file need not be sent."""
+        if self._is_begun and self.is_shown:
+            self._total_files -= 1
+            self._total_bytes -= entry.size or 0
+            self._small_total -= (entry.size or 0) < MIB
+            self.ended(entry)
+
     def failed(self, entry: Entry) -> None:
         """Take note that a file will not be sent."""
         if self._is_begun:
@@ -687,18 +709,29 @@ class Progress:
             sys.stderr.flush()
 
 
+@dataclass(slots=True)
+class Verdict:
+    """How many files a comparison with the state has found to be what."""
+
+    files: int = 0
+    bytes: int = 0
+    files_by_size: int = 0  # of `files`: there was nothing else to compare
+    wrong_files: int = 0
+    unproven_files: int = 0
+    left_files: int = 0
+
+
 class Report:
     """What the user sees: failures and notices on stderr, the summary on stdout."""
 
     NOTICES_OF_A_KIND = 3
-    INTERRUPTED = "interrupted; the state is saved, send the rest with --crashrun 1"
 
     def __init__(self, options: Options) -> None:
         self._options = options
         self._started = time.monotonic()
         self._notices: Counter[str] = Counter()
         self.files = self.bytes = self.failed_files = 0
-        self._unchanged_files = self._unproven_files = 0
+        self._unchanged_files = self._gone_files = 0
         is_terminal = bool(sys.stderr and sys.stderr.isatty()) and os.environ.get("TERM") != "dumb"
         is_shown = is_terminal and options.progress and not options.quiet
         self.progress = Progress(is_shown=is_shown)
@@ -741,9 +774,16 @@ class Report:
         self.progress.failed(entry)
         self._print(f"failed: {shown(entry.filepath)}: {entry.error}", sys.stderr)
 
-    def unchanged(self) -> None:
+    def unchanged(self, entry: Entry) -> None:
         """Count a file that is in the bucket as it is here."""
         self._unchanged_files += 1
+        self.progress.unchanged(entry)
+
+    def gone(self, entry: Entry) -> None:
+        """Count a file that the last state has and the folder no longer."""
+        self._gone_files += 1
+        if self._options.verbose:
+            self._print(f"gone: {shown(entry.filepath)}", sys.stderr)
 
     def uploaded(self, entry: Entry, seconds: float = 0.0) -> None:
         """Count an uploaded file (or one that a run without --dryrun would send), and list it."""
@@ -753,13 +793,14 @@ class Report:
         if not (self._options.dryrun or self._options.verbose):
             return
         size = human_size(entry.size or 0)
-        line = f"{shown(entry.filepath)} -> {self._url(entry.filename)} ({size}"
+        line = f"{shown(entry.filepath)} -> {self.url(entry.filename)} ({size}"
         if self._options.dryrun:
             self._print(f"would upload: {line})", sys.stdout)
         else:
             self._print(f"uploaded: {line}, {seconds:.1f} s)", sys.stderr)
 
-    def _url(self, key: str) -> str:
+    def url(self, key: str) -> str:
+        """Return what to call an object, or with an empty key the bucket."""
         return shown(f"s3://{self._options.bucketname}/{key}")
 
     def summary(self, state_path: str, *, left: int = 0) -> None:
@@ -771,36 +812,38 @@ class Report:
         failed = f"{self.failed_files:,} failed" + (f", {left:,} not yet sent" if left else "")
         if self._options.skip_unchanged or self._unchanged_files:
             failed = f"{self._unchanged_files:,} unchanged, {failed}"
+        if self._gone_files:
+            failed += f", {self._gone_files:,} gone since the last run"
         text = f"dry run: would send {what}; {failed}"
         if not self._options.dryrun:
             bytes_a_second = human_size(self.bytes / max(seconds, 0.001))
-            where = f"{self._url(self._options.prefix)} in {seconds:.1f} s ({bytes_a_second}/s)"
+            where = f"{self.url(self._options.prefix)} in {seconds:.1f} s ({bytes_a_second}/s)"
             text = f"sent {what} to {where}; {failed}; state: {shown(state_path)}"
         self._print(text, sys.stdout)
 
-    def wrong(self, entry: Entry, *, kind: str = "wrong", why: str | None = None) -> None:
-        """Say that the bucket does not hold what the state says of an entry."""
+    def interrupted(self, *, is_saved: bool) -> None:
+        """Say that a signal has ended the run, and what is to be done."""
+        saved = "the state is saved" if is_saved else "the state could not be saved"
+        self.error(f"interrupted; {saved}, send the rest with --crashrun 1")
+
+    def wrong(self, kind: str, where: str, why: str | None) -> None:
+        """Say that something is not what the state says of it."""
         self.failed_files += 1
-        where = f"{self._url(entry.filename)} (of {shown(entry.filepath)})"
-        self._print(f"{kind}: {where}: {why or entry.error}", sys.stdout)
+        self._print(f"{kind}: {where}: {why}", sys.stdout)
 
-    def unproven(self, entry: Entry, error: OSError | UploadError) -> None:
-        """Say that nothing tells whether the bucket holds what the state says of an entry."""
-        self._unproven_files += 1
-        why = reason(error) if isinstance(error, OSError) else str(error)
-        self.wrong(entry, kind="unproven", why=f"it cannot be compared with the file: {why}")
-
-    def verified(self, entries: list[Entry], state_path: str, *, left: int) -> None:
-        """Say on stdout how a comparison of the bucket with the state ended."""
-        if not self._options.quiet:
-            right = sum(entry.uploaded for entry in entries) - self._unproven_files
-            size = human_size(sum(entry.size or 0 for entry in entries if entry.uploaded))
-            what = f"{right:,} file{'' if right == 1 else 's'} right, {size}"
-            wrong = f"{self.failed_files - self._unproven_files:,} wrong"
-            if self._unproven_files:
-                wrong += f", {self._unproven_files:,} unproven"
-            text = f"verified in {self._url('')}: {what}; {wrong}, {left:,} not yet sent; state: "
-            self._print(text + shown(state_path), sys.stdout)
+    def verified(self, where: str, state_path: str, verdict: Verdict) -> None:
+        """Say on stdout how a comparison with the state ended."""
+        if self._options.quiet:
+            return
+        right = f"{verdict.files:,} file{'' if verdict.files == 1 else 's'} right"
+        if verdict.files_by_size:
+            right += f" ({verdict.files_by_size:,} of them by size alone)"
+        wrong = f"{verdict.wrong_files:,} wrong"
+        if verdict.unproven_files:
+            wrong += f", {verdict.unproven_files:,} unproven"
+        found = f"{right}, {human_size(verdict.bytes)}; {wrong}"
+        text = f"verified in {where}: {found}, {verdict.left_files:,} not yet sent"
+        self._print(f"{text}; state: {shown(state_path)}", sys.stdout)
 
     def _print(self, text: str, stream: TextIO | None) -> None:
         self.progress.clear()
@@ -826,43 +869,140 @@ def lock_handle(handle: IO[str]) -> None:
         fcntl.flock(handle.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
+# As bytes, and without hanging at a FIFO; systems lack some of the flags.
+OPEN_FLAGS = getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
+NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
+
+
+def open_own(path: str, flags: int) -> int:
+    """Open a file of the program's own (an opener): never through a link, new ones private."""
+    return os.open(path, flags | OPEN_FLAGS | NO_FOLLOW, 0o600)
+
+
+def create_anew(path: str, *, buffering: int = -1) -> IO[bytes]:
+    """Create a file in place of what is there."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+    return open(path, "xb", buffering=buffering, opener=open_own)
+
+
+def check_regular(path: str, what: str) -> None:
+    """Raise StopRun for what is no regular file: a link could lead to anybody's."""
+    with contextlib.suppress(OSError):
+        if not stat.S_ISREG(os.lstat(path).st_mode):
+            raise StopRun(f"the {what} {shown(path)} is no regular file; move it away")
+
+
+class Journal:
+    """What happened since the last save of the state: an entry a line, the last of a file counts.
+
+    Its first line has the CRC32 of the state that it continues. Over any other it says nothing.
+    """
+
+    INTERVAL_SECONDS = 1.0
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._handle: IO[bytes] | None = None
+        self._state_crc32 = self._size = 0
+        self._tried_at = -math.inf
+
+    def begin(self, state_crc32: int) -> None:
+        """Remove it: the state that has this CRC32 holds all that it had."""
+        if self._handle:
+            self._handle.close()
+        self._handle, self._state_crc32, self._size = None, state_crc32, 0
+        with contextlib.suppress(OSError):
+            os.unlink(self.path)
+
+    def is_due(self) -> bool:
+        """Tell whether the last entries were added long enough ago."""
+        return time.monotonic() - self._tried_at >= self.INTERVAL_SECONDS
+
+    def add(self, entries: Iterable[Entry]) -> None:
+        """Add entries, to stay through a power cut; raise OSError when that fails."""
+        self._tried_at = time.monotonic()
+        text = "".join(f"{entry.to_json()}\n" for entry in entries)
+        if not self._handle:
+            self._handle = create_anew(self.path, buffering=0)
+        if not self._size:
+            text = self._first_line(self._state_crc32) + text
+        data = memoryview(text.encode())
+        try:
+            written = 0
+            while written < len(data):
+                written += self._handle.write(data[written:])
+            os.fsync(self._handle.fileno())
+        except OSError:
+            with contextlib.suppress(OSError):
+                self._handle.truncate(self._size)
+                self._handle.seek(self._size)
+            raise
+        self._size += len(data)
+
+    def read(self, state: IO[bytes]) -> dict[tuple[str, str], Entry]:
+        """Return the entries that it has for this state, by path and key; raises OSError."""
+        entries = {}
+        try:
+            with open(self.path, encoding="utf-8", errors="replace", opener=open_own) as lines:
+                if lines.readline() != self._first_line(crc32_of(state)):
+                    return {}
+                for line in lines:
+                    with contextlib.suppress(ValueError, RecursionError):  # torn by a kill
+                        entry = json.loads(line, object_hook=Entry.from_json)
+                        if type(entry) is Entry:
+                            entries[entry.filepath, entry.filename] = entry
+        except FileNotFoundError:
+            return {}
+        return entries
+
+    @staticmethod
+    def _first_line(state_crc32: int) -> str:
+        return f'{{"crc32": {state_crc32}}}\n'
+
+
+def crc32_of(handle: IO[bytes]) -> int:
+    """Return the CRC32 of an open file."""
+    crc32 = 0
+    handle.seek(0)
+    while data := handle.read(MIB):
+        crc32 = zlib.crc32(data, crc32)
+    return crc32
+
+
 class StateFile:
     """The JSON state file: read, replaced atomically, and locked for one run at a time."""
 
     # How often it is saved, and the most of the run's time that this takes.
-    SAVE_INTERVAL_SECONDS = 1.0
+    SAVE_INTERVAL_SECONDS = 10
     SAVE_SHARE = 0.03
 
     def __init__(self, path: str) -> None:
         self._given_path = os.path.abspath(path)
         # os.replace would put a plain file in the place of a symbolic link.
         self.path = os.path.realpath(path)
+        self.journal = Journal(self.path + ".journal")
         self._temporary, self._lock_path = self.path + ".tmp", self.path + ".lock"
         self._lock: IO[str] | None = None
         self._save_seconds = 0.0
         self._saved_at = -math.inf
+        self.is_saved = False  # by this run, at its last try
 
-    @property
-    def has_saved(self) -> bool:
-        """Whether this run has saved a state."""
-        return self._saved_at > -math.inf
-
-    def own_files(self) -> list[tuple[tuple[int, int], str]]:
-        """Return the state file, its companions and a link to it: folder's identity, and name."""
-        own = []
-        for path in (self._given_path, self.path, self._temporary, self._lock_path):
-            with contextlib.suppress(OSError):
-                status = os.stat(os.path.dirname(path))
-                own.append(((status.st_dev, status.st_ino), os.path.basename(path)))
-        return own
+    def own_files(self) -> list[str]:
+        """Return the paths of the state file, its companions and a link to it."""
+        own = {self._given_path, self.path, self.journal.path, self._temporary, self._lock_path}
+        return list(own)
 
     def lock(self) -> None:
         """Take the lock, until this process ends, or raise StopRun if that cannot be."""
         if os.path.lexists(self.path) and not os.path.isfile(self.path):
             why = f"the state file {shown(self.path)} is no regular file"
             raise StopRun(f"{why}; choose another with --statefile")
+        check_regular(self._lock_path, "lock")
         try:
-            handle = open(self._lock_path, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115
+            handle = open(  # noqa: SIM115
+                self._lock_path, "a+", encoding="utf-8", errors="replace", opener=open_own
+            )
         except OSError as error:
             why = f"cannot write beside the state file {shown(self.path)}: {reason(error)}"
             raise StopRun(f"{why}; choose another place with --statefile") from error
@@ -885,9 +1025,11 @@ class StateFile:
 
     def read(self) -> list[Entry] | None:
         """Return the entries, or None without a state; raise StopRun for a damaged one."""
+        check_regular(self.journal.path, "journal")
         try:
-            with open(self.path, encoding="utf-8-sig") as handle:
-                text = handle.read()
+            with open(self.path, "rb") as handle:
+                text = handle.read().decode("utf-8-sig")
+                recent = self.journal.read(handle)
             entries = json.loads(text, object_hook=Entry.from_json) if text else None
             if text and not (isinstance(entries, list) and all(type(e) is Entry for e in entries)):
                 raise ValueError("it is not a list of entries")
@@ -898,13 +1040,15 @@ class StateFile:
         except (ValueError, RecursionError) as error:
             why = f"the state file {shown(self.path)} is damaged: {one_line(error)}"
             raise StopRun(f"{why}; move it away, or choose another --statefile") from error
+        if entries and recent:
+            entries = [recent.get((entry.filepath, entry.filename), entry) for entry in entries]
         return entries
 
     def save(self, entries: Iterable[Entry]) -> None:
         """Replace the state file, all or nothing; raise OSError when that fails."""
-        started = time.monotonic()
+        started, self.is_saved = time.monotonic(), False
         try:
-            self._write(entries)
+            crc32 = self._write(entries)
             os.replace(self._temporary, self.path)
         except OSError:
             with contextlib.suppress(OSError):
@@ -920,6 +1064,8 @@ class StateFile:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
+        self.journal.begin(crc32)
+        self.is_saved = True
 
     def save_or_stop(self, entries: Iterable[Entry]) -> None:
         """Save the state; raise StopRun when that fails, since nothing has been sent yet."""
@@ -929,20 +1075,21 @@ class StateFile:
             why = f"cannot save the state file {shown(self.path)}: {reason(error)}"
             raise StopRun(f"{why}; make room, or choose another place with --statefile") from error
 
-    def _write(self, entries: Iterable[Entry]) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self._temporary)
-        # "x": in a folder that others may write to, never through a link of theirs.
-        with open(self._temporary, "x", encoding="utf-8", newline="\n") as handle:
+    def _write(self, entries: Iterable[Entry]) -> int:
+        """Write the temporary file, and return the CRC32 of what it holds."""
+        with create_anew(self._temporary) as handle:
             if hasattr(os, "fchmod") and os.path.exists(self.path):
                 os.fchmod(handle.fileno(), stat.S_IMODE(os.stat(self.path).st_mode))
-            separator = "[\n"
-            for entry in entries:
-                handle.write(separator + entry.to_json())
-                separator = ",\n"
-            handle.write("\n]\n" if separator == ",\n" else "[]\n")
+            lines, before, crc32 = map(Entry.to_json, entries), "[\n", 0
+            while batch := list(itertools.islice(lines, 1000)):
+                data = (before + ",\n".join(batch)).encode()
+                handle.write(data)
+                before, crc32 = ",\n", zlib.crc32(data, crc32)
+            end = b"[]\n" if before == "[\n" else b"\n]\n"
+            handle.write(end)
             handle.flush()
             os.fsync(handle.fileno())
+        return zlib.crc32(end, crc32)
 
     def is_due(self) -> bool:
         """Tell whether a save now keeps saving below its share of the run's time."""
@@ -961,7 +1108,8 @@ def other_job(entry: Entry, options: Options) -> str | None:
         return f"bucket {shown(entry.bucket or '')}"
     if entry.shard != options.shard:
         return f"shard {shown(entry.shard)}" if entry.shard else "the whole folder, no shard"
-    if not is_within(entry.filepath, options.backupfolder):
+    # A restored copy may lie anywhere.
+    if options.verify != "folder" and not is_within(entry.filepath, options.backupfolder):
         return f"another folder, with {shown(entry.filepath)}"
     return None
 
@@ -972,6 +1120,9 @@ def check_previous(previous: list[Entry] | None, options: Options) -> None:
     if needs_state and previous is None:
         why = f"{needs_state} needs the state file of an earlier run, and there is none"
         raise StopRun(f"{why}; run without {needs_state.split()[0]}, or name it with --statefile")
+    if options.crashrun and not previous:
+        path = shown(os.path.realpath(options.statefile))
+        raise StopRun(f"the state file {path} lists nothing; run without --crashrun")
     for entry in previous or ():
         if entry.uploaded and not needs_state:
             continue
@@ -1003,13 +1154,27 @@ def globs_matcher(globs: list[str]) -> Callable[[str], object]:
     return re.compile("|".join(map(fnmatch.translate, globs)) or r"(?!)").match
 
 
+# What tells a folder from all others.
+Identity = tuple[int, int] | tuple[str]
+
+
+def identity_of(path: str, status: os.stat_result) -> Identity:
+    """Return the identity of a folder; some file systems (FUSE on Windows) number all of them 0."""
+    return (status.st_dev, status.st_ino) if status.st_ino else (os.path.realpath(path),)
+
+
+def ctime_of(status: os.stat_result) -> int | None:
+    """Return when the file, or what is said of it, last changed; on Windows nothing tells."""
+    return None if sys.platform == "win32" else status.st_ctime_ns
+
+
 @dataclass(slots=True)
 class Subfolder:
     """A folder that the walk has found and has yet to enter."""
 
     path: str
     key_prefix: str
-    ancestors: tuple[tuple[int, int], ...] = ()
+    ancestors: tuple[Identity, ...] = ()
 
 
 class Walk:
@@ -1023,7 +1188,12 @@ class Walk:
         self._excludes = globs_matcher(options.exclude)
         # Such a glob that matches "folder/" matches all below the folder too.
         self._excludes_folder = globs_matcher([g for g in options.exclude if g.endswith("*")])
-        self._own_files = run.state.own_files()
+        self._own_files: dict[Identity, set[str]] = {}
+        for own in run.state.own_files():
+            with contextlib.suppress(OSError):
+                folder, name = os.path.split(own)
+                identity = identity_of(folder, os.stat(folder))
+                self._own_files.setdefault(identity, set()).add(name)
 
     def entries(self, previous: list[Entry] | None) -> Iterator[Entry]:
         """Yield the entries of the run: of the whole folder, or in a crash run of the state."""
@@ -1063,11 +1233,11 @@ class Walk:
             elif path == self._root:
                 yield from self._folder(path, key_prefix=key)
             elif not self._excludes_file(path):
-                found = self._examine(path, key.rstrip("/"), is_link=os.path.islink(path))
-                if isinstance(found, Subfolder):
-                    yield from self._folder(path, key_prefix=found.key_prefix.lstrip("/"))
-                elif found:
-                    yield found
+                found = self._examine(path, key.removesuffix("/"), is_link=os.path.islink(path))
+                if not isinstance(found, Subfolder):
+                    yield from [found] if found else []
+                elif not self._excludes_all_below(path):
+                    yield from self._folder(path, key_prefix=found.key_prefix)
 
     def _list(self, folder: Subfolder) -> Iterator[Entry | Subfolder]:
         self._interruption.check()
@@ -1081,11 +1251,11 @@ class Walk:
             why = f"cannot read the folder: {reason(error)}; check its permissions"
             yield self._entry(folder.path, folder.key_prefix, error=why)
             return
-        identity = (status.st_dev, status.st_ino)
+        identity = identity_of(folder.path, status)
         if identity in folder.ancestors:
             self._report.notice("link to a folder above it, not followed", folder.path)
             return
-        own_names = {name for folder_id, name in self._own_files if folder_id == identity}
+        own_names = self._own_files.get(identity, set())
         path_prefix = os.path.join(folder.path, "")
         for name, is_link in names:
             self._interruption.check()
@@ -1095,7 +1265,7 @@ class Walk:
             found = self._examine(path, folder.key_prefix + name, is_link=is_link)
             if isinstance(found, Subfolder):
                 found.ancestors = (*folder.ancestors, identity)
-                if self._excludes_folder(self._relative(path) + "/"):
+                if self._excludes_all_below(path):
                     continue
             if found:
                 yield found
@@ -1108,6 +1278,9 @@ class Walk:
         if not self._options.exclude:
             return False
         return bool(self._excludes(self._relative(path))) and not os.path.isdir(path)
+
+    def _excludes_all_below(self, path: str) -> bool:
+        return bool(self._excludes_folder(self._relative(path) + "/"))
 
     def _relative(self, path: str) -> str:
         return path[len(os.path.join(self._root, "")) :].replace(os.sep, "/")
@@ -1133,6 +1306,7 @@ class Walk:
         entry.error = key_problem(key)
         if not entry.error:
             entry.size, entry.mtime_ns = status.st_size, status.st_mtime_ns
+            entry.ctime_ns = ctime_of(status)
         return entry
 
 
@@ -1155,7 +1329,7 @@ def find_files(run: Run, previous: list[Entry] | None) -> Iterator[Entry]:
     """Yield the entries of this run: all of the folder, or in a crash run the state's.
 
     When that is nothing, its disk may not be mounted. Raises StopRun then, if the state
-    lists uploads of the folder, or the folder itself: that must not be forgotten.
+    lists files of the folder: they must not be forgotten.
     """
     options, root, entry = run.options, run.options.backupfolder, None
     for count, entry in enumerate(Walk(run).entries(previous), start=1):
@@ -1166,12 +1340,40 @@ def find_files(run: Run, previous: list[Entry] | None) -> Iterator[Entry]:
     if entry:
         return
     for old in previous or ():
-        if is_within(old.filepath, root) and not (options.crashrun and old.filepath != root):
+        # A crash run may well find that nothing is left to send.
+        is_missed = old.uploaded or not options.crashrun
+        if is_missed and old.filepath != root and is_within(old.filepath, root):
             what = "uploaded files of it" if old.uploaded else "files of it as still to be sent"
             why = f"there is nothing in {shown(root)}, but the state lists {what}"
             raise StopRun(f"{why}; is its disk mounted?")
-    if not options.crashrun:
-        run.report.error(f"there is nothing to send in {shown(root)}; is its disk mounted?")
+    run.report.error(f"there is nothing to send in {shown(root)}; is its disk mounted?")
+
+
+def is_below(path: str, folders: set[str]) -> bool:
+    """Tell whether a path is below one of the folders."""
+    while (folder := os.path.dirname(path)) != path:
+        if folder in folders:
+            return True
+        path = folder
+    return False
+
+
+def keep_unseen(run: Run, entries: list[Entry], previous: list[Entry] | None) -> None:
+    """Add the uploaded entries of the last state that could not be looked at; count the gone.
+
+    Those are below a folder that cannot be read now.
+    """
+    if not previous:
+        return
+    seen = {entry.filepath for entry in entries}
+    unreadable = {entry.filepath for entry in entries if entry.error}
+    for old in previous:
+        if old.filepath in seen or not old.uploaded or other_job(old, run.options):
+            continue
+        if unreadable and is_below(old.filepath, unreadable):
+            entries.append(old)
+        elif not (run.options.crashrun or os.path.lexists(old.filepath)):
+            run.report.gone(old)
 
 
 def part_size_for(size: int, wanted: int) -> int:
@@ -1226,20 +1428,19 @@ def import_boto3() -> None:
 class Concurrency:
     """How much may be under way at once, for this machine and these options."""
 
-    requests: int
+    requests: int | None  # of all files, if the user has set it
     threads: int  # for files that are sent in one part, without a lane
     part_threads: int  # for each file that is sent in parts
     lane_requests: int  # of each lane
 
     @classmethod
-    def of(cls, options: Options, *, lanes: int, files_max: int) -> Concurrency:
-        """Return it for so many lanes and so many open files (each request has two)."""
+    def of(cls, options: Options, *, files_max: int) -> Concurrency:
+        """Return it for so many open files (each request has two)."""
         wanted, room = options.max_concurrency, max(files_max - 60, 8)
         threads = max(1, min(wanted or 24, THREADS_MAX, room // 4))
         part_threads = max(1, min(wanted or 8, THREADS_MAX, room // 8))
         lane_requests = max(1, min(wanted or 256, 256, room // 2))
-        at_most = threads + 2 * part_threads + lanes * lane_requests
-        return cls(wanted or at_most, threads, part_threads, lane_requests)
+        return cls(wanted, threads, part_threads, lane_requests)
 
 
 class Frozen(NamedTuple):
@@ -1471,7 +1672,7 @@ def error_of(error: Exception) -> UploadError:
 class Retries:
     """The one retry loop around requests, shared by the threads of a run.
 
-    `slots` is how many requests may be under way at once.
+    `slots` is how many requests may be under way at once, if that is bounded.
     """
 
     # A request that fails for a passing reason is tried again until so long after its first
@@ -1481,9 +1682,9 @@ class Retries:
     BACKOFF_FIRST_SECONDS = 0.5
     BACKOFF_MAX_SECONDS = 10
 
-    def __init__(self, *, slots: int = 1, is_first_request: bool = False) -> None:
+    def __init__(self, *, slots: int | None = None, is_first_request: bool = False) -> None:
         self.stop = threading.Event()
-        self.slots = threading.BoundedSemaphore(slots)
+        self.slots = threading.BoundedSemaphore(slots) if slots else None
         self._patience_seconds: float = self.PATIENCE_SECONDS
         if is_first_request:
             self._patience_seconds = self.FIRST_PATIENCE_SECONDS
@@ -1511,7 +1712,7 @@ class Retries:
         for tries in itertools.count():
             self.check_stopped()
             try:
-                with self.slots:
+                with self.slots or contextlib.nullcontext():
                     answer = attempt()
             except request_errors() as raised:
                 error = error_of(raised)
@@ -1550,10 +1751,7 @@ def etag_of(answer: Mapping[str, Any]) -> str:
 
 
 class Bucket:
-    """The bucket of a run; `client` is boto3's, for its region.
-
-    `is_new` tells whether this run has created it; it may be missing until `create`.
-    """
+    """The bucket of a run; `client` is boto3's, for its region."""
 
     # A name server or a black hole may hang far longer than any timeout of ours.
     FIRST_REQUEST_SECONDS = 18
@@ -1568,7 +1766,7 @@ class Bucket:
         https://docs.aws.amazon.com/AmazonS3/latest/API/API_HeadBucket.html
         """
         self._options, self._report, self._interruption = run.options, run.report, run.interruption
-        self.name, self.is_new = run.options.bucketname, False
+        self.name = run.options.bucketname
         self.session = Session(run.options)
         client = self.session.client(
             None,
@@ -1579,7 +1777,7 @@ class Bucket:
         try:
             status, region = self._interruption.wait_for(look, seconds=self.FIRST_REQUEST_SECONDS)
         except NoAnswer as error:
-            where = client.meta.endpoint_url
+            where = one_line(client.meta.endpoint_url)
             raise StopRun(f"no answer from {where}; check network and endpoint") from error
         if status == 401 or (status == 400 and not region):
             why = "the server refuses these credentials"
@@ -1612,7 +1810,7 @@ class Bucket:
             why = f"there is no bucket {self.name}, and none can be created"
             raise StopRun(f"{why}: the name of a bucket has {BUCKET_NAME_RULES}")
         self._use_region(self._interruption.wait_for(self._create))
-        self.exists = self.is_new = True
+        self.exists = True
 
     def _create(self) -> str:
         region = self._options.region or DEFAULT_REGION
@@ -1683,7 +1881,7 @@ class Bucket:
             retries.run(request, may_stop_run=False)
         except UploadError as error:
             if error.code not in ("NoSuchUpload", "404"):
-                what = f"multipart upload {upload_id} could not be aborted"
+                what = f"multipart upload {shown(upload_id)} could not be aborted"
                 return f"{what}, and its parts are paid for until it is"
         return None
 
@@ -1705,19 +1903,21 @@ def base64_of(digest: bytes) -> str:
     return base64.b64encode(digest).decode("ascii")
 
 
-def is_md5_etag(answer: Mapping[str, Any]) -> bool:
-    """Tell whether the ETag of an answer is made of MD5s: not under SSE-KMS and SSE-C.
+def opaque_encryption(answer: Mapping[str, Any]) -> str | None:
+    """Return the encryption under which the ETag of an answer is no MD5: SSE-KMS or SSE-C.
 
     https://docs.aws.amazon.com/AmazonS3/latest/API/API_Object.html
     """
-    encryption = answer.get("ServerSideEncryption") or ""
-    return not encryption.startswith("aws:kms") and not answer.get("SSECustomerAlgorithm")
+    encryption = str(answer.get("ServerSideEncryption") or "")
+    if encryption.startswith("aws:kms"):
+        return encryption
+    return str(answer.get("SSECustomerAlgorithm") or "") or None
 
 
 def proven_etag(answer: Mapping[str, Any], md5: bytes) -> str:
     """Return the ETag of a put; raise DigestMismatch if it should be the MD5 and is not."""
     etag = etag_of(answer)
-    if is_md5_etag(answer) and etag != md5.hex():
+    if not opaque_encryption(answer) and etag != md5.hex():
         raise DigestMismatch(f"its ETag is {etag or 'missing'} and its MD5 {md5.hex()}")
     return etag
 
@@ -1741,13 +1941,26 @@ class Digests(NamedTuple):
         return self.md5.hex() == etag_of(listed)
 
 
-def read_digests(body: Body, size: int, *, with_crc32: bool = False) -> Digests:
-    """Return the digests of `size` bytes of `body`; raise FileChanged if there are fewer."""
+def etag_of_parts(md5s: list[bytes]) -> str:
+    """Return the ETag that S3 gives to an object whose parts have these MD5s."""
+    return f"{new_md5(b''.join(md5s)).hexdigest()}-{len(md5s)}"
+
+
+def read_digests(
+    body: Body, size: int, *,
+    with_crc32: bool = False, on_read: Callable[[int], object] | None = None,
+) -> Digests:  # fmt: skip
+    """Return the digests of `size` bytes of `body`; raise FileChanged if there are fewer.
+
+    `on_read` is called with the number of bytes of each piece.
+    """
     md5, crc32, left = new_md5(), 0, size
     while left and (data := body.read(min(left, READ_BYTES))):
         md5.update(data)
         if with_crc32:
             crc32 = zlib.crc32(data, crc32)
+        if on_read:
+            on_read(len(data))
         left -= len(data)
     if left:
         raise FileChanged
@@ -1773,15 +1986,26 @@ class SourceFile:
     Raises OSError, or UploadError for what is no regular file (a FIFO never hangs).
     """
 
-    FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
+    # The clocks of file systems tick so seldom that a later change may have the same time.
+    YOUNG_NS = 2 * 10**9
 
-    def __init__(self, path: str) -> None:
-        self.handle = io.FileIO(os.open(path, self.FLAGS))
+    def __init__(self, path: str, *, follow_symlinks: bool = True) -> None:
+        flags = os.O_RDONLY | OPEN_FLAGS | (0 if follow_symlinks else NO_FOLLOW)
+        try:
+            self.handle = io.FileIO(os.open(path, flags))
+        except OSError as error:
+            if error.errno == errno.ELOOP and not follow_symlinks:
+                what = "it has become a symbolic link"
+                raise UploadError(f"{what}; leave out --no-follow-symlinks to send it") from error
+            raise
         self.before = os.fstat(self.handle.fileno())
         if not stat.S_ISREG(self.before.st_mode):
             self.close()
             raise UploadError("it is no longer a regular file")
         self.size = self.before.st_size
+        self.ctime_ns = ctime_of(self.before)
+        if time.time_ns() - (self.ctime_ns or self.before.st_mtime_ns) < self.YOUNG_NS:
+            self.ctime_ns = 0
 
     def __enter__(self) -> SourceFile:
         return self
@@ -1805,10 +2029,30 @@ class SourceFile:
             raise UploadError(f"{why}; leave it out with --exclude")
         return data[: self.size]
 
-    def md5(self) -> bytes:
+    def md5(self, *, on_read: Callable[[int], object] | None = None) -> bytes:
         """Return the MD5 of the file as long as it was; raise FileChanged if it is shorter."""
         self.handle.seek(0)
-        return read_digests(self.handle, self.size).md5
+        return read_digests(self.handle, self.size, on_read=on_read).md5
+
+    def etag_like(
+        self, etag: str, part_size: int, *, on_read: Callable[[int], object] | None = None
+    ) -> str | None:
+        """Return the ETag that S3 would give to it, if `etag` is of an object with its bytes.
+
+        `part_size` is that of an upload in parts, in bytes. None when the number of parts shows
+        that it was another. Raises FileChanged if the file is shorter than it was.
+        """
+        _md5, is_of_parts, count = etag.partition("-")
+        if not is_of_parts:
+            return self.md5(on_read=on_read).hex()
+        if str(-(-self.size // part_size)) != count:
+            return None
+        self.handle.seek(0)
+        md5s = []
+        for start in range(0, self.size, part_size):
+            length = min(part_size, self.size - start)
+            md5s.append(read_digests(self.handle, length, on_read=on_read).md5)
+        return etag_of_parts(md5s)
 
     def check_unchanged(self, md5: bytes) -> None:
         """Raise FileChanged unless the file still has the bytes with this MD5 at its start."""
@@ -1860,6 +2104,11 @@ class Bandwidth:
         return starts_at - now
 
 
+def why_unreadable(error: OSError | UploadError) -> str:
+    """Return why a file could not be read, in a few words."""
+    return reason(error) if isinstance(error, OSError) else str(error)
+
+
 def unreadable(error: OSError) -> UploadError:
     """Return what to say of a file that cannot be read."""
     advice = "its permissions" if isinstance(error, PermissionError) else "the disk"
@@ -1905,7 +2154,7 @@ class Listener(Protocol):
     """Whom the reliable way tells what happens before a file is done."""
 
     def save_upload(self, index: int, result: Result) -> None:
-        """Return when the state holds the id of the new multipart upload."""
+        """Return when the disk has the id of the new multipart upload."""
 
     def note_accepted(self) -> None:
         """Take note that S3 has taken something of this run."""
@@ -1935,8 +2184,7 @@ class Uploader:
         result = Result(upload_id=task.upload_id, part_size=task.part_size)
         started = time.monotonic()
         try:
-            self._send(task, result)
-            result.outcome = Outcome.UPLOADED
+            result.outcome = self._send(task, result)
         except FileChanged as error:
             result.outcome, result.error = Outcome.CHANGED, str(error)
         except UploadError as error:
@@ -1954,22 +2202,38 @@ class Uploader:
             if error.errno in self.OUT_OF_FILES:
                 result.outcome = Outcome.CHANGED
             result.error = str(unreadable(error))
-        self._told_at.pop(task.index, None)
+        self._told_at.pop(task.number, None)
         result.seconds = time.monotonic() - started
         return result
 
-    def _send(self, task: Task, result: Result) -> None:
+    def _send(self, task: Task, result: Result) -> Outcome:
         self.retries.check_stopped()
-        with SourceFile(task.filepath) as source:
+        with SourceFile(task.filepath, follow_symlinks=self.options.follow_symlinks) as source:
             result.size, result.mtime_ns = source.size, source.before.st_mtime_ns
+            result.ctime_ns = source.ctime_ns
+            if task.etag:
+                if self._has_etag(task, source):
+                    result.etag = task.etag
+                    return Outcome.UNCHANGED
+                result.part_size = None
             if self.options.is_multipart(source.size):
-                result.etag = MultipartUpload(self, task, source, result).send()
+                MultipartUpload(self, task, source, result).send()
             else:
                 self.abort(task, result)
-                result.etag = self._put(task, source)
+                self._put(task, source, result)
+        return Outcome.UPLOADED
 
-    def _put(self, task: Task, source: SourceFile) -> str:
-        """Send the file with PutObject and return the ETag."""
+    def _has_etag(self, task: Task, source: SourceFile) -> bool:
+        """Tell whether the file has the bytes of the object that the bucket has."""
+
+        def note(_size: int) -> None:
+            self.retries.check_stopped()
+
+        part_size = task.part_size or self.options.multipart_chunksize
+        return source.etag_like(task.etag or "", part_size, on_read=note) == task.etag
+
+    def _put(self, task: Task, source: SourceFile, result: Result) -> None:
+        """Send the file with PutObject."""
         limit = self.bandwidth
         body: Any
         if source.size <= IN_MEMORY_BYTES:
@@ -1980,25 +2244,25 @@ class Uploader:
             source.handle.seek(0)
             body = s3transfer.utils.ReadFileChunk(source.handle, source.size, source.size)
         if source.size > (limit.piece_bytes if limit else IN_MEMORY_BYTES):
-            note = functools.partial(self.note_moved, task.index)
+            note = functools.partial(self.note_moved, task.number)
             body = LargeReads(body, source.size, on_read=note, bandwidth=limit)
         parameters = self.object_parameters(task.filepath, source.before)
         parameters |= {"Bucket": self.bucket.name, "Key": task.key, "ContentMD5": base64_of(md5)}
 
-        def put() -> str:
+        def put() -> None:
             body.seek(0)
             if limit and isinstance(body, io.BytesIO):
                 time.sleep(limit.take(source.size))
-            return proven_etag(self.client.put_object(Body=body, **parameters), md5)
+            answer = self.client.put_object(Body=body, **parameters)
+            result.etag, result.sse = proven_etag(answer, md5), opaque_encryption(answer)
 
         try:
-            etag = self.retries.run(put, damaged_tries=int(task.was_in_lane))
+            self.retries.run(put, damaged_tries=int(task.was_in_lane))
         except UploadError:
             # A file that changes between hashing and sending is refused as damaged.
             source.check_unchanged(md5)
             raise
         source.check_unchanged(md5)
-        return etag
 
     def object_parameters(self, path: str, status: os.stat_result) -> dict[str, Any]:
         """Return boto3's parameters that describe a new object."""
@@ -2030,11 +2294,16 @@ class Uploader:
 class FileInParts:
     """A file as it is sent in parts: where they begin, and their digests once they are read."""
 
-    def __init__(self, task: Task, source: SourceFile, part_size: int, retries: Retries) -> None:
-        self.path, self.size, self.part_size = task.filepath, source.size, part_size
+    def __init__(self, uploader: Uploader, path: str, source: SourceFile, part_size: int) -> None:
+        self.path, self.size, self.part_size = path, source.size, part_size
         self.digests: dict[int, Digests] = {}
         self.has_crc32 = False
-        self._before, self._retries = source.before, retries
+        self._before, self._retries = source.before, uploader.retries
+        self._follow_symlinks = uploader.options.follow_symlinks
+
+    def open(self) -> SourceFile:
+        """Open the file once more; raises what `SourceFile` raises."""
+        return SourceFile(self.path, follow_symlinks=self._follow_symlinks)
 
     def read(self, number: int, *, handle: io.FileIO) -> Digests:
         """Return the digests of the part with that number (from 1), of an open file."""
@@ -2046,7 +2315,7 @@ class FileInParts:
     def read_again(self) -> dict[int, Digests]:
         """Return the digests of all parts, read from the file anew."""
         again = {}
-        with SourceFile(self.path) as source:
+        with self.open() as source:
             for number in range(1, -(-self.size // self.part_size) + 1):
                 self._retries.check_stopped()
                 again[number] = self.read(number, handle=source.handle)
@@ -2054,7 +2323,7 @@ class FileInParts:
 
     def md5_of_whole(self) -> str:
         """Return the MD5 of the whole file in hexadecimal digits, read anew."""
-        with SourceFile(self.path) as source:
+        with self.open() as source:
             return read_digests(source.handle, self.size).md5.hex()
 
     def check_unchanged(self) -> None:
@@ -2067,8 +2336,7 @@ class FileInParts:
 
     def etag(self) -> str:
         """Return the ETag that S3 gives to the object, if its ETags are MD5s."""
-        md5s = b"".join(digests.md5 for _, digests in sorted(self.digests.items()))
-        return f"{new_md5(md5s).hexdigest()}-{len(self.digests)}"
+        return etag_of_parts([digests.md5 for _, digests in sorted(self.digests.items())])
 
     def crc32(self) -> str:
         """Return the CRC32 that S3 gives to the object: that of the CRC32s of its parts."""
@@ -2090,11 +2358,11 @@ class MultipartProof:
         self._client, self._retries = uploader.client, uploader.retries
         self._location: Any = {"Bucket": uploader.bucket.name, "Key": key}
         self._file = file
-        self._etags_are_md5 = True
+        self.sse: str | None = None  # under which ETags are no MD5s
 
-    def note_part(self, answer: Mapping[str, Any]) -> None:
-        """Take note of what an answer to UploadPart tells of the bucket's ETags."""
-        self._etags_are_md5 &= is_md5_etag(answer)
+    def note_encryption(self, answer: Mapping[str, Any]) -> None:
+        """Take note of what an answer tells of the bucket's ETags."""
+        self.sse = self.sse or opaque_encryption(answer)
 
     def etag(self, answer: Mapping[str, Any]) -> str:
         """Return the ETag of an object that was completed with this answer.
@@ -2133,7 +2401,8 @@ class MultipartProof:
             return True
         if self._has_crc32(answer):
             return bool(answer["ChecksumCRC32"] == self._file.crc32())
-        if not self._etags_are_md5 or not is_md5_etag(answer):
+        self.note_encryption(answer)
+        if self.sse:
             return None
         if re.fullmatch(r"[0-9a-f]{32}", etag):
             return self._file.md5_of_whole() == etag
@@ -2149,7 +2418,7 @@ class MultipartProof:
     def _head(self) -> Mapping[str, Any] | None:
         """Return HeadObject's answer, empty for no object, or None where it is refused."""
         # Without that mode S3 tells no checksum.
-        mode: Any = {"ChecksumMode": "ENABLED"} if self._file.has_crc32 else {}
+        mode: Any = {"ChecksumMode": "ENABLED"}
         head: Any = functools.partial(self._client.head_object, **self._location, **mode)
         try:
             answer: Mapping[str, Any] = self._retries.run(head, may_stop_run=False)
@@ -2176,7 +2445,7 @@ class PartsClient:
     ) -> None:  # fmt: skip
         self.meta = uploader.client.meta
         self._uploader, self._client, self._retries = uploader, uploader.client, uploader.retries
-        self._index, self._file, self._result, self._proof = task.index, file, result, proof
+        self._index, self._file, self._result, self._proof = task.number, file, result, proof
         self._on_s3 = on_s3
         self._etags: dict[int, str] = {}
         self._moved: dict[int, int] = {}
@@ -2206,7 +2475,7 @@ class PartsClient:
         self._retries.check_stopped()
         number, size = PartNumber, len(Body)
         # Not Body itself, which breaks off in the middle once another part has failed.
-        with SourceFile(self._file.path) as source:
+        with self._file.open() as source:
             digests = self._file.read(number, handle=source.handle)
             listed = self._on_s3.get(number)
             if listed and listed.get("Size") == size and digests.are_of(listed):
@@ -2234,7 +2503,7 @@ class PartsClient:
         def send() -> str:
             body.seek(0)
             answer = self._client.upload_part(Body=body, **parameters)
-            self._proof.note_part(answer)
+            self._proof.note_encryption(answer)
             proven_etag(answer, digests.md5)
             if not answer.get("ETag"):
                 raise DigestMismatch("the answer has no ETag")
@@ -2288,13 +2557,14 @@ class MultipartUpload:
         # Other servers may not know CRC32; Content-MD5 proves the parts everywhere.
         self._wants_crc32 = is_aws(uploader.client)
 
-    def send(self) -> str:
-        """Send the file and return the object's proven ETag; raises what `upload` knows."""
+    def send(self) -> None:
+        """Send the file, and note the object's proven ETag; raises what `upload` knows."""
         if self._source.size > PARTS_MAX * PART_MAX_BYTES:
             raise UploadError("it is larger than the 48.8 TiB that S3 takes; split it")
         for tries in itertools.count(1):
             try:
-                return self._attempt()
+                self._result.etag = self._attempt()
+                return
             except FileChanged:
                 self._uploader.abort(self._task, self._result)
                 raise
@@ -2313,7 +2583,7 @@ class MultipartUpload:
     def _attempt(self) -> str:
         wanted = self._result.part_size or self._uploader.options.multipart_chunksize
         part_size = part_size_for(self._source.size, wanted)
-        file = FileInParts(self._task, self._source, part_size, self._retries)
+        file = FileInParts(self._uploader, self._task.filepath, self._source, part_size)
         file.has_crc32 = self._wants_crc32
         proof = MultipartProof(self._uploader, self._task.key, file)
         on_s3: Mapping[int, PartTypeDef] = {}
@@ -2327,7 +2597,10 @@ class MultipartUpload:
                 etag = proof.etag_in_place()  # perhaps only the answer was lost
             if found is None:
                 self._forget_upload()
-                return etag or self._attempt()
+                if not etag:
+                    return self._attempt()
+                self._result.part_size, self._result.sse = part_size, proof.sse
+                return etag
             on_s3 = found
         client = PartsClient(
             self._uploader, self._task, file, result=self._result, proof=proof, on_s3=on_s3
@@ -2338,7 +2611,7 @@ class MultipartUpload:
             # A part that changes between hashing and sending is refused as damaged.
             file.check_unchanged()
             raise
-        self._forget_upload()
+        self._result.upload_id, self._result.sse = None, proof.sse
         return client.etag
 
     def _transfer(self, client: Any, file: FileInParts) -> None:
@@ -2413,7 +2686,9 @@ class LaneResult(NamedTuple):
     number: int  # of the entry
     size: int = 0
     mtime_ns: int = 0
+    ctime_ns: int | None = None
     etag: str | None = None
+    sse: str | None = None
 
 
 class PutTemplate(NamedTuple):
@@ -2425,6 +2700,7 @@ class PutTemplate(NamedTuple):
     path: str  # the key follows
     headers: list[tuple[str, str]]
     ca_path: str
+    follow_symlinks: bool
 
     @classmethod
     def of(cls, bucket: Bucket, options: Options) -> PutTemplate:
@@ -2458,6 +2734,7 @@ class PutTemplate(NamedTuple):
             path=url.path.removesuffix("KEY"),
             headers=headers,
             ca_path=bucket.session.ca_path(),
+            follow_symlinks=options.follow_symlinks,
         )
 
 
@@ -2526,7 +2803,10 @@ class LanePut:
                 self._source.check_unchanged(self._md5)
         except (AwsCrtError, DigestMismatch, UploadError, OSError):
             return LaneResult(self.number)
-        return LaneResult(self.number, status.st_size, status.st_mtime_ns, etag)
+        return LaneResult(
+            self.number, status.st_size, status.st_mtime_ns, self._source.ctime_ns,
+            etag, opaque_encryption(answer),
+        )  # fmt: skip
 
 
 class LaneSender:
@@ -2600,7 +2880,7 @@ class LaneSender:
 
         source, started = None, time.monotonic()
         try:
-            source = SourceFile(file.path)
+            source = SourceFile(file.path, follow_symlinks=self._template.follow_symlinks)
             if source.size > self.FILE_MAX_BYTES:
                 raise UploadError("it has grown since the walk")
             data = source.read_all()
@@ -2744,6 +3024,10 @@ class Lane:
             self._outbox.put(self._batch)
             self._batch = []
 
+    def count(self) -> int:
+        """Return how many files it has."""
+        return len(self.indexes)
+
     def is_stuck(self) -> bool:
         """Tell whether it should long have said something: a disk may hang (NFS)."""
         is_asked = bool(self.indexes) or not self.is_ready
@@ -2811,7 +3095,7 @@ class Lanes:
         """Tell whether a file is for a lane, if there is one."""
         size = entry.size or 0
         is_small = size <= LaneSender.FILE_MAX_BYTES and not self._options.is_multipart(size)
-        return is_small and entry.is_pending and not entry.upload_id
+        return is_small and entry.is_pending and not (entry.upload_id or entry.etag)
 
     def start_for(self, small_files: int) -> None:
         """Start as many lanes as pay for so many small files, if they are not started yet."""
@@ -2833,8 +3117,8 @@ class Lanes:
         client = self._bucket.client
         if not self._has_runtime():
             return "awscrt is missing or too old; run: python3 -m pip install -U 'boto3[crt]'"
-        if self._bucket.name.startswith("arn:") or self._bucket.name.endswith("--x-s3"):
-            return "it does not know access points and directory buckets"
+        if self._bucket.name.startswith("arn:"):
+            return "it does not know access points"
         if botocore.utils.get_environ_proxies(client.meta.endpoint_url):
             return "it does not know the proxy of the environment"
         if client.meta.config.signature_version != "s3v4":  # type: ignore[attr-defined]
@@ -2865,6 +3149,18 @@ class Way(enum.Enum):
     PARTS = "in parts, by a thread of this process and those of S3Transfer"
 
 
+class Line:
+    """The files that are sent one way: those that wait, and how many are under way."""
+
+    def __init__(self, tasks: Iterator[Task]) -> None:
+        self._tasks, self.next = tasks, next(tasks, None)
+        self.under_way = 0
+
+    def advance(self) -> None:
+        """Go on to the next file."""
+        self.next = next(self._tasks, None)
+
+
 class Window:
     """How many bytes may be under way: what the line, as far as it has shown, moves in a while.
 
@@ -2890,9 +3186,12 @@ class Window:
         """Take note that a file is under way."""
         self._count(size, 1)
 
-    def end(self, size: int, *, moved: int) -> None:
-        """Take note that a file is no longer under way, and of what the line has moved of it."""
+    def end(self, size: int) -> None:
+        """Take note that a file is no longer under way."""
         self._count(size, -1)
+
+    def grow(self, moved: int) -> None:
+        """Take note of how many bytes the line has moved, since the last time, of what ended."""
         self._moved += moved
         now = time.monotonic()
         seconds = max(now - self._since, 0.001)
@@ -2925,7 +3224,7 @@ class Transfer:
         options = run.options
         self._options, self._state, self._report = options, run.state, run.report
         self._interruption, self._entries, self._lanes = run.interruption, entries, lanes
-        most = Concurrency.of(options, lanes=len(lanes), files_max=raise_file_limit())
+        most = Concurrency.of(options, files_max=raise_file_limit())
         self._concurrency, self._retries = most, Retries(slots=most.requests)
         self._bandwidth = Bandwidth(options.max_bandwidth) if options.max_bandwidth else None
         self._uploader = Uploader(
@@ -2941,15 +3240,14 @@ class Transfer:
         # Decided once: what changes in the entry of a file that is under way, or a lane that ends,
         # must not hand the file out again.
         self._ways = [self._way_of(entry) if entry.is_pending else None for entry in entries]
-        self._waiting = {way: self._tasks(way) for way in Way}
-        self._next = {way: next(tasks, None) for way, tasks in self._waiting.items()}
+        self._lines = {way: Line(self._tasks(way)) for way in Way}
         self._again: deque[tuple[float, Task]] = deque()
-        self._under_way: dict[int, tuple[Way, Task]] = {}
-        self._count = dict.fromkeys(Way, 0)
-        self._window = Window()
-        self._unsaved: list[threading.Event] = []
+        self._under_way: dict[int, tuple[Line, Task]] = {}
+        self._window, self._moved_bytes = Window(), 0
+        self._unwritten: list[Entry] = []
+        self._uploads_unwritten: list[threading.Event] = []
         self._refused: list[tuple[Task, Result]] = []
-        self._has_accepted, self._can_save, self._failed_in_a_row = False, True, 0
+        self._has_accepted, self._failed_in_a_row = False, 0
         self.stop_message: str | None = None
         if lanes:
             template = PutTemplate.of(bucket, options)
@@ -2973,7 +3271,7 @@ class Transfer:
                 stop_at = time.monotonic() + SIGNAL_GRACE_SECONDS
                 self._retries.stop.set()
             is_stopping = stop_at < math.inf
-            is_waiting = any(self._next.values()) or self._again or self._refused
+            is_waiting = self._has_next() or self._again or self._refused
             if not self._under_way and (is_stopping or not is_waiting):
                 break
             self._take_news()
@@ -2990,7 +3288,8 @@ class Transfer:
         for index, entry in enumerate(self._entries):
             if self._ways[index] is wanted:
                 path, key, size = entry.filepath, entry.filename, entry.size or 0
-                yield Task(index, path, key, size, entry.upload_id, entry.part_size)
+                of_object = entry.upload_id, entry.part_size, entry.etag
+                yield Task(index, path, key, size, *of_object)
 
     def _way_of(self, entry: Entry) -> Way:
         if self._options.is_multipart(entry.size or 0):
@@ -3001,94 +3300,106 @@ class Transfer:
             return Way.LANE
         return Way.THREAD
 
+    def _has_next(self) -> bool:
+        return any(line.next for line in self._lines.values())
+
     def _hand_out(self) -> None:
-        for way, tasks in self._waiting.items():
-            while (task := self._next[way]) and self._begin(way, task):
-                self._next[way] = next(tasks, None)
+        if self._lanes:
+            self._feed_lanes()
+        else:  # or they have all ended
+            self._feed_threads(Way.THREAD, self._lines[Way.LANE])
+        for way in (Way.THREAD, Way.PARTS):
+            self._feed_threads(way, self._lines[way])
         # Files that changed come after all others: their writer may have finished.
-        while self._again and not any(self._next.values()):
+        while self._again and not self._has_next():
             due, task = self._again[0]
             way = Way.PARTS if self._options.is_multipart(task.size) else Way.THREAD
-            if time.monotonic() < due or not self._begin(way, task):
+            if time.monotonic() < due or not self._has_room(way, task):
                 break
             self._again.popleft()
-        for lane in self._lanes:
-            lane.flush()
+            self._begin_in_thread(way, task)
 
-    def _begin(self, way: Way, task: Task) -> bool:
-        """Hand out a task, unless there is no room for it now; tell whether it was."""
-        if way is Way.LANE and not self._lanes:  # they have all ended
-            way = Way.THREAD
+    def _feed_threads(self, way: Way, line: Line) -> None:
+        while line.next and self._has_room(way, line.next):
+            self._begin_in_thread(way, line.next)
+            line.advance()
+
+    def _has_room(self, way: Way, task: Task) -> bool:
+        """Tell whether a file may be handed to a thread now."""
         if way is Way.PARTS:
-            if self._count[way] >= self.LARGE_FILES_AT_ONCE:
-                return False
-        elif len(self._under_way) >= self.ALWAYS_UNDER_WAY and not self._window.has_room_for(
-            task.size
-        ):
-            return False
-        if way is Way.LANE:
-            return self._begin_in_lane(task)
-        if way is Way.THREAD and self._is_busy(self.QUEUED_PER_THREAD):
-            return False
-        self._begin_in_thread(way, task)
-        return True
+            return self._lines[way].under_way < self.LARGE_FILES_AT_ONCE
+        return self._fits(task) and not self._is_busy()
 
-    def _is_busy(self, queued_per_thread: int) -> bool:
-        return self._count[Way.THREAD] >= self._concurrency.threads * queued_per_thread
+    def _fits(self, task: Task) -> bool:
+        is_little = len(self._under_way) < self.ALWAYS_UNDER_WAY
+        return is_little or self._window.has_room_for(task.size)
+
+    def _is_busy(self) -> bool:
+        queued = self._lines[Way.THREAD].under_way
+        return queued >= self._concurrency.threads * self.QUEUED_PER_THREAD
 
     def _begin_in_thread(self, way: Way, task: Task) -> None:
-        self._note_begun(way, task)
+        self._note_begun(self._lines[way], task)
         future = self._pools[way].submit(self._uploader.upload, task)
         # A bug in the thread is raised again in the main thread, by result().
         future.add_done_callback(
-            lambda done: self._news.put(lambda: self._record(task.index, done.result()))
+            lambda done: self._news.put(lambda: self._record(task.number, done.result()))
         )
 
-    def _begin_in_lane(self, task: Task) -> bool:
-        ready = [lane for lane in self._lanes if lane.is_ready]
-        if not ready:
-            return False
-        lane = min(ready, key=lambda lane: len(lane.indexes))
-        kept_for_parts = 0
-        if self._count[Way.PARTS]:
-            half = max(1, self._concurrency.requests // 2)
-            kept_for_parts = min(self._concurrency.part_threads, half)
-        if (
-            len(lane.indexes) >= self._concurrency.lane_requests
-            or self._count[Way.LANE] >= self._concurrency.requests - kept_for_parts
-            # Trouble is met by the side that knows what to do, before more is looked for.
-            or self._is_busy(self.QUEUED_PER_THREAD)
-            or (self._bandwidth and self._bandwidth.seconds_until_free() > 0)
-            or not self._retries.slots.acquire(blocking=False)
-        ):
-            return False
-        if self._bandwidth:
-            self._bandwidth.take(task.size)
-        self._note_begun(Way.LANE, task)
-        lane.add(LaneFile(task.index, task.filepath, task.key))
-        return True
+    def _feed_lanes(self) -> None:
+        """Hand small files to the lanes that are ready, as far as there is room."""
+        line, most = self._lines[Way.LANE], self._concurrency.lane_requests
+        lanes = [lane for lane in self._lanes if lane.is_ready]
+        # Trouble is met by the side that knows what to do, before more is looked for.
+        if not lanes or self._is_busy():
+            return
+        while (task := line.next) and self._fits(task):
+            lane = lanes[0] if len(lanes) == 1 else min(lanes, key=Lane.count)
+            if lane.count() >= most or not self._may_request(line):
+                break
+            if self._bandwidth:
+                self._bandwidth.take(task.size)
+            self._note_begun(line, task)
+            lane.add(LaneFile(task.number, task.filepath, task.key))
+            line.advance()
+        for lane in lanes:
+            lane.flush()
 
-    def _note_begun(self, way: Way, task: Task) -> None:
-        self._under_way[task.index] = way, task
-        self._count[way] += 1
-        if way is not Way.PARTS:
+    def _may_request(self, line: Line) -> bool:
+        """Tell whether a lane may make one more request, and count it."""
+        if self._bandwidth and self._bandwidth.seconds_until_free() > 0:
+            return False
+        if self._retries.slots is None:
+            return True
+        requests, kept_for_parts = self._concurrency.requests or 1, 0
+        if self._lines[Way.PARTS].under_way:
+            kept_for_parts = min(self._concurrency.part_threads, max(1, requests // 2))
+        if line.under_way >= requests - kept_for_parts:
+            return False
+        return self._retries.slots.acquire(blocking=False)
+
+    def _note_begun(self, line: Line, task: Task) -> None:
+        self._under_way[task.number] = line, task
+        line.under_way += 1
+        if line is not self._lines[Way.PARTS]:
             self._window.begin(task.size)
 
     def _note_ended(self, index: int, *, moved: int) -> Task:
-        way, task = self._under_way.pop(index)
-        self._count[way] -= 1
-        if way is not Way.PARTS:
-            self._window.end(task.size, moved=moved)
+        line, task = self._under_way.pop(index)
+        line.under_way -= 1
+        if line is not self._lines[Way.PARTS]:
+            self._window.end(task.size)
+            self._moved_bytes += moved
         self._report.progress.left(index)
         return task
 
     # --- What threads and lanes call ---
 
     def save_upload(self, index: int, result: Result) -> None:
-        """Return when the state holds the id of the new multipart upload."""
-        saved, known = threading.Event(), replace(result)
-        self._news.put(lambda: self._note_upload(index, known, saved))
-        while not saved.wait(0.5):
+        """Return when the disk has the id of the new multipart upload."""
+        written, known = threading.Event(), replace(result)
+        self._news.put(lambda: self._note_upload(index, known, written))
+        while not written.wait(0.5):
             self._retries.check_stopped()
 
     def note_accepted(self) -> None:
@@ -3117,37 +3428,60 @@ class Transfer:
             self._news.get(timeout=pause)()
             while True:
                 self._news.get_nowait()()
-        if self._unsaved or self._state.is_due():
+        self._window.grow(self._moved_bytes)
+        self._moved_bytes = 0
+        self._write_down()
+
+    def _write_down(self) -> None:
+        """Make what was recorded last, in the journal or in the state itself."""
+        is_urgent = bool(self._uploads_unwritten)
+        if self._state.is_due():
             self.save()
-        for saved in self._unsaved:
-            saved.set()
-        self._unsaved.clear()
+        elif is_urgent or (self._unwritten and self._state.journal.is_due()):
+            try:
+                self._state.journal.add(self._unwritten)
+                self._unwritten.clear()
+            except OSError:
+                if is_urgent:
+                    self.save()
+        for written in self._uploads_unwritten:
+            written.set()
+        self._uploads_unwritten.clear()
 
-    def _note_upload(self, index: int, result: Result, saved: threading.Event) -> None:
+    def _note_upload(self, index: int, result: Result, written: threading.Event) -> None:
         self._has_accepted = True  # starting an upload takes the same permission
-        entry = self._entries[index]
-        entry.size, entry.mtime_ns = result.size, result.mtime_ns
-        self._note_open_upload(entry, result)
-        self._unsaved.append(saved)
+        self._note_of_file(self._entries[index], result)
+        self._uploads_unwritten.append(written)
 
-    def _note_open_upload(self, entry: Entry, result: Result) -> None:
-        entry.upload_id, entry.part_size = result.upload_id, result.part_size
-        entry.sse = self._options.encryption if result.upload_id else None
+    def _note_of_file(self, entry: Entry, result: Result) -> None:
+        """Take what a result tells of a file and its object into its entry."""
+        self._unwritten.append(entry)
+        if result.size is not None:
+            entry.size, entry.mtime_ns = result.size, result.mtime_ns
+            entry.ctime_ns = result.ctime_ns
+        entry.etag, entry.upload_id, entry.part_size = (
+            result.etag, result.upload_id, result.part_size
+        )  # fmt: skip
+        entry.sse = self._options.encryption if result.upload_id else result.sse
 
     def _take_results(self, lane: Lane, results: list[LaneResult]) -> None:
         if lane in self._lanes:  # else its files are with the reliable way
             self._record_lane(lane, results)
 
     def _record_lane(self, lane: Lane, results: list[LaneResult]) -> None:
-        for index, size, mtime_ns, etag in results:
-            lane.indexes.remove(index)
-            self._retries.slots.release()
-            task = self._note_ended(index, moved=size)
+        for number, size, mtime_ns, ctime_ns, etag, sse in results:
+            lane.indexes.remove(number)
+            if self._retries.slots:
+                self._retries.slots.release()
+            task = self._note_ended(number, moved=size)
             if etag is None:
-                self._begin_in_thread(Way.THREAD, replace(task, was_in_lane=True))
+                self._begin_in_thread(Way.THREAD, task._replace(was_in_lane=True))
             else:
                 self._retries.note_life()
-                self._note_uploaded(index, Result(size=size, mtime_ns=mtime_ns, etag=etag))
+                self._note_uploaded(
+                    self._entries[number],
+                    Result(size=size, mtime_ns=mtime_ns, ctime_ns=ctime_ns, etag=etag, sse=sse),
+                )
 
     def _drop_lane(self, lane: Lane) -> None:
         """Give the files of a lane that has ended to the reliable way."""
@@ -3156,9 +3490,8 @@ class Transfer:
             self._record_lane(lane, [LaneResult(index) for index in sorted(lane.indexes)])
             lane.kill()
 
-    def _note_uploaded(self, index: int, result: Result) -> None:
-        entry = self._entries[index]
-        entry.size, entry.mtime_ns, entry.etag = result.size, result.mtime_ns, result.etag
+    def _note_uploaded(self, entry: Entry, result: Result) -> None:
+        self._note_of_file(entry, result)
         entry.uploaded = self._has_accepted = True
         self._failed_in_a_row = 0
         self._report.uploaded(entry, result.seconds)
@@ -3168,18 +3501,24 @@ class Transfer:
         entry, outcome = self._entries[index], result.outcome
         is_uploaded = outcome is Outcome.UPLOADED
         task = self._note_ended(index, moved=(result.size or 0) if is_uploaded else 0)
-        self._note_open_upload(entry, result)
         if result.notice:
             self._report.notice(result.notice, entry.filepath)
         if is_uploaded:
-            self._note_uploaded(index, result)
+            self._note_uploaded(entry, result)
+            return
+        self._note_of_file(entry, result)
+        if outcome is Outcome.UNCHANGED:
+            entry.uploaded = True
+            self._report.unchanged(entry)
         elif outcome is Outcome.STOPS_RUN:
             self.stop_message = self.stop_message or result.error
         elif outcome is Outcome.REFUSED:
             self._refused.append((task, result))
         elif outcome is Outcome.CHANGED and task.tries < CHANGED_TRIES:
-            again = replace(task, tries=task.tries + 1, was_in_lane=False, size=result.size or 0)
-            again = replace(again, upload_id=result.upload_id, part_size=result.part_size)
+            again = task._replace(
+                tries=task.tries + 1, was_in_lane=False, size=result.size or 0, etag=None,
+                upload_id=result.upload_id, part_size=result.part_size,
+            )  # fmt: skip
             self._again.append((time.monotonic() + self.CHANGED_PAUSE_SECONDS, again))
         elif outcome is not Outcome.STOPPED:
             self._note_failed(entry, result)
@@ -3197,31 +3536,42 @@ class Transfer:
         """Decide whether a refusal is of one key or of all; while nothing tells, wait."""
         if self._has_accepted:
             for task, result in self._refused:
-                self._note_failed(self._entries[task.index], result)
+                self._note_failed(self._entries[task.number], result)
             self._refused.clear()
         elif self._refused and not self._under_way:
             self.stop_message = self.stop_message or self._refused[0][1].error
 
-    def save(self) -> bool:
-        """Save the state and tell whether it worked; for the data's sake a run goes on without."""
-        worked = True
+    def save(self) -> None:
+        """Save the state; when that fails, a run goes on without, for the data's sake."""
+        could_save = self._state.is_saved
         try:
             self._state.save(self._entries)
+            self._unwritten.clear()
         except OSError as error:
-            worked = False
-            if self._can_save:
+            if could_save:
                 self._report.error(f"cannot save {shown(self._state.path)}: {reason(error)}")
-        self._can_save = worked
-        return worked
 
 
 # --- commands ---------------------------------------------------------------------
 
 
+# In the entry of a folder in which there was nothing: a crash run looks again.
+NOTHING_TO_SEND = "there was nothing to send in it"
+
+
+def count_left(entries: list[Entry]) -> int:
+    """Return how many files the state has that are not in the bucket."""
+    return sum(not (entry.uploaded or entry.error == NOTHING_TO_SEND) for entry in entries)
+
+
 def find_unchanged(
     run: Run, bucket: Bucket, entries: list[Entry], previous: list[Entry] | None
 ) -> None:
-    """Take as uploaded what has the size and time of the state, and size and ETag in the bucket."""
+    """Take as uploaded what is as the state has it: here (size and times), and in the bucket.
+
+    Where only its ctime is another, the file is left to be read: its entry gets the ETag that
+    the bucket has. https://docs.aws.amazon.com/AmazonS3/latest/API/API_ListObjectsV2.html
+    """
     recorded: dict[str, Entry] = {}
     pending = {entry.filepath: entry for entry in entries if entry.is_pending}
     for old in previous or ():
@@ -3232,10 +3582,15 @@ def find_unchanged(
                 recorded[old.filename] = old
     try:
         for old, listed in bucket.matches(recorded):
-            if (listed["Size"], etag_of(listed)) == (old.size, old.etag):
-                entry = pending[old.filepath]
-                entry.uploaded, entry.etag = True, old.etag
-                run.report.unchanged()
+            entry = pending[old.filepath]
+            if (listed["Size"], etag_of(listed)) != (old.size, old.etag):
+                continue
+            is_unchanged = old.ctime_ns in (None, entry.ctime_ns)
+            if is_unchanged or not old.sse:
+                entry.etag, entry.part_size = old.etag, old.part_size
+            if is_unchanged:
+                entry.uploaded, entry.sse = True, old.sse
+                run.report.unchanged(entry)
     except UploadError as error:
         run.report.error(f"cannot list the bucket, so what it has is sent again: {error}")
 
@@ -3259,14 +3614,20 @@ def difference(bucket: Bucket, entry: Entry, listed: ObjectTypeDef) -> str | Non
         if re.fullmatch(r"[0-9a-f]{32}", etag) and source.md5().hex() != etag:
             head = bucket.client.head_object
             request = functools.partial(head, Bucket=bucket.name, Key=entry.filename)
-            if is_md5_etag(Retries().run(request, may_stop_run=False)):
+            if not opaque_encryption(Retries().run(request, may_stop_run=False)):
                 return "it has other bytes there than here"
     return None
 
 
-def find_wrong(run: Run, bucket: Bucket, entries: list[Entry]) -> list[Entry]:
-    """Mark the uploaded entries that the bucket lacks, or holds otherwise; return them."""
+def object_of(run: Run, entry: Entry) -> str:
+    """Return what to call the object of an entry."""
+    return f"{run.report.url(entry.filename)} (of {shown(entry.filepath)})"
+
+
+def find_wrong(run: Run, bucket: Bucket, entries: list[Entry]) -> Verdict:
+    """Mark the uploaded entries that the bucket lacks, or holds otherwise, and say so."""
     unseen = {entry.filename: entry for entry in entries if entry.uploaded}
+    unproven: list[Entry] = []
     wrong: list[Entry] = []
     try:
         for entry, listed in bucket.matches(dict(unseen)):
@@ -3277,7 +3638,9 @@ def find_wrong(run: Run, bucket: Bucket, entries: list[Entry]) -> list[Entry]:
                 wait_for = run.interruption.wait_for
                 entry.error = compare() if entry.etag else wait_for(compare)
             except (OSError, UploadError) as error:
-                run.report.unproven(entry, error)
+                unproven.append(entry)
+                why = f"it cannot be compared with the file: {why_unreadable(error)}"
+                run.report.wrong("unproven", object_of(run, entry), why)
             if entry.error:
                 wrong.append(entry)
     except UploadError as error:
@@ -3285,9 +3648,18 @@ def find_wrong(run: Run, bucket: Bucket, entries: list[Entry]) -> list[Entry]:
     for entry in unseen.values():
         entry.error = "it is not in the bucket"
         wrong.append(entry)
+    left = count_left(entries)
     for entry in wrong:
         entry.uploaded, entry.etag = False, None
-    return wrong
+    right = [entry for entry in entries if entry.uploaded]
+    if wrong:
+        run.state.save_or_stop(entries)
+    for entry in wrong:
+        run.report.wrong("wrong", object_of(run, entry), entry.error)
+    return Verdict(
+        files=len(right) - len(unproven), bytes=sum(entry.size or 0 for entry in right),
+        wrong_files=len(wrong), unproven_files=len(unproven), left_files=left,
+    )  # fmt: skip
 
 
 def show_plan(run: Run) -> int:
@@ -3318,24 +3690,111 @@ def exit_code_for_files(run: Run, *, left: int = 0) -> int:
     return 0
 
 
-def verify(run: Run) -> int:
+def verify_bucket(run: Run) -> int:
     """Compare the bucket with the state, mark there what is wrong, and return the exit code."""
-    previous = run.state.read()
-    check_previous(previous, run.options)
-    entries = previous or []
+    entries = run.state.read()
+    check_previous(entries, run.options)
     import_boto3()
     bucket = Bucket(run)
     if not bucket.exists:
         why = f"there is no bucket {bucket.name}; check --bucketname and --endpoint-url"
         raise StopRun(f"{why}, or create it and send all with --crashrun 1")
-    wrong = find_wrong(run, bucket, entries)
-    if wrong:
-        run.state.save_or_stop(entries)
-    for entry in wrong:
-        run.report.wrong(entry)
-    left = sum(not entry.uploaded for entry in entries) - len(wrong)
-    run.report.verified(entries, run.state.path, left=left)
-    return exit_code_for_files(run, left=left)
+    verdict = find_wrong(run, bucket, entries or [])
+    run.report.verified(run.report.url(""), run.state.path, verdict)
+    return exit_code_for_files(run, left=verdict.left_files)
+
+
+class FolderCheck:
+    """Compares the files of a folder, such as a restored copy, with the state."""
+
+    THREADS, AHEAD = 8, 1000
+
+    def __init__(self, run: Run) -> None:
+        self._options, self._interruption, self._report = run.options, run.interruption, run.report
+        self._read_bytes = 0
+
+    def run(self, entries: list[Entry]) -> Iterator[tuple[Entry, str, str]]:
+        """Yield each entry, a word for what its file is ("" for as it should be), and why."""
+        pool, waiting = ThreadPoolExecutor(self.THREADS), iter(entries)
+        under_way = deque(
+            (entry, pool.submit(self._compare, entry))
+            for entry in itertools.islice(waiting, self.AHEAD)
+        )
+        for count in itertools.count():
+            if not under_way:
+                return
+            entry, future = under_way.popleft()
+            while not wait([future], timeout=Progress.DRAW_SECONDS).done:
+                self._draw(count, len(entries))
+            self._draw(count, len(entries))
+            yield entry, *future.result()
+            for later in itertools.islice(waiting, 1):
+                under_way.append((later, pool.submit(self._compare, later)))
+
+    def _draw(self, count: int, total: int) -> None:
+        self._interruption.check()
+        size = human_size(self._read_bytes)
+        self._report.doing(f"{count:,} of {total:,} files compared, {size} read")
+
+    def _note_read(self, size: int) -> None:
+        self._interruption.check()
+        self._read_bytes += size  # for the eye alone: two threads may count as one
+
+    def path_of(self, entry: Entry) -> str:
+        """Return where the folder should have the file of an entry, by its key."""
+        key = entry.filename.removeprefix(self._options.prefix)
+        return os.path.join(self._options.backupfolder, *key.split("/"))
+
+    def _compare(self, entry: Entry) -> tuple[str, str]:
+        try:
+            with SourceFile(self.path_of(entry)) as source:
+                return self._compare_open(entry, source)
+        except (FileNotFoundError, NotADirectoryError):
+            return "missing", "it is not there"
+        except (OSError, UploadError) as error:
+            return "unproven", f"cannot read it: {why_unreadable(error)}"
+
+    def _compare_open(self, entry: Entry, source: SourceFile) -> tuple[str, str]:
+        if entry.size not in (None, source.size):
+            return "different", f"it has {source.size:,} bytes and not {entry.size:,}"
+        part_size = part_size_for(source.size, entry.part_size or self._options.multipart_chunksize)
+        etag = None
+        if entry.etag and not entry.sse:
+            etag = source.etag_like(entry.etag, part_size, on_read=self._note_read)
+        if etag is None:
+            return "size", ""
+        if etag != entry.etag:
+            return "different", f"its ETag would be {etag} and not {shown(entry.etag or '')}"
+        return "", ""
+
+
+def verify_folder(run: Run) -> int:
+    """Compare a folder with the state, name what is wrong, and return the exit code."""
+    previous = run.state.read()
+    check_previous(previous, run.options)
+    entries = [entry for entry in previous or () if entry.uploaded]
+    for entry in entries:
+        if not entry.filename.startswith(run.options.prefix):
+            why = f"the state has the key {shown(entry.filename)}, which lacks that --prefix"
+            raise StopRun(f"{why}; give the --prefix of the run that sent it")
+    verdict = Verdict(left_files=count_left(previous or []))
+    check = FolderCheck(run)
+    for entry, kind, why in check.run(entries):
+        if kind in ("", "size"):
+            verdict.files += 1
+            verdict.bytes += entry.size or 0
+            verdict.files_by_size += kind == "size"
+            continue
+        verdict.unproven_files += kind == "unproven"
+        verdict.wrong_files += kind != "unproven"
+        path, key = shown(check.path_of(entry)), shown(entry.filename)
+        run.report.wrong(kind, f"{path} (of {key})", why)
+    run.report.verified(shown(run.options.backupfolder), run.state.path, verdict)
+    if run.report.failed_files:
+        run.report.error("some files are not as the state has them; restore them again")
+    elif verdict.left_files:
+        run.report.error("some files are in no backup; send them with --crashrun 1")
+    return 1 if run.report.failed_files or verdict.left_files else 0
 
 
 def abort_uploads(run: Run, bucket: Bucket, abandoned: list[Entry]) -> None:
@@ -3347,41 +3806,60 @@ def abort_uploads(run: Run, bucket: Bucket, abandoned: list[Entry]) -> None:
             run.report.notice(problem, old.filepath)
 
 
-def plan(run: Run, bucket: Bucket, previous: list[Entry] | None, lanes: Lanes) -> list[Entry]:
-    """Return the entries of the run, saved; those with an error are told."""
-    options, state, report = run.options, run.state, run.report
-    found = find_files(run, previous)
-    # What else the state said is of no use to this run, or to a crash run after it.
-    keeps_uploaded = options.skip_unchanged
-    kept = [
-        old
-        for old in previous or ()
-        if old.upload_id or (keeps_uploaded and old.uploaded and not other_job(old, options))
-    ]
+def walk(run: Run, bucket: Bucket, previous: list[Entry] | None, lanes: Lanes) -> list[Entry]:
+    """Return the entries that this run finds; the lanes get ready meanwhile.
+
+    A crash run after a kill in the middle of this finds the folder itself in the state, and
+    walks it.
+    """
+    options, found = run.options, find_files(run, previous)
     entries = list(itertools.islice(found, 1))
     if entries and not options.crashrun:
-        # A crash run after a kill during the walk finds this, and walks the folder.
-        root, prefix = options.backupfolder, options.prefix
-        folder = Entry(root, prefix, bucket=bucket.name, shard=options.shard)
-        state.save_or_stop([folder, *kept])
+        # What else the state said is of no use to this run, or to a crash run after it.
+        kept = (
+            old
+            for old in previous or ()
+            if old.upload_id
+            or (options.skip_unchanged and old.uploaded and not other_job(old, options))
+        )
+        run.state.save_or_stop(itertools.chain([folder_entry(options)], kept))
     small_files = 0
     for entry in found:
         entries.append(entry)
         small_files += lanes.takes(entry)
-        # They get ready meanwhile. What is unchanged is not known yet.
+        # What is unchanged is not known yet.
         if not (small_files % Lanes.FILES_PER_LANE or options.skip_unchanged):
             lanes.start_for(small_files)
-    report.end_of_notices()
+    run.report.end_of_notices()
+    return entries
+
+
+def folder_entry(options: Options, error: str | None = None) -> Entry:
+    """Return the entry with which a crash run walks the whole folder."""
+    return Entry(
+        options.backupfolder,
+        options.prefix,
+        bucket=options.bucketname,
+        shard=options.shard,
+        error=error,
+    )
+
+
+def plan(run: Run, bucket: Bucket, previous: list[Entry] | None, lanes: Lanes) -> list[Entry]:
+    """Return the entries of the run, saved; those with an error are told."""
+    options = run.options
+    entries = walk(run, bucket, previous, lanes)
     # A crash run has such files too, after an incremental run was killed during its walk.
-    if (options.skip_unchanged or options.crashrun) and not bucket.is_new:
+    if options.skip_unchanged or options.crashrun:
         find_unchanged(run, bucket, entries, previous)
-    uploads = (old for old in kept if old.upload_id)
     # Before the state forgets them.
+    uploads = (old for old in previous or () if old.upload_id)
     abort_uploads(run, bucket, carry_uploads(entries, uploads, options.encryption))
-    state.save_or_stop(entries)
+    keep_unseen(run, entries, previous)
+    run.state.save_or_stop(entries or [folder_entry(options, NOTHING_TO_SEND)])
     for entry in entries:
         if entry.error:
-            report.failed(entry)
+            run.report.failed(entry)
     return entries
 
 
@@ -3395,11 +3873,14 @@ def back_up(run: Run) -> int:
         bucket.create()
         if run.options.crashrun and any(entry.uploaded for entry in previous or ()):
             run.report.error(f"the bucket {bucket.name} was gone: all files are sent again")
-            for entry in previous or ():
-                entry.uploaded, entry.etag, entry.upload_id = False, None, None
+        for entry in previous or ():
+            entry.uploaded, entry.etag, entry.upload_id = False, None, None
     lanes = Lanes(bucket, run.options)
     entries = plan(run, bucket, previous, lanes)
     del previous  # of a million files: half a gigabyte
+    if not entries:
+        run.report.summary(run.state.path)
+        return 0
     lanes.start_for(sum(map(lanes.takes, entries)))
     gc.freeze()
     gc.enable()
@@ -3407,15 +3888,15 @@ def back_up(run: Run) -> int:
     try:
         transfer.run()
     finally:  # after a bug too: what was sent is not forgotten
-        is_saved = transfer.save()
+        transfer.save()
     left = sum(not entry.uploaded for entry in entries) - run.report.failed_files
     run.report.summary(run.state.path, left=left)
     if transfer.stop_message:
         run.report.error(f"stopped: {transfer.stop_message}")
     if run.interruption.signum:
-        run.report.error(Report.INTERRUPTED)
+        run.report.interrupted(is_saved=run.state.is_saved)
         return run.interruption.exit_code
-    if transfer.stop_message or not is_saved:
+    if transfer.stop_message or not run.state.is_saved:
         return 2
     return exit_code_for_files(run, left=left)
 
@@ -3436,14 +3917,18 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if options.dryrun:
             return show_plan(run)
+        if options.verify == "folder":
+            return verify_folder(run)
         run.state.lock()
-        return verify(run) if options.verify else back_up(run)
+        return verify_bucket(run) if options.verify else back_up(run)
     except (StopRun, UploadError) as error:
         run.report.error(str(error))
         return 2
     except Stopped:
-        before = "interrupted before anything was sent"
-        run.report.error(Report.INTERRUPTED if run.state.has_saved else before)
+        if run.state.is_saved:
+            run.report.interrupted(is_saved=True)
+        else:
+            run.report.error("interrupted before anything was sent")
         return interruption.exit_code
 
 
