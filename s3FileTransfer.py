@@ -427,66 +427,65 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line; its help has the module's docstring."""
     summary, _, details = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(
-        usage="%(prog)s --bucketname NAME --backupfolder DIR [--crashrun 1] [...]",
+        usage="%(prog)s --bucketname NAME --backupfolder DIR [options]",
         description=summary,
         epilog="examples:\n" + details,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
+        add_help=False,  # among the other options it would come first
     )
     # fmt: off
-    add = parser.add_argument_group("what to back up").add_argument
+    add = parser.add_argument_group("most used").add_argument
+    add("--bucketname", metavar="NAME", required=True, type=bucket_name,
+        help="bucket; created when it does not exist")
     add("--backupfolder", metavar="DIR", required=True, help="folder to send, with all below it")
+    add("--crashrun", type=int, choices=[0, 1], default=0,
+        help="1: send only what the state file marks as not uploaded (default: 0)")
+    add = parser.add_argument_group("what to back up").add_argument
     add("--exclude", metavar="GLOB", action="append", default=[],
         help="leave out paths relative to the folder; * matches / too; repeatable")
     add("--no-follow-symlinks", dest="follow_symlinks", action="store_false",
         help="skip symbolic links instead of following them")
     add("--shard", metavar="I/N", type=shard_name,
-        help="only the I-th of N parts of the folder, for N tasks on several machines, each "
-        "with its own state file")
+        help="only the I-th of N parts of the folder, with a state file of its own")
     add("--skip-unchanged", action="store_true",
         help="do not send again what the state and the bucket's listing show to be there")
     add = parser.add_argument_group("where to").add_argument
-    add("--bucketname", metavar="NAME", required=True, type=bucket_name,
-        help="bucket; created when it does not exist")
-    add("--prefix", default="", help="put in front of every key")
+    add("--prefix", default="", help="put in front of every key, as it is")
     add("--region", help=f"where a missing bucket is created (default: {DEFAULT_REGION})")
-    add("--profile", help="profile of the AWS configuration")
-    add("--endpoint-url", metavar="URL", help="server other than AWS, e.g. https://minio:9000")
+    add("--profile", help="profile of ~/.aws")
+    add("--endpoint-url", metavar="URL", help="server other than AWS, e.g. https://s3.example:8333")
     add("--storage-class", metavar="CLASS", help="e.g. STANDARD_IA (default: the bucket's own)")
     add("--sse", choices=["AES256", "aws:kms", "aws:kms:dsse"],
         help="server-side encryption (default: the bucket's own)")
-    add("--sse-kms-key-id", metavar="ID", help="KMS key for --sse aws:kms")
+    add("--sse-kms-key-id", metavar="ID", help="key for --sse aws:kms")
     add("--expected-bucket-owner", metavar="ACCOUNT",
         help="fail if another account owns the bucket")
     add = parser.add_argument_group("how").add_argument
-    add("--crashrun", type=int, choices=[0, 1], default=0,
-        help="1: send only what the state file marks as not uploaded (default: 0)")
     add("--statefile", metavar="PATH", default="stateFile.json",
-        help="where the state is kept (default: stateFile.json in the current directory)")
+        help="where the state is kept (default: ./stateFile.json)")
     add("--dryrun", action="store_true",
         help="show what would be sent; touch neither bucket nor state")
     add("--verify", nargs="?", const="bucket", choices=["bucket", "folder"],
-        help="send nothing; compare the bucket with the state file, for --crashrun 1 to repair; "
-        "or the files of a folder, such as a restored copy")
-    add("--max-bandwidth", metavar="RATE", type=rate,
-        help="e.g. 10MB/s, over all uploads together (default: no limit)")
-    add("--max-concurrency", metavar="N", type=positive,
-        help="requests in flight (default: chosen for the machine)")
+        help="send nothing; compare the bucket, or a restored folder, with the state file")
+    add("--max-bandwidth", metavar="RATE", type=rate, help="e.g. 10MB/s, over all uploads")
+    add("--max-concurrency", metavar="N", type=positive, help="requests in flight")
     add("--preferred-transfer-client", choices=["auto", "classic", "crt"], default="auto",
-        help="crt: send small files with the AWS Common Runtime; classic: with boto3's own "
-        "HTTP (default: crt where there are many and it can do what is asked)")
+        help="HTTP of small files: classic (boto3's), crt (AWS Common Runtime) or auto")
     add("--multipart-threshold", metavar="SIZE", default=DEFAULT_THRESHOLD_BYTES,
         type=size_bytes(1, PUT_MAX_BYTES, "S3 takes up to 5GiB in one part"),
         help="files of this size and more go in parts (default: 1GB)")
     add("--multipart-chunksize", metavar="SIZE", default=DEFAULT_PART_BYTES,
         type=size_bytes(PART_MIN_BYTES, PART_MAX_BYTES, "S3 takes parts of 5MiB to 5GiB"),
-        help="size of a part (default: 16MiB, more where a file would need over 10,000 parts)")
+        help="size of a part (default: 16MiB, more where needed)")
     add = parser.add_argument_group("output").add_argument
     add("--quiet", action="store_true", help="failures only")
-    add("--verbose", action="store_true", help="one line a file on stderr")
+    add("--verbose", action="store_true", help="one line a file")
     add("--no-progress", dest="progress", action="store_false",
         help="no progress line on a terminal")
-    add("--version", action="version", version=f"s3FileTransfer {__version__}")
+    add("--version", action="version", help="show the version and exit",
+        version=f"s3FileTransfer {__version__}")
+    add("-h", "--help", action="help", help="show this help and exit")
     # fmt: on
     return parser
 
