@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import yaml
 from conftest import NewJob
 from support.checks import assert_clean, assert_failed, assert_stopped
 from support.faults import Fault, call, flip_byte, wrong_etag
@@ -20,9 +18,7 @@ from support.files import (
     IN_MEMORY_BYTES,
     IN_PARTS,
     LARGE_BYTES,
-    PART_BYTES,
     digests,
-    make_files,
     odd_names,
     relative_paths,
     small_files,
@@ -30,10 +26,10 @@ from support.files import (
 )
 from support.job import NOBODY, Job
 from support.proxy import Request
-from support.readme import blocks
-from support.script import SCRIPT_PATH, base_environment, shared_folder
+from support.readme import blocks, section
+from support.script import Completed, shared_folder
 from support.servers import RCLONE, S3Server
-from support.systems import needs_permissions, needs_shell
+from support.systems import needs_permissions
 
 # Files of 10 MiB and more in parts, so that there are streamed ones too.
 PARTS = ("--multipart-threshold", "10MiB", "--multipart-chunksize", "5MiB")
@@ -142,7 +138,8 @@ def test_a_certificate_that_is_not_trusted_stops_the_run(tls_job: Job) -> None:
 
 # --- Restoring, as the README says -----------------------------------------------------------
 
-FROM_AWS, FROM_ANOTHER_SERVER, PROOF = blocks("Restoring", "sh")
+COPY, PROOF = blocks("Restoring", "sh")
+FROM_AWS, FROM_ANOTHER_SERVER = COPY.splitlines()
 
 # Modification times in nanoseconds since 1970.
 TIMES = {
@@ -176,7 +173,7 @@ def rclone_copy(job: Job, command: str, cwd: Path) -> None:
     """Run the README's rclone command for the job's bucket and server."""
     server = job.server
     command = command.replace("my-backup", job.bucket)
-    command = command.replace("https://minio.example:9000", server.endpoint_url)
+    command = command.replace("https://s3.example:8333", server.endpoint_url)
     words = shlex.split(command)
     assert words[0] == "rclone"
     environment = {
@@ -209,232 +206,50 @@ def test_rclone_brings_back_bytes_and_modification_times(
         assert contents(tmp_path / name / "restored") == contents(job.folder)
 
 
-@needs_shell
 def test_rclone_brings_back_what_has_a_prefix(job: Job, restored: Path) -> None:
     job.make("a.dat", "sub/b.dat")
     assert_clean(job.run("--prefix", "srv/"))
     job.put("other/c.dat", b"other")
-    command = FROM_ANOTHER_SERVER.replace("my-backup restored", "my-backup/srv restored/srv")
-    rclone_copy(job, command, restored.parent)
-    assert contents(restored / "srv") == contents(job.folder)
-    assert proof(job, restored) == (0, ["OK: 2"])
+    assert "`:s3:my-backup/srv`" in section("Restoring")
+    rclone_copy(job, FROM_ANOTHER_SERVER.replace("my-backup", "my-backup/srv"), restored.parent)
+    assert contents(restored) == contents(job.folder)
+    completed = proof(job, restored, "--prefix", "srv/")
+    assert_clean(completed)
+    assert f"verified in {restored}: 2 files right, " in completed.stdout
 
 
-def proof(job: Job, restored: Path, *arguments: str) -> tuple[int, list[str]]:
-    """Run the README's proof, with more arguments; return its exit code and what it says."""
-    names = "stateFile.json restored"
-    assert PROOF.count(names) == 1
-    shutil.copy(job.state_path, restored.with_name("stateFile.json"))
-    python_folder = str(Path(sys.executable).parent)
-    completed = subprocess.run(
-        ["sh", "-c", PROOF.replace(names, " ".join([names, *arguments]))],
-        cwd=restored.parent,
-        env={**os.environ, "PATH": os.pathsep.join([python_folder, os.environ["PATH"]])},
-        capture_output=True,
-        encoding="utf-8",
-        check=False,
+def proof(job: Job, restored: Path, *arguments: str) -> Completed:
+    """Run the README's proof, with more arguments, where there is no server."""
+    python, script, *words = shlex.split(PROOF)
+    assert (python, script) == ("python3", "s3FileTransfer.py")
+    here = {"my-backup": job.bucket, "restored": str(restored)}
+    state = ("--statefile", str(job.state_path))
+    return job.run_plainly(
+        *(here.get(word, word) for word in words), *state, *arguments, server=None
     )
-    assert completed.stderr == ""
-    return completed.returncode, completed.stdout.splitlines()
 
 
-def summed_up(said: list[str]) -> tuple[list[str], set[str]]:
-    """What the proof says of files, and its sums."""
-    *named, summary = said
-    return sorted(named), set(summary.split(", "))
-
-
-@needs_shell
 def test_a_restored_folder_is_proven_file_by_file(each_job: Job, restored: Path) -> None:
     job, count = each_job, len(TIMES)
     make_timed_files(job)
     assert_clean(job.run(*IN_PARTS))
     shutil.copytree(job.folder, restored)
-    assert proof(job, restored, str(PART_BYTES)) == (0, [f"OK: {count}"])
+    completed = proof(job, restored)
+    assert_clean(completed)
+    assert f": {count} files right, " in completed.stdout
 
-    changed = bytearray((restored / "parts.dat").read_bytes())
+    state = job.state_path.read_bytes()
+    changed = bytearray((restored / "1999.dat").read_bytes())
     changed[-1] ^= 1
-    (restored / "parts.dat").write_bytes(changed)
-    (restored / "1999.dat").write_bytes(b"x" * 1000)
+    (restored / "1999.dat").write_bytes(changed)
     os.truncate(restored / "1970.dat", 999)
     (restored / "empty").unlink()
-    code, said = proof(job, restored, str(PART_BYTES))
-    assert code == 1
-    missing = "No such file or directory"
-    wrong = ["other bytes: parts.dat", "other bytes: 1999.dat", "another size: 1970.dat"]
-    sums = {f"OK: {count - 4}", "other bytes: 2", "another size: 1", f"{missing}: 1"}
-    assert summed_up(said) == (sorted([*wrong, f"{missing}: empty"]), sums)
-
-    # With ETags that are no MD5 nothing but the size can be compared.
-    entries = [{**entry, "etag": "0123456789abcdef" * 2} for entry in job.entries()]
-    job.write_state(*entries)
-    named, _ = summed_up(proof(job, restored, "0")[1])
-    assert named == sorted(["another size: 1970.dat", f"{missing}: empty"])
-
-
-@needs_shell
-def test_parts_of_the_default_size_are_proven_and_others_by_their_size(
-    moto_job: Job, restored: Path
-) -> None:
-    job = moto_job
-    job.write({"parts.dat": os.urandom(17 * 2**20)})
-    (job.folder / "broken").symlink_to("missing")
-    assert job.run("--multipart-threshold", "5MiB").returncode == 1
-    assert job.entry("parts.dat")["etag"].endswith("-2")
-    make_files(restored, {"broken": b"of an earlier backup"})
-    shutil.copy(job.path("parts.dat"), restored)
-    code, said = proof(job, restored)
-    assert (code, summed_up(said)) == (1, (["not uploaded: broken"], {"OK: 1", "not uploaded: 1"}))
-    (job.folder / "broken").unlink()
-    (restored / "broken").unlink()
-    assert_clean(job.run(*IN_PARTS))
-    assert proof(job, restored) == (0, ["size only: 1"])
-
-
-# --- Array jobs, as the README has them ------------------------------------------------------
-
-HEADING = "More than one machine"
-SHARD_SCRIPT, SBATCH_SCRIPT, _ = blocks(HEADING, "sh")
-
-
-# In place of python3 and of scontrol: they note their arguments, and may save a state.
-STAND_IN = """\
-#!/bin/sh
-echo "$(basename "$0") $*" >> "$NOTES"
-[ -z "${SAVES-}" ] || echo "$SAVES" > "$SAVED"
-exit "${EXITS-0}"
-"""
-
-
-class Cluster:
-    """A shared folder, and the README's scripts as its machines run them."""
-
-    def __init__(self, tmp_path: Path) -> None:
-        self.shared = tmp_path
-        (self.shared / "state").mkdir()
-        self.state = self.shared / "state" / "3-of-4.json"
-        self.notes = self.shared / "notes"
-        self._write("backup-shard.sh", SHARD_SCRIPT)
-        self._write("backup.sbatch", SBATCH_SCRIPT)
-        for name in ("python3", "scontrol"):
-            self._write(name, STAND_IN)
-
-    def _write(self, name: str, script: str) -> None:
-        path = self.shared / name
-        path.write_text(script.replace("/shared/", f"{self.shared}/"))
-        path.chmod(0o755)
-
-    def run(self, *words: str, **variables: str) -> tuple[int, list[str]]:
-        """Run a script; return its exit code, and what it started in a line each."""
-        self.notes.write_text("")
-        path = os.pathsep.join([str(self.shared), os.environ["PATH"]])
-        environment = {"PATH": path, "NOTES": str(self.notes), "SAVED": str(self.state)}
-        completed = subprocess.run(
-            ["sh", *words], cwd=self.shared, env={**environment, **variables}, check=False
-        )
-        return completed.returncode, self.notes.read_text().splitlines()
-
-    def start_task(self, job: str, *, saves: str = "", exits: int = 0) -> str:
-        """Start task 2, whose run saves such a state; return the value of its --crashrun."""
-        variables = {"SAVES": saves, "EXITS": str(exits)}
-        code, (command,) = self.run("backup-shard.sh", job, "2", **variables)
-        assert code == exits
-        words = command.split()
-        options = dict(zip(words[2::2], words[3::2], strict=True))
-        assert options["--shard"] == "3/4"
-        assert options["--statefile"] == str(self.state)
-        return options["--crashrun"]
-
-    def was_saved_before(self) -> None:
-        """Have the state be one of the night before."""
-        os.utime(self.state, (1_700_000_000, 1_700_000_000))
-
-    def was_noted_before(self) -> None:
-        """Have the note of the job be older than what comes, for clocks of whole seconds."""
-        os.utime(f"{self.state}.job", (1_700_000_001, 1_700_000_001))
-
-
-@pytest.fixture
-def cluster(tmp_path: Path) -> Cluster:
-    return Cluster(tmp_path)
-
-
-@needs_shell
-def test_a_task_that_is_started_again_does_a_crash_run(cluster: Cluster) -> None:
-    assert cluster.start_task("job-1", saves="one is missing", exits=1) == "0"
-    cluster.was_noted_before()
-    assert cluster.start_task("job-1", saves="one is missing still", exits=1) == "1"
-    assert cluster.start_task("job-1", saves="all is there") == "1"
-
-
-@needs_shell
-@pytest.mark.parametrize("state", ["all is there", "one is missing"])
-def test_the_next_night_sends_all_again(cluster: Cluster, state: str) -> None:
-    assert cluster.start_task("job-1", saves=state) == "0"
-    cluster.was_saved_before()
-    assert cluster.start_task("job-2") == "0"
-
-
-@needs_shell
-def test_a_task_that_came_to_no_state_starts_from_the_beginning(cluster: Cluster) -> None:
-    for _ in range(2):
-        assert cluster.start_task("job-1", exits=2) == "0"
-    assert cluster.start_task("job-1", saves="all is there") == "0"
-    cluster.was_saved_before()
-    for _ in range(2):  # nor does the state of the night before count
-        assert cluster.start_task("job-2", exits=2) == "0"
-
-
-@needs_shell
-def test_slurm_starts_a_failed_task_again_three_times(cluster: Cluster) -> None:
-    task = {"SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "2"}
-    code, (command,) = cluster.run("backup.sbatch", **task)
-    assert (code, "--shard 3/4" in command) == (0, True)
-    for count in ("", "1", "2"):
-        restarts = {"SLURM_RESTART_COUNT": count} if count else {}
-        code, (_, requeued) = cluster.run("backup.sbatch", **task, **restarts, EXITS="1")
-        assert (code, requeued) == (1, "scontrol requeue 12_2")
-    code, noted = cluster.run("backup.sbatch", **task, SLURM_RESTART_COUNT="3", EXITS="1")
-    assert (code, len(noted)) == (1, 1)
-
-
-@needs_shell
-def test_the_tasks_send_the_whole_folder_and_start_again(job: Job, tmp_path: Path) -> None:
-    """The script as it is, but for the names of its folder, its bucket and its command."""
-    (tmp_path / "data").mkdir()
-    files = {f"{number:02}.dat": os.urandom(100) for number in range(40)}
-    make_files(tmp_path / "data", files)
-    script = SHARD_SCRIPT.replace("/shared/s3FileTransfer.py", shlex.quote(str(SCRIPT_PATH)))
-    script = script.replace("/shared/", f"{tmp_path}/").replace("my-backup", job.bucket)
-    script = script.replace("exec python3", f"exec {shlex.quote(sys.executable)}")
-    (tmp_path / "backup-shard.sh").write_text(script)
-    environment = base_environment(tmp_path) | job.endpoint.environment()
-
-    def start(index: int) -> int:
-        words = ["sh", str(tmp_path / "backup-shard.sh"), "job-1", str(index)]
-        return subprocess.run(words, env=environment, check=False).returncode
-
-    for index in range(4):
-        assert start(index) == 0
-    job.check_holds(files)
-    os.utime(tmp_path / "state" / "1-of-4.json.job", (1, 1))  # for clocks of whole seconds
-    since = job.seen()
-    assert start(0) == 0  # all of its files are there
-    assert job.puts(since) == []
-
-
-def test_kubernetes_and_batch_read_their_files() -> None:
-    (text,) = blocks(HEADING, "yaml")
-    job = yaml.safe_load(text)["spec"]["jobTemplate"]["spec"]
-    (definition,) = (json.loads(block) for block in blocks(HEADING, "json"))
-    assert job["completionMode"] == "Indexed"
-    commands = [
-        job["template"]["spec"]["containers"][0]["command"],
-        definition["containerProperties"]["command"],
-    ]
-    for command, index in zip(
-        commands, ("JOB_COMPLETION_INDEX", "AWS_BATCH_JOB_ARRAY_INDEX"), strict=True
-    ):
-        assert command[:2] == ["sh", "-c"]
-        assert command[2].startswith("exec sh /shared/backup-shard.sh ")
-        assert command[2].endswith(f'"${index}"')
+    completed = proof(job, restored)
+    assert completed.returncode == 1
+    *named, summary = completed.stdout.splitlines()
+    assert f": {count - 3} files right, " in summary
+    assert "; 3 wrong, " in summary
+    wrong = {"different": ["1970.dat", "1999.dat"], "missing": ["empty"]}
+    said = {f"{kind}: {restored / key} (of {key})" for kind in wrong for key in wrong[kind]}
+    assert {re.match(r"[^(]+\(of [^)]+\)", line)[0] for line in named} == said  # type: ignore[index]
+    assert job.state_path.read_bytes() == state
