@@ -460,8 +460,8 @@ def test_the_whole_policy_allows_all_that_is_done(new_job: NewJob, moto_server: 
     assert_clean(job.run(*IN_PARTS, "--skip-unchanged"))
     assert_clean(job.run("--verify"))
     job.check_all_is_there()
-    used = {ACTIONS[request.operation] for request in job.proxy.requests}
-    assert actions - used <= {"s3:GetObject", "s3:AbortMultipartUpload"}
+    # Without a permission it may come to the same end by a longer way.
+    assert [request for request in job.proxy.requests if request.status == 403] == []
 
 
 def test_a_credential_that_writes_and_lists_is_enough_every_night(job: Job) -> None:
