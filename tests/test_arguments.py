@@ -36,6 +36,8 @@ NO_RATES = [
 ]
 NO_SHARDS = ["0/2", "3/2", "x", "1/0", "1", "1/2/3", "", "1/", "/2", "-1/2", "1/-2", "1.0/2"]
 
+EXPRESS = ["--x-s3", "S3 Express directory bucket", "takes no Content-MD5"]
+
 # At the end of the process say whether boto3 or botocore were imported.
 WATCH_IMPORTS = """
 import os, sys
@@ -66,6 +68,8 @@ def refused_job(job: Job) -> Job:
         (["--bucketname", "white space"], ["white space", "bucket name"]),
         (["--bucketname", "ab/../cd"], ["bucket name"]),
         (["--bucketname", "a"], ["bucket name"]),
+        (["--bucketname", "b--euw1-az1--x-s3"], EXPRESS),
+        (["--bucketname", "b--euw1-az1--x-s3", "--dryrun"], EXPRESS),
         (["--crashrun", "2"], ["--crashrun", "2"]),
         (["--crashrun", "yes"], ["--crashrun", "yes"]),
         (["--crashrun", ""], ["--crashrun"]),
@@ -93,6 +97,11 @@ def refused_job(job: Job) -> Job:
         (["--verify", "--crashrun", "1"], ["--verify"]),
         (["--verify", "--dryrun"], ["--verify"]),
         (["--verify", "--skip-unchanged"], ["--verify"]),
+        (["--verify", "folder", "--crashrun", "1"], ["--verify"]),
+        (["--verify", "folder", "--dryrun"], ["--verify"]),
+        (["--verify", "folder", "--skip-unchanged"], ["--verify"]),
+        (["--verify", "disk"], ["--verify", "disk", "bucket", "folder"]),
+        (["--verify", ""], ["--verify", "bucket", "folder"]),
         (["--max-bandwidth", "-1", "--quiet"], ["--max-bandwidth"]),
         *[
             ([f"--max-bandwidth={value}"], ["--max-bandwidth", value.removesuffix("/s")])

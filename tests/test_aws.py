@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import re
+import signal
+import subprocess
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -17,6 +19,7 @@ from support.aws import AwsRules, Upload, signing_region
 from support.checks import assert_clean, assert_stopped
 from support.faults import (
     Fault,
+    after_forward,
     answer,
     drop_after_forward,
     flip_byte,
@@ -28,6 +31,7 @@ from support.files import IN_MEMORY_BYTES, IN_PARTS, LARGE_BYTES, PART_BYTES, so
 from support.job import Job, kill
 from support.proxy import Action, FaultProxy
 from support.servers import S3Server
+from support.systems import needs_signals
 
 
 @dataclass
@@ -169,6 +173,7 @@ def test_under_kms_the_crc32_of_the_whole_is_the_proof(kms: Aws) -> None:
     assert job.requests("HeadObject") == []
     assert job.requests("CompleteMultipartUpload") != []
     job.check_all_is_there()
+    assert {entry.get("sse") for entry in job.entries()} == {"aws:kms"}
 
 
 def test_under_kms_a_wrong_crc32_of_the_whole_is_a_failure(kms: Aws) -> None:
@@ -276,6 +281,28 @@ def test_a_lost_answer_to_complete_costs_no_part(aws: Aws, is_kms: bool) -> None
     assert_clean(job.run(*IN_PARTS))
     assert job.sent_parts() == [1, 2, 3]
     job.check_all_is_there()
+
+
+@needs_signals
+@pytest.mark.parametrize("is_kms", [False, True], ids=["plain", "kms"])
+def test_a_kill_after_complete_costs_no_part_there(aws: Aws, is_kms: bool) -> None:
+    job = aws.job
+    aws.rules.is_kms = is_kms
+    job.write({"parts": some_bytes(LARGE_BYTES)})
+    processes: list[subprocess.Popen[str]] = []
+    killing = after_forward(lambda: kill(processes[0]))
+    job.proxy.add_fault(Fault(killing, operation="CompleteMultipartUpload", times=1))
+    processes.append(job.start(*IN_PARTS))
+    assert processes[0].wait(60) == -signal.SIGKILL
+    assert job.uploaded() == set()
+    since = job.seen()
+    assert_clean(job.crash_run(*IN_PARTS))
+    assert job.sent_parts(since) == []
+    assert {head.headers["x-amz-checksum-mode"] for head in job.requests("HeadObject")} == {
+        "ENABLED"
+    }
+    job.check_all_is_there()
+    assert job.entry("parts").get("sse") == ("aws:kms" if is_kms else None)
 
 
 def test_a_region_that_aws_refuses_stops_the_run(aws: Aws) -> None:

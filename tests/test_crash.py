@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import random
 import signal
 import subprocess
@@ -10,12 +11,12 @@ from pathlib import Path
 
 import pytest
 from support.checks import assert_clean
-from support.faults import Fault, after_forward, delay
+from support.faults import Fault, after_forward, delay, stall
 from support.files import IN_PARTS, LARGE_BYTES, MIB, small_files, some_bytes
 from support.job import Job, kill
 from support.kills import kill_in_walk, killed_in_parts, killing_call
 from support.script import wait_until
-from support.systems import needs_signals
+from support.systems import needs_proc, needs_signals
 
 ROUNDS, LONG_ROUNDS = 10, 60
 SMALL_FILES = 100
@@ -115,6 +116,50 @@ def test_a_kill_while_the_state_is_saved(
     job.check_all_is_there()
     job.check_no_leftovers()
     assert [upload for upload in job.open_uploads() if upload[2]] == []
+
+
+@needs_signals
+@needs_proc
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+def test_a_kill_while_the_journal_is_flushed(job: Job, tmp_path: Path, before: bool) -> None:
+    job.write({**small_files(20), "large": some_bytes(LARGE_BYTES)})
+    is_journal = "os.readlink(f'/proc/self/fd/{args[0]}').endswith('.journal')"
+    env = killing_call(tmp_path / "killer", "fsync", before=before, condition=is_journal)
+    # The first part waits for it, so that this comes to pass.
+    job.proxy.add_fault(Fault(stall(600), operation="UploadPart", after=2))
+    assert job.start(*IN_PARTS, env=env).wait(60) == -signal.SIGKILL
+    assert job.requests("UploadPart") == []
+    job.proxy.clear_faults()
+    job.check_state_is_true()
+    if not before:
+        assert job.entry("large")["upload_id"] == job.open_uploads()[0][1]
+    assert_clean(job.crash_run(*IN_PARTS))
+    job.check_all_is_there()
+    job.check_no_leftovers()
+    assert [upload for upload in job.open_uploads() if upload[2]] == []
+
+
+@pytest.mark.parametrize("way", ["crt", "classic"])
+def test_a_kill_in_the_middle_of_small_files_costs_the_last_second(
+    rclone_job: Job, way: str
+) -> None:
+    job, files = rclone_job, small_files(300)
+    client = ("--preferred-transfer-client", way)
+    job.write(files)
+    job.proxy.add_fault(Fault(stall(600), operation="PutObject", after=150))
+    # In real time no save of the whole comes within ten seconds.
+    process = job.start(*client, "--max-concurrency", "16", real_time=True)
+    job.wait_for("PutObject", 150, answered=True)
+    wait_until(lambda: len(job.uploaded()) == 150, 8, "what was answered, in state and journal")
+    kill(process)
+    assert {entry["uploadedSuccess"] for entry in json.loads(job.state_path.read_text())} == {0}
+    job.check_state_is_true()
+    job.proxy.clear_faults()
+    since = job.seen()
+    assert_clean(job.crash_run(*client))
+    assert len(job.sent(since)) == 150
+    job.check_all_is_there()
+    job.check_no_leftovers()
 
 
 @needs_signals

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.checks import assert_clean
+from support.checks import assert_clean, lines_with
 from support.faults import (
     Fault,
     answer,
@@ -24,11 +24,12 @@ from support.faults import (
     stall,
     wrong_etag,
 )
-from support.files import IN_PARTS, LARGE_BYTES, PART_BYTES, md5, some_bytes
-from support.job import Job, kill
+from support.files import IN_PARTS, LARGE_BYTES, PART_BYTES, md5, small_files, some_bytes
+from support.job import Job, kill, prelude
 from support.kills import killed_in_parts, left_in_parts
 from support.proxy import Action, Answer, Exchange, Request, pass_on
 from support.script import SCRIPT_PATH, wait_until
+from support.systems import needs_proc
 
 AGAIN = [pytest.param("1", id="crash-run"), pytest.param("0", id="normal-run")]
 FOREIGN_ETAG = '"0123456789abcdef0123456789abcdef"'
@@ -136,9 +137,13 @@ def test_a_file_in_parts_arrives_whole(
     }
     assert len(job.requests("UploadPart")) == len(starts)
     # Content-MD5 alone is the proof that every server understands.
-    names = {name.lower() for request in job.proxy.requests for name in request.headers}
+    sending = (request for request in job.proxy.requests if request.method in ("PUT", "POST"))
+    names = {name.lower() for request in sending for name in request.headers}
     assert [name for name in names if "checksum" in name or "trailer" in name] == []
     assert "upload_id" not in job.entry("large")
+    # With that a later run can tell whether the file would still have the same ETag.
+    assert job.entry("large")["part_size"] == PART_BYTES
+    assert "sse" not in job.entry("large")
     if job.server.name == "moto":
         assert job.entry("large")["etag"] == multipart_etag(body)
 
@@ -187,7 +192,8 @@ def without_etag() -> Fault:
 def test_without_an_etag_of_the_whole_the_object_is_looked_at(job: Job) -> None:
     in_parts(job, without_etag())
     assert_clean(job.run(*IN_PARTS))
-    assert job.proxy.count("HeadObject") == 1
+    (head,) = job.requests("HeadObject")
+    assert head.headers["x-amz-checksum-mode"] == "ENABLED"
     job.check_all_is_there()
 
 
@@ -237,6 +243,7 @@ def test_an_etag_of_parts_under_kms_is_not_compared(job: Job) -> None:
     assert_clean(job.run(*IN_PARTS))
     assert job.proxy.count("CompleteMultipartUpload") == 1
     job.check_all_is_there()
+    assert job.entry("large")["sse"] == encryption
 
 
 def kms_answer(encryption: str) -> Action:
@@ -484,6 +491,38 @@ def test_the_upload_id_is_on_disk_before_the_first_part_is_sent(job: Job) -> Non
     assert all(sent == on_disk for sent, on_disk in seen)
 
 
+STARTS = """
+import os
+def recorded(name, real):
+    def call(*args):
+        path = os.readlink(f"/proc/self/fd/{{args[0]}}") if name == "fsync" else args[1]
+        with open({record!r}, "a") as record:
+            print(name, os.path.basename(path), file=record)
+        return real(*args)
+    return call
+os.fsync, os.replace = recorded("fsync", os.fsync), recorded("replace", os.replace)
+"""
+
+
+@needs_proc
+def test_the_start_of_a_large_file_costs_a_line_and_no_save_of_the_whole(
+    job: Job, tmp_path: Path
+) -> None:
+    names = [f"large-{number}" for number in range(4)]
+    job.write({name: some_bytes(LARGE_BYTES, seed) for seed, name in enumerate(names)})
+    job.write(small_files(10))
+    record = tmp_path / "record"
+    flags = prelude(STARTS.format(record=str(record)))
+    # In real time the next save comes ten seconds after the last at the soonest.
+    assert_clean(job.run(*IN_PARTS, python_flags=flags, real_time=True))
+    job.check_all_is_there()
+    calls = record.read_text().splitlines()
+    assert (
+        calls.count(f"replace {job.state_path.name}") == 3
+    )  # at the walk, of the plan, at the end
+    assert calls.count(f"fsync {job.state_path.name}.journal") >= 2  # two files are under way
+
+
 def test_a_normal_run_aborts_the_upload_of_a_file_that_is_gone(job: Job) -> None:
     job.write({"f": b"f"})
     upload_id = left_in_parts(job, kept=[1, 2])
@@ -493,6 +532,36 @@ def test_a_normal_run_aborts_the_upload_of_a_file_that_is_gone(job: Job) -> None
     assert abort.query["uploadId"] == upload_id
     assert job.open_uploads() == []
     job.check_all_is_there()
+
+
+@pytest.mark.parametrize("source", ["state", "server"])
+def test_an_upload_id_with_control_characters_does_not_reach_the_terminal(
+    job: Job, source: str
+) -> None:
+    odd = "id\u009b31m\u0085"
+    job.write({"f": b"f", "large": some_bytes(LARGE_BYTES)})
+    job.proxy.add_fault(Fault(answer(403, "AccessDenied"), operation="AbortMultipartUpload"))
+    if source == "state":
+        status = job.path("large").stat()
+        large = job.pending_entry("large", bucket=job.bucket, size=status.st_size)
+        job.write_state({**large, "upload_id": odd, "part_size": PART_BYTES})
+        job.path("large").unlink()
+        completed = job.run(*IN_PARTS)
+        assert completed.returncode == 0
+    else:
+        with_odd_id = lambda body: re.sub(  # noqa: E731
+            b"<UploadId>.*?<", f"<UploadId>{odd}<".encode(), body
+        )
+        create = Fault(replace_in_answer(with_odd_id), operation="CreateMultipartUpload")
+        job.proxy.add_fault(create)
+        change = call(lambda _: job.path("large").write_bytes(b"x" * LARGE_BYTES))
+        job.proxy.add_fault(Fault(change, operation="UploadPart"))
+        completed = job.run(*IN_PARTS)
+        assert completed.returncode == 1
+    (notice, *_) = lines_with(completed.stderr, "could not be aborted")
+    assert r"id\x9b31m\x85" in notice
+    assert "\u009b" not in completed.stderr + completed.stdout
+    assert "\u0085" not in completed.stderr + completed.stdout
 
 
 def test_a_file_that_is_gone_stays_missing_in_a_crash_run(job: Job) -> None:

@@ -98,6 +98,14 @@ def test_every_line_of_what_happens_when_has_its_tests() -> None:
     assert {name for names in TESTED.values() for name in names} - names_of_quick_tests() == set()
 
 
+def test_what_a_run_leaves_beside_the_shipped_state_is_no_part_of_the_repository() -> None:
+    ignored = (PROJECT / ".gitignore").read_text(encoding="utf-8").split()
+    companions = {f"stateFile.json.{name}" for name in ("journal", "lock", "tmp")}
+    assert companions - set(ignored) == set()
+    assert ".journal" in README
+    assert json.loads((PROJECT / "stateFile.json").read_text(encoding="utf-8")) == []
+
+
 # What the README says of time, and the constants of the script (which HASTE has as they are).
 TIMES = {
     "what is under way has 8 seconds": "SIGNAL_GRACE_SECONDS = 8",

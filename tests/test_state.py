@@ -6,26 +6,30 @@ import hashlib
 import json
 import os
 import re
+import signal
 import stat
 import sys
 import threading
-from collections.abc import Iterable
+import zlib
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import NewJob
-from support.checks import assert_clean, assert_failed, assert_stopped
-from support.faults import Fault, answer, call, delay
+from support.checks import assert_clean, assert_failed, assert_stopped, lines_with
+from support.faults import Fault, answer, call, delay, stall
 from support.files import WINDOWS_FORBIDS, digests, small_files
-from support.job import NOBODY, Job, named, prelude
+from support.inside import clock, run_first
+from support.job import NOBODY, Job, kill, named, prelude
 from support.kills import killing_call
 from support.proxy import Exchange
-from support.script import finish, is_root, wait_until
+from support.script import PROJECT, finish, is_root, journal_of, wait_until
 from support.servers import S3Server
 from support.shards import NAMES, SPLIT_IN_3, keys_of
 from support.systems import (
     needs_byte_names,
+    needs_fifos,
     needs_limits,
     needs_limits_of_others,
     needs_permissions,
@@ -55,21 +59,25 @@ def assert_refused(job: Job, *arguments: str, words: Iterable[str]) -> None:
 # --- What is in it ---------------------------------------------------------------------------
 
 
-def test_fields_of_an_uploaded_file(job: Job) -> None:
+def test_fields_of_an_uploaded_file(small_job: Job, tmp_path: Path) -> None:
+    job = small_job
     (content,) = job.make("sub/a.dat").values()
     path = job.folder / "sub/a.dat"
-    assert_clean(job.run())
-    assert job.entries() == [
-        {
-            "filepath": str(path),
-            "uploadedSuccess": 1,
-            "filename": "sub/a.dat",
-            "bucket": job.bucket,
-            "size": len(content),
-            "mtime_ns": path.stat().st_mtime_ns,
-            "etag": hashlib.md5(content, usedforsecurity=False).hexdigest(),
-        }
-    ]
+    assert_clean(job.run(env=run_first(tmp_path / "later", clock())))
+    (entry,) = job.entries()
+    expected = {
+        "filepath": str(path),
+        "uploadedSuccess": 1,
+        "filename": "sub/a.dat",
+        "bucket": job.bucket,
+        "size": len(content),
+        "mtime_ns": path.stat().st_mtime_ns,
+        "ctime_ns": path.stat().st_ctime_ns,
+        "etag": hashlib.md5(content, usedforsecurity=False).hexdigest(),
+    }
+    if sys.platform == "win32":
+        del expected["ctime_ns"]
+    assert list(entry.items()) == list(expected.items())
 
 
 def test_fields_of_a_failed_file(job: Job) -> None:
@@ -133,8 +141,10 @@ def test_every_save_is_on_the_disk_before_it_is_the_state(job: Job, tmp_path: Pa
     name, folder = job.state_path.name, job.state_path.parent.name
     one_save = [f"fsync {name}.tmp", f"replace {name}.tmp {name}", f"fsync {folder}"]
     calls = record.read_text().splitlines()
-    assert len(calls) >= 3 * len(one_save)  # at the walk, of the plan, at the end
-    assert calls == one_save * (len(calls) // len(one_save))
+    saves = [n for n, call in enumerate(calls) if call == one_save[1]]
+    assert len(saves) >= 3  # at the walk, of the plan, at the end
+    assert [calls[n - 1 : n + 2] for n in saves] == [one_save] * len(saves)
+    assert {call for call in calls if call not in one_save} <= {f"fsync {name}.journal"}
 
 
 # --- When it is written ----------------------------------------------------------------------
@@ -186,8 +196,8 @@ def test_it_is_saved_as_often_as_is_said(job: Job) -> None:
 
     wait_until(look, 60, "the end of the run")
     assert_clean(finish(process))
-    # The hasty script saves every tenth of a second, in which one file is sent.
-    assert len(seen & set(range(1, 30))) > 5
+    # It is written down at least every second, in which ten files are sent.
+    assert len(seen & set(range(1, 30))) > 1
 
 
 @needs_replace_of_open_files
@@ -286,6 +296,274 @@ def test_its_mode_stays(job: Job) -> None:
     assert job.state_path.stat().st_mode & 0o777 == 0o640
 
 
+def modes(folder: Path) -> dict[str, int]:
+    """The mode of each file in a folder."""
+    return {path.name: stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()}
+
+
+# With it a file has the mode with which it was made.
+NO_CHMOD = """
+import os
+os.umask(0)
+os.chmod = os.fchmod = lambda *args, **keywords: None
+"""
+
+
+@needs_permissions
+def test_all_that_is_new_is_for_its_owner_alone_from_the_first_byte(job: Job) -> None:
+    files = job.make(*(f"{number:02}" for number in range(10)))
+    seen: list[dict[str, int]] = []
+    job.proxy.add_fault(Fault(stall(600), operation="PutObject", after=9))
+    process = job.start("--max-concurrency", "1", python_flags=prelude(NO_CHMOD))
+    wait_until(journal_of(job.state_path).exists, 20, "the journal")
+    seen.append(modes(job.state_path.parent))
+    kill(process)
+    name = job.state_path.name
+    assert set(seen[0]) >= {name, f"{name}.lock", f"{name}.journal"}
+    assert set(seen[0].values()) == {0o600}
+    job.proxy.clear_faults()
+    assert_clean(job.crash_run(python_flags=prelude(NO_CHMOD)))
+    assert set(modes(job.state_path.parent).values()) == {0o600}
+    assert job.state() == dict.fromkeys(files, 1)
+
+
+MODE_OF_TEMPORARY = """
+import os
+real = os.replace
+def replace(old, new):
+    with open({record!r}, "a") as record:
+        print(oct(os.stat(old).st_mode & 0o777), file=record)
+    return real(old, new)
+os.replace = replace
+"""
+
+
+@needs_permissions
+def test_the_temporary_file_is_for_its_owner_alone(job: Job, tmp_path: Path) -> None:
+    job.make("a.dat")
+    record = tmp_path / "record"
+    code = NO_CHMOD + MODE_OF_TEMPORARY.format(record=str(record))
+    assert_clean(job.run(python_flags=prelude(code)))
+    assert set(record.read_text().split()) == {"0o600"}
+
+
+# --- The journal -----------------------------------------------------------------------------
+
+
+@needs_replace_of_open_files
+def test_between_two_saves_what_happens_is_in_the_journal(small_job: Job) -> None:
+    job, files = small_job, small_files(40)
+    job.write(files)
+    held = max(files)
+    job.proxy.add_fault(Fault(stall(600), operation="PutObject", key=held))
+    # In real time a save comes ten seconds after the last at the soonest.
+    process = job.start(real_time=True)
+    others = set(files) - {held}
+    wait_until(
+        lambda: job.state_path.exists() and job.uploaded() == others, 20, "all that was answered"
+    )
+    state, journal = job.state_path.read_bytes(), journal_of(job.state_path)
+    assert {entry["uploadedSuccess"] for entry in json.loads(state)} == {0}
+    first, *lines, rest = journal.read_text(encoding="utf-8").split("\n")
+    assert json.loads(first) == {"crc32": zlib.crc32(state)}
+    assert rest == ""
+    kill(process)
+    job.proxy.clear_faults()
+    since = job.seen()
+    assert_clean(job.crash_run())
+    assert job.sent(since) == [held]
+    # A line of the journal is one of the state, but for its comma.
+    of_state = job.state_path.read_text(encoding="utf-8").splitlines()
+    assert set(lines) <= {line.removesuffix(",") for line in of_state}
+    assert len(lines) == len(others)
+    job.check_all_is_there()
+    job.check_no_leftovers()
+
+
+UMLAUT = json.dumps({"filepath": "ü"}, ensure_ascii=False).encode()
+
+
+@pytest.mark.parametrize(
+    "torn",
+    [b"", b'{"filepath": "', UMLAUT[:15], b"\0" * 50, b'{"crc32"', b"\xff"],
+    ids=["whole", "text", "character", "zeros", "head", "byte"],
+)
+@pytest.mark.parametrize(
+    "again", [("--crashrun", "1"), ("--skip-unchanged",)], ids=["crash", "skip"]
+)
+def test_a_journal_is_read_over_the_state(job: Job, again: tuple[str, ...], torn: bytes) -> None:
+    job.back_up("a.dat", "b.dat")
+    job.write_state(job.pending_entry("a.dat"), job.pending_entry("b.dat"))
+    job.write_journal(job.uploaded_entry("a.dat"), torn=torn)
+    assert_clean(job.run(*again))
+    assert job.sent() == ["b.dat"]
+    job.check_all_is_there()
+    job.check_no_leftovers()
+
+
+def test_a_torn_line_that_lacks_no_more_than_its_line_feed_is_not_believed_or_right(
+    job: Job,
+) -> None:
+    job.back_up("a.dat", "b.dat")
+    job.write_state(job.pending_entry("a.dat"), job.pending_entry("b.dat"))
+    job.write_journal(torn=json.dumps(job.uploaded_entry("a.dat")).encode())
+    assert_clean(job.crash_run())
+    assert job.sent() in (["b.dat"], ["a.dat", "b.dat"])
+    job.check_all_is_there()
+
+
+def test_of_two_lines_of_a_file_the_later_counts(job: Job) -> None:
+    job.back_up("a.dat", "b.dat")
+    job.write_state(job.uploaded_entry("a.dat"), job.pending_entry("b.dat"))
+    failed = job.pending_entry("a.dat", error="the disk failed")
+    job.write_journal(
+        failed, job.pending_entry("b.dat"), job.uploaded_entry("b.dat"), job.uploaded_entry("a.dat")
+    )
+    assert_clean(job.crash_run())
+    assert job.sent() == []
+    job.write_journal(job.uploaded_entry("b.dat"), failed)
+    assert_clean(job.crash_run())
+    assert job.sent() == ["a.dat"]
+
+
+def test_a_dry_run_reads_the_journal_and_leaves_it(job: Job) -> None:
+    job.back_up("a.dat", "b.dat")
+    state = job.write_state(job.pending_entry("a.dat"), job.pending_entry("b.dat"))
+    journal = job.write_journal(job.uploaded_entry("a.dat"))
+    before = journal.read_bytes()
+    completed = job.crash_run("--dryrun")
+    assert completed.returncode == 0
+    assert len(lines_with(completed.stdout, "would upload")) == 1
+    assert (journal.read_bytes(), job.state_path.read_bytes()) == (before, state)
+
+
+def test_verify_reads_the_journal(job: Job) -> None:
+    job.back_up("a.dat", "b.dat")
+    job.write_state(job.uploaded_entry("a.dat"), job.pending_entry("b.dat"))
+    job.write_journal(job.uploaded_entry("b.dat"))
+    completed = job.run("--verify")
+    assert_clean(completed)
+    assert "2 files right" in completed.stdout
+    job.check_no_leftovers()
+    assert job.uploaded() == {"a.dat", "b.dat"}
+
+
+def with_journal(job: Job, content: bytes) -> None:
+    """Leave a state with two files to send, and a journal with this content."""
+    job.back_up("a.dat", "b.dat")
+    job.write_state(job.pending_entry("a.dat"), job.pending_entry("b.dat"))
+    journal_of(job.state_path).write_bytes(content)
+
+
+def line(entry: object) -> bytes:
+    return f"{json.dumps(entry)}\n".encode()
+
+
+NOT_OF_THIS_STATE: dict[str, Callable[[Job], bytes]] = {
+    "of-an-older-state": lambda job: line({"crc32": zlib.crc32(b"[]\n")}),
+    "empty": lambda job: b"",
+    "torn-head": lambda job: line({"crc32": zlib.crc32(job.state_path.read_bytes())})[:12],
+    "zeros": lambda job: b"\0" * 100,
+    "headless": lambda job: b"",
+}
+
+
+@pytest.mark.parametrize("what", NOT_OF_THIS_STATE)
+def test_a_journal_that_is_not_of_this_state_is_ignored(job: Job, what: str) -> None:
+    with_journal(job, b"")
+    head = NOT_OF_THIS_STATE[what](job)
+    rest = b"" if what in ("empty", "zeros", "torn-head") else line(job.uploaded_entry("a.dat"))
+    journal_of(job.state_path).write_bytes(head + rest)
+    assert_clean(job.crash_run())
+    assert job.sent() == ["a.dat", "b.dat"]
+    job.check_no_leftovers()
+    assert job.uploaded() == {"a.dat", "b.dat"}
+
+
+@pytest.mark.parametrize("crashrun", ["0", "1"])
+def test_a_journal_of_another_run_is_ignored(job: Job, crashrun: str) -> None:
+    job.back_up("a.dat", "b.dat")
+    job.write_state(job.pending_entry("a.dat"), job.pending_entry("b.dat"))
+    job.write_journal(other_bucket(job), other_folder(job), state=b"[]\n")
+    assert_clean(job.run("--crashrun", crashrun))
+    assert job.sent() == ["a.dat", "b.dat"]
+    job.check_all_is_there()
+    job.check_no_leftovers()
+
+
+def test_a_journal_without_a_state_is_no_state(job: Job) -> None:
+    job.back_up("a.dat", "b.dat")
+    job.write_journal(job.uploaded_entry("a.dat"))
+    job.state_path.unlink()
+    assert_stopped(job.crash_run(), "--crashrun", "state")
+    assert not job.state_path.exists()
+    assert_clean(job.run("--skip-unchanged"))
+    assert job.sent() == ["a.dat", "b.dat"]
+    job.check_all_is_there()
+    job.check_no_leftovers()
+
+
+LINKED: dict[str, Callable[[Path, Path], None]] = {
+    "file": lambda path, target: path.symlink_to(target),
+    "nowhere": lambda path, target: path.symlink_to(target.with_name("new")),
+    "folder": lambda path, target: path.mkdir(),
+    "fifo": lambda path, target: os.mkfifo(path),
+}
+
+
+@needs_fifos
+@pytest.mark.parametrize("what", LINKED)
+@pytest.mark.parametrize("again", [(), ("--crashrun", "1"), ("--verify",)], ids=" ".join)
+def test_a_journal_that_is_no_regular_file_is_refused(
+    job: Job, tmp_path: Path, what: str, again: tuple[str, ...]
+) -> None:
+    job.back_up("a.dat")
+    target, journal = tmp_path / "target", journal_of(job.state_path)
+    # What is behind the link would even be a journal of this state.
+    job.write_journal(job.pending_entry("a.dat")).rename(target)
+    before = target.read_bytes()
+    LINKED[what](journal, target)
+    assert_refused(job, *again, words=(f"the journal {journal} is no regular file; move it away",))
+    assert os.path.lexists(journal)
+    assert target.read_bytes() == before
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "exit_code"), [(400, "EntityTooLarge", 1), (404, "NoSuchBucket", 2)]
+)
+def test_a_run_that_ends_by_itself_leaves_no_journal(
+    job: Job, status: int, code: str, exit_code: int
+) -> None:
+    job.make("a.dat", "b.dat", "c.dat")
+
+    def refuse_late(exchange: Exchange) -> None:
+        wait_until(journal_of(job.state_path).exists, 10, "the journal")
+        answer(status, code)(exchange)
+
+    job.proxy.add_fault(Fault(refuse_late, operation="PutObject", key="b.dat"))
+    process = job.start("--max-concurrency", "2")
+    assert finish(process).returncode == exit_code
+    job.check_no_leftovers()
+    assert job.uploaded() >= {"a.dat"}
+    job.check_state_is_true()
+
+
+@pytest.mark.parametrize("again", [(), ("--crashrun", "1"), ("--verify",)], ids=" ".join)
+def test_a_run_that_cannot_start_does_not_lose_what_the_journal_says(
+    job: Job, again: tuple[str, ...]
+) -> None:
+    job.back_up("a.dat", "b.dat")
+    job.write_state(job.pending_entry("a.dat"), job.pending_entry("b.dat"))
+    job.write_journal(job.uploaded_entry("a.dat"))
+    job.proxy.add_fault(Fault(answer(401, "InvalidAccessKeyId")))
+    assert_stopped(job.run(*again), "credentials")
+    assert job.state() == {"a.dat": 1, "b.dat": 0}
+    job.proxy.clear_faults()
+    assert_clean(job.crash_run())
+    assert job.sent() == ["b.dat"]
+
+
 # --- The lock --------------------------------------------------------------------------------
 
 
@@ -329,6 +607,18 @@ def test_runs_with_states_of_their_own_go_side_by_side(job: Job, tmp_path: Path)
     job.start()
     wait_until(lambda: held.hits, 60, "the first run's upload")
     assert_clean(job.run("--statefile", tmp_path / "other.json"))
+
+
+@needs_fifos
+@pytest.mark.parametrize("what", LINKED)
+def test_a_lock_that_is_no_regular_file_is_refused(job: Job, tmp_path: Path, what: str) -> None:
+    job.back_up("a.dat")
+    lock, target = job.state_path.with_name("state.json.lock"), tmp_path / "target"
+    target.write_bytes(b"precious")
+    LINKED[what](lock, target)
+    assert_refused(job, words=(str(lock), "is no regular file"))
+    assert target.read_bytes() == b"precious"
+    assert not (tmp_path / "new").exists()
 
 
 # --- Whose it is -----------------------------------------------------------------------------
@@ -518,11 +808,14 @@ def test_crash_run_without_a_state_is_refused(job: Job, content: bytes | None) -
     assert content is None or job.state_path.read_bytes() == content
 
 
-def test_crash_run_with_an_empty_list_has_nothing_to_do(job: Job) -> None:
+def test_crash_run_with_an_empty_list_is_refused(job: Job) -> None:
     job.make("a.dat")
-    job.write_state()
-    assert job.crash_run().returncode == 0
-    assert job.state() == {}
+    job.state_path.write_bytes((PROJECT / "stateFile.json").read_bytes())
+    words = f"the state file {job.state_path} lists nothing; run without --crashrun"
+    assert_refused(job, "--crashrun", "1", words=(words,))
+    assert_refused(job, "--crashrun", "1", "--dryrun", words=(words,))
+    assert_clean(job.run())
+    job.check_all_is_there()
 
 
 # --- Damaged states --------------------------------------------------------------------------
@@ -673,10 +966,68 @@ def test_disk_that_fills_during_the_run_keeps_the_last_state(job: Job) -> None:
     assert len([line for line in completed.stderr.splitlines() if "cannot save" in line]) == 1
     assert str(job.state_path) in completed.stderr
     assert job.state_path.read_bytes() == at_first[0]
+    job.check_state_is_true()
     assert job.in_bucket() == digests(files)
     # It lags behind, and that is all: the crash run sends again what it knows nothing of.
     assert_clean(job.crash_run())
     assert job.state() == dict.fromkeys(files, 1)
+
+
+@needs_limits_of_others
+def test_a_disk_that_is_full_for_a_while_spoils_no_journal(job: Job) -> None:
+    files = job.make(*(f"{number:03}" for number in range(60)))
+    pids: list[int] = []
+
+    def limit(size_bytes: int) -> Callable[[object], None]:
+        def act(_: object) -> None:
+            wait_until(lambda: pids, 60, "the process")
+            hard = resource.RLIM_INFINITY
+            resource.prlimit(pids[0], resource.RLIMIT_FSIZE, (size_bytes, hard))
+
+        return act
+
+    for key, size_bytes in (("005", 100), ("035", resource.RLIM_INFINITY)):
+        job.proxy.add_fault(Fault(call(limit(size_bytes)), operation="PutObject", key=key))
+    job.proxy.add_fault(Fault(stall(600), operation="PutObject", key="059"))
+    job.proxy.add_fault(Fault(delay(0.05), operation="PutObject"))
+    process = job.start("--max-concurrency", "1")
+    pids.append(process.pid)
+    wait_until(
+        lambda: job.state_path.exists() and len(job.uploaded()) >= 50, 60, "what was sent meanwhile"
+    )
+    kill(process)
+    job.check_state_is_true()
+    job.proxy.clear_faults()
+    since = job.seen()
+    assert_clean(job.crash_run())
+    assert len(job.sent(since)) <= 10
+    assert job.in_bucket() == digests(files)
+    job.check_no_leftovers()
+
+
+@needs_limits_of_others
+def test_an_interrupted_run_does_not_say_that_it_saved_what_it_could_not(job: Job) -> None:
+    files = job.make(*(f"{number:03}" for number in range(20)))
+    pids: list[int] = []
+
+    def fill(_: object) -> None:
+        wait_until(lambda: pids, 60, "the process")
+        resource.prlimit(pids[0], resource.RLIMIT_FSIZE, (100, 100))
+
+    job.proxy.add_fault(Fault(call(fill), operation="PutObject", times=1))
+    job.proxy.add_fault(Fault(delay(0.2), operation="PutObject"))
+    process = job.start("--max-concurrency", "1")
+    pids.append(process.pid)
+    job.wait_for("PutObject", 3)
+    process.send_signal(signal.SIGTERM)
+    completed = finish(process)
+    assert completed.returncode == 143
+    assert "the state is saved" not in completed.stderr
+    (sentence,) = lines_with(completed.stderr, "interrupted; ")
+    assert "interrupted; the state could not be saved, " in sentence
+    job.check_state_is_true()
+    assert_clean(job.crash_run())
+    assert job.in_bucket() == digests(files)
 
 
 @needs_permissions

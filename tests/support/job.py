@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 from .faults import Fault, answer
 from .files import digests, make_files, md5
 from .proxy import FaultProxy, Request
-from .script import Completed, kill_group, read_state, wait_until
+from .script import Completed, journal_of, kill_group, read_state, wait_until
 from .servers import S3Server
 
 NOBODY = 65534
@@ -117,6 +118,16 @@ class Job:
         self.state_path.write_text(json.dumps(list(entries)), encoding="utf-8")
         return self.state_path.read_bytes()
 
+    def write_journal(
+        self, *entries: object, state: bytes | None = None, torn: bytes = b""
+    ) -> Path:
+        """Write a journal beside the state, or one that continues other bytes; return its path."""
+        crc32 = zlib.crc32(self.state_path.read_bytes() if state is None else state)
+        lines = [json.dumps(entry) for entry in ({"crc32": crc32}, *entries)]
+        path = journal_of(self.state_path)
+        path.write_bytes("".join(f"{line}\n" for line in lines).encode() + torn)
+        return path
+
     def uploaded_entry(self, key: str) -> dict[str, object]:
         """The entry of a file that was sent in one part as it is now."""
         status = self.path(key).stat()
@@ -126,6 +137,7 @@ class Job:
             bucket=self.bucket,
             size=status.st_size,
             mtime_ns=status.st_mtime_ns,
+            **({} if sys.platform == "win32" else {"ctime_ns": status.st_ctime_ns}),
             etag=md5(self.path(key).read_bytes()),
         )
 
