@@ -290,7 +290,7 @@ def test_a_kill_after_complete_costs_no_part_there(aws: Aws, is_kms: bool) -> No
     aws.rules.is_kms = is_kms
     job.write({"parts": some_bytes(LARGE_BYTES)})
     processes: list[subprocess.Popen[str]] = []
-    killing = after_forward(lambda: kill(processes[0]))
+    killing = after_forward(lambda: processes[0].kill())
     job.proxy.add_fault(Fault(killing, operation="CompleteMultipartUpload", times=1))
     processes.append(job.start(*IN_PARTS))
     assert processes[0].wait(60) == -signal.SIGKILL

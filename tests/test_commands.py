@@ -5,17 +5,31 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import NewJob
 from support.checks import assert_clean, assert_failed, assert_stopped, lines_with
 from support.faults import Fault, answer, delay, replace_in_answer, set_headers
-from support.files import IN_PARTS, LARGE_BYTES, digests, make_files, md5, odd_names, some_bytes
-from support.job import NOBODY, Job
+from support.files import (
+    IN_PARTS,
+    LARGE_BYTES,
+    PART_BYTES,
+    digests,
+    make_files,
+    md5,
+    odd_names,
+    relative_paths,
+    small_files,
+    some_bytes,
+)
+from support.inside import clock, recorded, recorder, run_first
+from support.job import NOBODY, Job, prelude
 from support.kills import killing_call
 from support.proxy import Action, Exchange, Request
 from support.script import Completed, finish, wait_until
@@ -47,6 +61,11 @@ def change_state(job: Job, key: str, *dropped: str) -> None:
             for name in dropped:
                 del entry[name]
     job.state_path.write_text(json.dumps(entries), encoding="utf-8")
+
+
+def in_the_state(job: Job, *names: str) -> dict[str, list[object]]:
+    """What the entries of the state have under these names, by key."""
+    return {entry["filename"]: [entry.get(name) for name in names] for entry in job.entries()}
 
 
 VERIFY = "--verify"
@@ -233,6 +252,227 @@ def test_nothing_is_ever_deleted_from_the_bucket(job: Job) -> None:
     assert job.in_bucket() == digests(files)
     assert job.state() == {"a.dat": 1}
     assert {r.method for r in job.proxy.requests} <= {"HEAD", "GET", "PUT"}
+
+
+# --- What is gone ----------------------------------------------------------------------------
+
+
+def gone(completed: Completed) -> int:
+    """The number of files in the summary that are gone."""
+    match = re.search(r" failed(?:, ([\d,]+) gone since the last run)?; state: ", completed.stdout)
+    assert match, completed.stdout
+    return int((match[1] or "0").replace(",", ""))
+
+
+@pytest.mark.parametrize("skip", [(), (SKIP,)], ids=["plain", "skip"])
+def test_what_is_gone_is_counted_once_and_stays_in_the_bucket(
+    job: Job, skip: tuple[str, ...]
+) -> None:
+    files = job.back_up("a.dat", "b.dat", "old", "sub/c.dat", "sub/deep/d.dat")
+    shutil.rmtree(job.path("sub"))
+    job.path("old").rename(job.path("new"))
+    completed = job.run(*skip)
+    assert_clean(completed)
+    assert gone(completed) == 3
+    assert job.state() == dict.fromkeys(("a.dat", "b.dat", "new"), 1)
+    job.check_holds({**files, "new": files["old"]})
+    completed = job.run(*skip)
+    assert_clean(completed)
+    assert gone(completed) == 0
+    assert "gone" not in completed.stdout
+
+
+def test_what_is_gone_is_named_with_verbose(job: Job) -> None:
+    job.back_up("a.dat", "b\x1b[31m.dat", "c.dat")
+    job.path("b\x1b[31m.dat").unlink()
+    job.path("c.dat").unlink()
+    completed = job.run(SKIP, "--verbose")
+    assert completed.returncode == 0
+    assert gone(completed) == 2
+    named = lines_with(completed.stderr, "gone: ")
+    shown = str(job.path("b\\x1b[31m.dat"))
+    assert sorted(named) == sorted([f"gone: {shown}", f"gone: {job.path('c.dat')}"])
+
+
+def test_only_what_was_uploaded_and_is_not_there_is_gone(job: Job, tmp_path: Path) -> None:
+    keys = ("a.dat", "broken", "cache/x", "excluded.tmp", "folder", "gone", "never-sent")
+    job.back_up(*keys)
+    entries = job.entries()
+    for entry in entries:
+        entry["uploadedSuccess"] = int(entry["filename"] != "never-sent")
+    job.write_state(*entries)
+    for key in ("broken", "folder", "gone", "never-sent"):
+        job.path(key).unlink()
+    job.path("broken").symlink_to("missing")
+    job.path("folder").mkdir()
+    completed = job.run(SKIP, "--exclude", "*.tmp", "--exclude", "cache/*", "--verbose")
+    assert_failed(completed, [job.path("broken")])
+    assert re.search(r"1 failed, 1 gone since the last run; state: ", completed.stdout)
+    assert lines_with(completed.stderr, "gone: ") == [f"gone: {job.path('gone')}"]
+
+
+def test_a_crash_run_takes_nothing_for_gone(job: Job) -> None:
+    job.back_up("a.dat", "b.dat", "c.dat")
+    job.write_state(
+        job.uploaded_entry("a.dat"), job.uploaded_entry("b.dat"), job.pending_entry("c.dat")
+    )
+    for key in ("b.dat", "c.dat"):
+        job.path(key).unlink()
+    completed = job.crash_run("--verbose")
+    assert_failed(completed, [job.path("c.dat")])
+    assert "gone" not in completed.stdout + completed.stderr
+    assert job.state() == {"a.dat": 1, "b.dat": 1, "c.dat": 0}
+
+
+def test_what_is_gone_of_another_job_is_not_counted(job: Job, tmp_path: Path) -> None:
+    job.back_up("a.dat", "b.dat")
+    job.path("b.dat").unlink()
+    make_files(tmp_path / "elsewhere", {"a.dat": b"a"})
+    completed = job.run("--backupfolder", tmp_path / "elsewhere")
+    assert_clean(completed)
+    assert gone(completed) == 0
+
+
+# --- --skip-unchanged: what size and time do not show ----------------------------------------
+
+
+def rewritten(path: Path) -> None:
+    """Write other bytes in place, as many, and put the time back."""
+    status = path.stat()
+    with path.open("r+b") as file:
+        file.write(bytes(byte ^ 1 for byte in path.read_bytes()))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (status.st_size, status.st_mtime_ns)
+
+
+def changed_mode(path: Path) -> None:
+    path.chmod(path.stat().st_mode ^ 0o040)
+
+
+@needs_permissions
+def test_a_file_rewritten_with_its_old_time_is_sent(job: Job) -> None:
+    job.back_up("a.dat", "b.dat", "sub/c.dat")
+    rewritten(job.path("b.dat"))
+    rewritten(job.path("sub/c.dat"))
+    completed = job.run(SKIP, "--dryrun")
+    assert listed(job, completed.stdout) == ["b.dat", "sub/c.dat"]
+    assert unchanged(completed) == 1
+    assert sent_by(job) == ["b.dat", "sub/c.dat"]
+    job.check_all_is_there()
+    assert sent_by(job) == []
+
+
+@needs_permissions
+def test_a_large_file_rewritten_with_its_old_time_is_sent(each_job: Job, tmp_path: Path) -> None:
+    job = each_job
+    job.write({"parts": some_bytes(LARGE_BYTES), "small": b"small"})
+    assert_clean(job.run(*IN_PARTS, env=run_first(tmp_path / "later", clock())))
+    rewritten(job.path("parts"))
+    assert sent_by(job, *IN_PARTS) == ["parts"]
+    job.check_all_is_there()
+
+
+@needs_permissions
+def test_what_had_its_mode_changed_is_read_and_not_sent(each_job: Job, tmp_path: Path) -> None:
+    job, record = each_job, tmp_path / "record"
+    later = run_first(tmp_path / "later", clock(), recorder(job.folder, record))
+    job.write({"parts": some_bytes(LARGE_BYTES), "empty": b""} | small_files(20))
+    # A part size that later runs do not ask for.
+    job.write({"other-parts": some_bytes(LARGE_BYTES, seed=1)})
+    size = ("--multipart-threshold", "5MiB", "--multipart-chunksize", "6MiB")
+    assert_clean(job.run(*size, env=later))
+    for path in job.folder.rglob("*.dat"):
+        changed_mode(path)
+    for key in ("parts", "other-parts", "empty"):
+        changed_mode(job.path(key))
+    recorded(job.folder, record)
+    completed = job.run(SKIP, *IN_PARTS, env=later)
+    assert_clean(completed)
+    assert unchanged(completed) == 23
+    assert recorded(job.folder, record) == sorted(job.in_folder())
+    now = {key: [job.path(key).stat().st_ctime_ns] for key in job.in_folder()}
+    assert in_the_state(job, "ctime_ns") == now
+    # What is known now need not be read again.
+    since = job.seen()
+    completed = job.run(SKIP, *IN_PARTS, env=later)
+    assert_clean(completed)
+    assert unchanged(completed) == 23
+    assert recorded(job.folder, record) == []
+    assert job.sent(since) == []
+    job.check_all_is_there()
+
+
+@needs_permissions
+def test_under_kms_what_had_its_mode_changed_is_sent(moto_job: Job) -> None:
+    job = moto_job
+    with_foreign_etags(job)
+    job.make("a.dat", "b.dat")
+    assert_clean(job.run())
+    entries = [
+        {**entry, "ctime_ns": job.path(entry["filename"]).stat().st_ctime_ns}
+        for entry in job.entries()
+    ]
+    assert [entry["sse"] for entry in entries] == ["aws:kms"] * 2
+    job.write_state(*entries)
+    changed_mode(job.path("b.dat"))
+    assert sent_by(job) == ["b.dat"]
+    assert in_the_state(job, "sse") == {"a.dat": ["aws:kms"], "b.dat": ["aws:kms"]}
+
+
+@needs_permissions
+def test_a_file_that_was_young_when_it_was_read_is_looked_at_again(
+    small_job: Job, tmp_path: Path
+) -> None:
+    job, record = small_job, tmp_path / "record"
+    job.make("a.dat", "b.dat")
+    now = run_first(tmp_path / "now", clock(0), recorder(job.folder, record))
+    later = run_first(tmp_path / "later", clock(), recorder(job.folder, record))
+    # So that they are young however long the run takes to begin.
+    before = run_first(tmp_path / "before", clock(-1))
+    assert_clean(job.run(env=before))
+    assert in_the_state(job, "ctime_ns") == {"a.dat": [0], "b.dat": [0]}
+    rewritten(job.path("b.dat"))
+    completed = job.run(SKIP, env=later)
+    assert_clean(completed)
+    assert unchanged(completed) == 1
+    assert recorded(job.folder, record) == ["a.dat", "b.dat"]
+    job.check_all_is_there()
+    times = {key: [job.path(key).stat().st_ctime_ns] for key in ("a.dat", "b.dat")}
+    assert in_the_state(job, "ctime_ns") == times
+    completed = job.run(SKIP, env=now)
+    assert_clean(completed)
+    assert unchanged(completed) == 2
+    assert recorded(job.folder, record) == []
+
+
+@needs_permissions
+def test_a_file_whose_times_lie_in_the_future_is_looked_at_again(job: Job, tmp_path: Path) -> None:
+    job.make("a.dat", "b.dat")
+    an_hour_ago = run_first(tmp_path / "before", clock(-3600))
+    later = run_first(tmp_path / "later", clock())
+    assert_clean(job.run(env=later))
+    job.make("b.dat")
+    os.utime(job.path("b.dat"), ns=(0, job.entry("a.dat")["mtime_ns"]))
+    assert sent_by(job) == ["b.dat"]
+    touched(job.path("a.dat"))
+    assert_clean(job.run(SKIP, env=an_hour_ago))
+    assert job.entry("a.dat")["ctime_ns"] == 0
+    rewritten(job.path("a.dat"))
+    assert sent_by(job) == ["a.dat"]
+    job.check_all_is_there()
+
+
+def test_a_state_of_an_earlier_version_is_accepted(job: Job, tmp_path: Path) -> None:
+    record = tmp_path / "record"
+    job.back_up("a.dat", "b.dat", "c.dat")
+    for key in ("a.dat", "b.dat"):
+        change_state(job, key, "ctime_ns")
+    env = run_first(tmp_path / "watched", recorder(job.folder, record))
+    completed = job.run(SKIP, env=env)
+    assert_clean(completed)
+    assert unchanged(completed) == 3
+    assert recorded(job.folder, record) == []
+    assert job.sent() == []
 
 
 # --- --skip-unchanged: something has changed in the bucket -----------------------------------
@@ -843,6 +1083,209 @@ def test_another_run_keeps_verify_out(job: Job) -> None:
     process = job.start()
     wait_until(lambda: len(job.requests("PutObject")) > puts, 60, "the other run's upload")
     assert_refused(job, words=(f"process {process.pid}",))
+
+
+# --- --verify folder -------------------------------------------------------------------------
+
+NO_BOTO3 = "import sys; sys.modules['boto3'] = sys.modules['botocore'] = None"
+
+
+def verify_folder(job: Job, folder: Path, *arguments: str, **options: Any) -> Completed:
+    """Run with --verify folder, which may only read files: it asks nobody and writes nothing."""
+    beside = job.state_path.parent
+
+    def found() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in beside.iterdir() if path.is_file()}
+
+    before, files, since = found(), relative_paths(folder), job.seen()
+    completed = job.run(VERIFY, "folder", "--backupfolder", folder, *arguments, **options)
+    assert job.seen() == since
+    assert found() == before
+    assert relative_paths(folder) == files
+    return completed
+
+
+def folder_summary(job: Job, folder: Path, what: str) -> str:
+    return f"verified in {folder}: {what}; state: {job.state_path}\n"
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """Where a restored copy is."""
+    return tmp_path / "restored copy"
+
+
+def copied(job: Job, copy: Path) -> Path:
+    shutil.copytree(job.folder, copy)
+    return copy
+
+
+def test_a_copy_that_is_right(job: Job, copy: Path) -> None:
+    files = job.back_up("a.dat", "sub/b.dat", "ü")
+    size = sum(map(len, files.values()))
+    completed = verify_folder(job, copied(job, copy), python_flags=prelude(NO_BOTO3), server=None)
+    assert_clean(completed)
+    right = f"3 files right, {size} B; 0 wrong, 0 not yet sent"
+    assert completed.stdout == folder_summary(job, copy, right)
+    # The folder itself is a copy too.
+    assert_clean(verify_folder(job, job.folder))
+
+
+def test_what_is_added_to_a_copy_is_no_error(job: Job, copy: Path) -> None:
+    job.back_up("a.dat")
+    make_files(copied(job, copy), {"added": b"x", "sub/added": b"y"})
+    completed = verify_folder(job, copy)
+    assert_clean(completed)
+    assert "1 file right, 14 B; 0 wrong" in completed.stdout
+
+
+def test_what_is_missing_or_different_in_a_copy_is_named(each_job: Job, copy: Path) -> None:
+    job = each_job
+    job.write({"parts": some_bytes(LARGE_BYTES)})
+    job.make("a.dat", "flipped", "missing", "shorter", "sub/missing")
+    assert_clean(job.run(*IN_PARTS))
+    copied(job, copy)
+    for name, at in (("flipped", 3), ("parts", LARGE_BYTES // 2)):
+        data = bytearray((copy / name).read_bytes())
+        data[at] ^= 1
+        (copy / name).write_bytes(data)
+    for name in ("missing", "sub/missing"):
+        (copy / name).unlink()
+    (copy / "shorter").write_bytes(b"other")
+    completed = verify_folder(job, copy)
+    assert completed.returncode == 1
+    *lines, summary = completed.stdout.splitlines(keepends=True)
+    etags = {name: job.entry(name)["etag"] for name in ("flipped", "parts")}
+    flipped = md5((copy / "flipped").read_bytes())
+    is_whole = "-" not in etags["parts"]
+    parts = md5((copy / "parts").read_bytes()) if is_whole else multipart_etag(copy / "parts")
+    assert sorted(lines) == sorted(
+        [
+            f"different: {copy}/flipped (of flipped): its ETag would be {flipped} and not "
+            f"{etags['flipped']}\n",
+            f"different: {copy}/parts (of parts): its ETag would be {parts} and not "
+            f"{etags['parts']}\n",
+            f"different: {copy}/shorter (of shorter): it has 5 bytes and not 16\n",
+            f"missing: {copy}/missing (of missing)\n",
+            f"missing: {copy}/sub/missing (of sub/missing)\n",
+        ]
+    )
+    right = "1 file right, 14 B; 5 wrong, 0 not yet sent"
+    assert summary == folder_summary(job, copy, right)
+    (sentence,) = completed.stderr.splitlines()
+    assert sentence.startswith("s3FileTransfer: ")
+
+
+def multipart_etag(path: Path) -> str:
+    """The ETag that S3 gives to a file in parts of 5 MiB."""
+    data = path.read_bytes()
+    parts = [data[start : start + PART_BYTES] for start in range(0, len(data), PART_BYTES)]
+    return f"{md5(b''.join(bytes.fromhex(md5(part)) for part in parts))}-{len(parts)}"
+
+
+def test_a_copy_of_what_has_a_prefix(job: Job, copy: Path) -> None:
+    job.make("a.dat", "sub/b.dat")
+    assert_clean(job.run("--prefix", "daily/"))
+    copied(job, copy)
+    assert_clean(verify_folder(job, copy, "--prefix", "daily/"))
+    # Restored with the prefix in its paths, as `rclone copy` of the whole bucket does.
+    (copy.parent / "whole").mkdir()
+    copy.rename(copy.parent / "whole" / "daily")
+    assert_clean(verify_folder(job, copy.parent / "whole"))
+
+
+def test_what_was_not_sent_is_counted_in_a_copy(job: Job, copy: Path) -> None:
+    job.back_up("a.dat", "b.dat")
+    job.write_state(job.uploaded_entry("a.dat"), job.pending_entry("b.dat"))
+    completed = verify_folder(job, copied(job, copy))
+    assert completed.returncode == 1
+    assert completed.stdout == folder_summary(
+        job, copy, "1 file right, 14 B; 0 wrong, 1 not yet sent"
+    )
+    assert len(completed.stderr.splitlines()) == 1
+
+
+def test_what_can_be_compared_by_size_alone_is_counted_in_a_copy(job: Job, copy: Path) -> None:
+    job.back_up("a.dat", "kms", "foreign", "no-etag")
+    etag = "0123456789abcdef" * 2
+    kms = {**job.uploaded_entry("kms"), "etag": etag, "sse": "aws:kms"}
+    foreign = {**job.uploaded_entry("foreign"), "etag": f"{etag}-2"}
+    bare = {**job.uploaded_entry("no-etag")}
+    del bare["etag"]
+    job.write_state(job.uploaded_entry("a.dat"), kms, foreign, bare)
+    copied(job, copy)
+    completed = verify_folder(job, copy)
+    assert_clean(completed)
+    assert "4 files right (3 of them by size alone), " in completed.stdout
+    (copy / "kms").write_bytes(b"other")
+    completed = verify_folder(job, copy)
+    assert completed.returncode == 1
+    assert f"different: {copy}/kms (of kms): it has 5 bytes and not 12\n" in completed.stdout
+    assert "3 files right (2 of them by size alone), " in completed.stdout
+
+
+@needs_permissions
+def test_a_file_of_a_copy_that_cannot_be_read_is_unproven(job: Job, copy: Path) -> None:
+    job.back_up("a.dat", "b.dat")
+    copied(job, copy)
+    (copy / "b.dat").chmod(0)
+    job.state_path.chmod(0o644)
+    completed = verify_folder(job, copy, user=NOBODY)
+    assert completed.returncode == 1
+    start = f"unproven: {copy}/b.dat (of b.dat): cannot read it: permission denied"
+    (line,) = lines_with(completed.stdout, "unproven: ")
+    assert line.startswith(start)
+    assert "1 file right, 14 B; 1 wrong, 0 not yet sent" in completed.stdout
+
+
+def test_verify_folder_reads_the_journal(job: Job, copy: Path) -> None:
+    job.back_up("a.dat", "b.dat")
+    job.write_state(job.uploaded_entry("a.dat"), job.pending_entry("b.dat"))
+    job.write_journal(job.uploaded_entry("b.dat"))
+    assert_clean(verify_folder(job, copied(job, copy)))
+
+
+def test_verify_folder_without_a_state_is_refused(job: Job, copy: Path) -> None:
+    job.make("a.dat")
+    assert_stopped(verify_folder(job, copied(job, copy)), "--verify", "state file")
+
+
+def test_verify_folder_takes_no_lock(job: Job, copy: Path) -> None:
+    job.back_up("a.dat")
+    copied(job, copy)
+    job.proxy.add_fault(Fault(delay(600), operation="PutObject"))
+    puts = len(job.requests("PutObject"))
+    process = job.start()
+    wait_until(lambda: len(job.requests("PutObject")) > puts, 60, "the other run's upload")
+    completed = job.run(VERIFY, "folder", "--backupfolder", copy)
+    assert "1 not yet sent" in completed.stdout
+    assert process.poll() is None
+
+
+def test_verify_folder_with_quiet_says_only_what_is_wrong(job: Job, copy: Path) -> None:
+    job.back_up("a.dat", "b.dat")
+    copied(job, copy)
+    assert verify_folder(job, copy, "--quiet") == Completed(0, "", "")
+    (copy / "a.dat").unlink()
+    completed = verify_folder(job, copy, "--quiet")
+    assert completed.returncode == 1
+    assert completed.stdout == f"missing: {copy}/a.dat (of a.dat)\n"
+
+
+def test_verify_bucket_is_verify(job: Job) -> None:
+    job.back_up("a.dat", "b.dat")
+    job.delete("b.dat")
+    completed = verify(job, "bucket")
+    assert_wrong(job, completed, **{"b.dat": "not in the bucket"})
+
+
+def test_control_characters_of_a_name_do_not_reach_the_terminal(job: Job, copy: Path) -> None:
+    job.back_up("a\x1b[31m.dat")
+    copy.mkdir()
+    completed = verify_folder(job, copy)
+    assert completed.returncode == 1
+    assert "missing: " in completed.stdout
+    assert "\x1b" not in completed.stdout + completed.stderr
 
 
 OBJECT = ("--storage-class", "STANDARD_IA", "--sse", "AES256")

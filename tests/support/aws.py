@@ -117,9 +117,9 @@ class AwsRules:
             said = f"<ChecksumCRC32>{checksum}</ChecksumCRC32>{kind}"
             text = text.replace("</ETag>", f"</ETag>{said}")
         elif name == "HeadObject" and "x-amz-checksum-mode" in request.headers:
-            checksum = self.checksums[request.bucket, request.key]
-            answer.set_header("x-amz-checksum-crc32", checksum)
-            answer.set_header("x-amz-checksum-type", "COMPOSITE")
+            if checksum := self.checksums.get((request.bucket, request.key)):
+                answer.set_header("x-amz-checksum-crc32", checksum)
+                answer.set_header("x-amz-checksum-type", "COMPOSITE")
         if self.is_kms and name not in ("HeadBucket", "CreateBucket"):
             text = with_other_etags(text)
             answer.set_header("x-amz-server-side-encryption", "aws:kms")
