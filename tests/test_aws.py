@@ -290,8 +290,12 @@ def test_a_kill_after_complete_costs_no_part_there(aws: Aws, is_kms: bool) -> No
     aws.rules.is_kms = is_kms
     job.write({"parts": some_bytes(LARGE_BYTES)})
     processes: list[subprocess.Popen[str]] = []
-    killing = after_forward(lambda: processes[0].kill())
-    job.proxy.add_fault(Fault(killing, operation="CompleteMultipartUpload", times=1))
+
+    def kill_it() -> None:
+        processes[0].kill()
+
+    killing = Fault(after_forward(kill_it), operation="CompleteMultipartUpload", times=1)
+    job.proxy.add_fault(killing)
     processes.append(job.start(*IN_PARTS))
     assert processes[0].wait(60) == -signal.SIGKILL
     assert job.uploaded() == set()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -233,23 +232,27 @@ def test_a_restored_folder_is_proven_file_by_file(each_job: Job, restored: Path)
     job, count = each_job, len(TIMES)
     make_timed_files(job)
     assert_clean(job.run(*IN_PARTS))
-    shutil.copytree(job.folder, restored)
+    rclone_copy(job, FROM_ANOTHER_SERVER, restored.parent)
     completed = proof(job, restored)
     assert_clean(completed)
-    assert f": {count} files right, " in completed.stdout
+    size = sum(path.stat().st_size for path in job.folder.rglob("*") if path.is_file())
+    right = f"{count} files right, {size / 1e6:.1f} MB; 0 wrong, 0 not yet sent"
+    assert completed.stdout.startswith(f"verified in {restored}: {right}; state: ")
 
     state = job.state_path.read_bytes()
-    changed = bytearray((restored / "1999.dat").read_bytes())
-    changed[-1] ^= 1
-    (restored / "1999.dat").write_bytes(changed)
+    for name, place in {"parts.dat": size // 3, "1999.dat": -1}.items():
+        changed = bytearray((restored / name).read_bytes())
+        changed[place] ^= 1
+        (restored / name).write_bytes(changed)
     os.truncate(restored / "1970.dat", 999)
     (restored / "empty").unlink()
+    (restored / "added").write_bytes(b"of somebody else")
     completed = proof(job, restored)
     assert completed.returncode == 1
     *named, summary = completed.stdout.splitlines()
-    assert f": {count - 3} files right, " in summary
-    assert "; 3 wrong, " in summary
-    wrong = {"different": ["1970.dat", "1999.dat"], "missing": ["empty"]}
+    assert f": {count - 4} files right, " in summary
+    assert "; 4 wrong, 0 not yet sent; " in summary
+    wrong = {"different": ["1970.dat", "1999.dat", "parts.dat"], "missing": ["empty"]}
     said = {f"{kind}: {restored / key} (of {key})" for kind in wrong for key in wrong[kind]}
     assert {re.match(r"[^(]+\(of [^)]+\)", line)[0] for line in named} == said  # type: ignore[index]
     assert job.state_path.read_bytes() == state

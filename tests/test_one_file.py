@@ -243,6 +243,51 @@ def test_a_file_that_changes_all_the_time_is_tried_three_times(
     assert job.open_uploads() == []
 
 
+# --- Files that have become links ------------------------------------------------------------
+
+# When the state has the plan, and nothing is sent yet.
+LINK_AFTER_PLAN = """\
+import os
+real = os.replace
+def replace(old, new):
+    real(old, new)
+    with open(new) as state:
+        is_planned = {path!r} in state.read()
+    if is_planned and not os.path.islink({path!r}):
+        os.unlink({path!r})
+        os.symlink({target!r}, {path!r})
+os.replace = replace
+"""
+AS_LINKS = {
+    "thread": (20, ("--preferred-transfer-client", "classic")),
+    "lane": (20, ("--preferred-transfer-client", "crt")),
+    "streamed": (IN_MEMORY_BYTES + 1, ()),
+    "parts": (LARGE_BYTES, IN_PARTS),
+}
+
+
+@pytest.mark.parametrize("follows", [False, True], ids=["no-follow", "follow"])
+@pytest.mark.parametrize("way", AS_LINKS)
+def test_a_file_that_becomes_a_link_after_the_walk_is_followed_only_where_links_are(
+    job: Job, tmp_path: Path, way: str, follows: bool
+) -> None:
+    size, options = AS_LINKS[way]
+    job.write({"f": some_bytes(size), "good": b"good"})
+    secret = some_bytes(size, seed=1)
+    (tmp_path / "secret").write_bytes(secret)
+    code = LINK_AFTER_PLAN.format(path=str(job.path("f")), target=str(tmp_path / "secret"))
+    (tmp_path / "sitecustomize.py").write_text(code)
+    env = {"PYTHONPATH": str(tmp_path)}
+    if follows:
+        assert_clean(job.run(*options, env=env))
+        assert job.objects() == {"f": secret, "good": b"good"}
+        return
+    completed = job.run("--no-follow-symlinks", *options, env=env)
+    job.check_failed(completed, "f", said="it has become a symbolic link; ")
+    assert job.objects() == {"good": b"good"}
+    assert job.path("f").is_symlink()
+
+
 # --- Files that cannot be read to their end --------------------------------------------------
 
 # In the script's process: reads of a file named so fail where a condition is met.

@@ -150,6 +150,98 @@ def test_unreadable_folder_fails_and_the_crash_run_walks_it(job: Job) -> None:
 
 
 @needs_permissions
+def test_crash_run_keeps_a_slash_at_the_start_of_keys(moto_job: Job) -> None:
+    job, prefix = moto_job, ("--prefix", "/abs/")
+    job.make("a.dat", "secret/b.dat", "secret/deep/c.dat")
+    (job.folder / "secret").chmod(0)
+    assert_failed(job.run(*prefix, user=NOBODY), [job.folder / "secret"])
+    (job.folder / "secret").chmod(0o755)
+    assert_clean(job.crash_run(*prefix, user=NOBODY))
+    keys = {f"/abs/{name}" for name in ("a.dat", "secret/b.dat", "secret/deep/c.dat")}
+    assert set(job.in_bucket()) == set(job.state()) == keys
+
+
+# --- What could not be looked at is kept -----------------------------------------------------
+
+
+@needs_permissions
+@pytest.mark.parametrize("again", [(), ("--skip-unchanged",), ("--crashrun", "1")], ids=" ".join)
+def test_what_is_below_an_unreadable_folder_stays_in_the_state(
+    job: Job, again: tuple[str, ...]
+) -> None:
+    files = job.make("a.dat", "secret/b.dat", "secret/deep/c.dat", "z.dat")
+    assert_clean(job.run(user=NOBODY))
+    below = {key: job.entry(key) for key in files if key.startswith("secret/")}
+    secret = job.folder / "secret"
+    secret.chmod(0)
+    completed = job.run("--skip-unchanged", user=NOBODY)
+    for arguments in (again, again):  # once, and once more on what that has left
+        assert_failed(completed, [secret])
+        assert "gone" not in completed.stdout
+        assert job.state() == {**dict.fromkeys(files, 1), "secret/": 0}
+        assert {key: job.entry(key) for key in below} == below
+        completed = job.run(*arguments, user=NOBODY)
+    # Somebody deletes an object: that goes on being seen.
+    job.delete("secret/b.dat")
+    completed = job.run("--verify", user=NOBODY)
+    assert completed.returncode == 1
+    assert len(lines_with(completed.stdout, "wrong: ")) == 1
+    assert job.state()["secret/b.dat"] == 0
+
+    secret.chmod(0o755)
+    since = job.seen()
+    again = again or ("--skip-unchanged",)
+    assert_clean(job.run(*again, user=NOBODY))
+    assert job.sent(since) == ["secret/b.dat"]
+    job.check_all_is_there()
+
+
+@needs_permissions
+@pytest.mark.parametrize("again", ["--skip-unchanged", "--crashrun"])
+def test_what_is_below_an_unreadable_backup_folder_stays_in_the_state(job: Job, again: str) -> None:
+    options = (again, "1") if again == "--crashrun" else (again,)
+    files = job.make("a.dat", "sub/b.dat")
+    assert_clean(job.run("--prefix", "daily-", user=NOBODY))
+    before = job.entries()
+    job.folder.chmod(0)
+    for arguments in (("--skip-unchanged",), options):
+        completed = job.run("--prefix", "daily-", *arguments, user=NOBODY)
+        assert_failed(completed, [job.folder])
+        assert "gone" not in completed.stdout
+        assert [entry for entry in job.entries() if entry["uploadedSuccess"]] == before
+    job.folder.chmod(0o755)
+    job.make("new.dat")
+    since = job.seen()
+    assert_clean(job.run("--prefix", "daily-", *options, user=NOBODY))
+    assert job.sent(since) == ["daily-new.dat"]
+    assert job.state() == {f"daily-{key}": 1 for key in (*files, "new.dat")}
+
+
+@pytest.mark.parametrize("again", ["--skip-unchanged", "--crashrun"])
+def test_what_is_below_a_link_to_a_disk_that_is_away_stays_in_the_state(
+    job: Job, tmp_path: Path, again: str
+) -> None:
+    options = (again, "1") if again == "--crashrun" else (again,)
+    disk = tmp_path / "disk"
+    make_files(disk, {"b.dat": b"b", "deep/c.dat": b"c"})
+    job.make("a.dat", "linked.dat")
+    (job.folder / "link").symlink_to(disk)
+    assert_clean(job.run())
+    before = job.entries()
+    disk.rename(tmp_path / "away")
+    for arguments in (("--skip-unchanged",), options):
+        completed = job.run(*arguments)
+        assert_failed(completed, [job.folder / "link"])
+        assert "gone" not in completed.stdout
+        assert [entry for entry in job.entries() if entry["uploadedSuccess"]] == before
+    (tmp_path / "away").rename(disk)
+    since = job.seen()
+    assert_clean(job.run(*options))
+    assert job.sent(since) == []
+    assert job.state() == dict.fromkeys(("a.dat", "link/b.dat", "link/deep/c.dat", "linked.dat"), 1)
+
+
+@needs_permissions
 def test_folder_that_may_be_listed_but_not_entered_fails(job: Job) -> None:
     job.make("a.dat", "secret/b.dat")
     (job.folder / "secret").chmod(0o644)
@@ -329,12 +421,14 @@ def test_many_notices_of_a_kind_are_counted(job: Job) -> None:
 
 
 def test_own_files_in_the_folder_are_left_out(job: Job) -> None:
-    files = job.make("a.dat", "sub/state.json", "state.json.bak", "zz/state.json.lock")
+    others = ("sub/state.json", "state.json.bak", "zz/state.json.lock", "zz/state.json.journal")
+    files = job.make("a.dat", *others)
     state = job.folder / "state.json"
     for _ in range(2):  # the second run finds all of them there
         assert_clean(job.run("--statefile", state))
         assert state.exists()
         (job.folder / "state.json.tmp").write_text("left by a kill")
+        (job.folder / "state.json.journal").write_text("left by a kill")
     assert_clean(job.run("--statefile", state, "--crashrun", "1"))
     assert job.in_bucket() == digests(files)
 
@@ -372,6 +466,38 @@ def test_link_in_the_folder_that_is_the_state_file_is_left_out(job: Job, tmp_pat
     (job.folder / "state.json").symlink_to(tmp_path / "kept.json")
     assert_clean(job.run("--statefile", job.folder / "state.json"))
     assert job.in_bucket() == digests(files)
+
+
+# As on file systems that have no number for each file: FUSE on Windows has 0 for all.
+WITHOUT_INODES = """
+import os
+
+def blind(real):
+    def look(*args, **keywords):
+        status = real(*args, **keywords)
+        names = "st_atime st_mtime st_ctime st_atime_ns st_mtime_ns st_ctime_ns".split()
+        numbers = [*status[:1], 0, *status[2:10]]
+        return os.stat_result(numbers, {name: getattr(status, name) for name in names})
+    return look
+
+os.stat, os.lstat, os.fstat = map(blind, (os.stat, os.lstat, os.fstat))
+"""
+
+
+def test_where_files_have_no_numbers_every_folder_is_entered_and_every_file_sent(job: Job) -> None:
+    files = job.make("a.dat", "sub/b.dat", "sub/deep/er/c.dat", "sub/state.json", "z/z/z/z")
+    state = job.folder / "state.json"
+    for _ in range(2):
+        assert_clean(job.run("--statefile", state, python_flags=prelude(WITHOUT_INODES)))
+    assert job.in_bucket() == digests(files)
+
+
+def test_where_files_have_no_numbers_a_loop_of_links_ends(job: Job) -> None:
+    files = job.make("a.dat", "sub/b.dat")
+    (job.folder / "sub" / "loop").symlink_to(job.folder)
+    completed = job.run(python_flags=prelude(WITHOUT_INODES), timeout=HUNG_SECONDS)
+    assert set(files) <= job.uploaded()
+    assert completed.returncode in (0, 1)
 
 
 # --- --exclude -------------------------------------------------------------------------------
@@ -453,6 +579,20 @@ def test_exclude_holds_for_a_folder_that_a_crash_run_walks(job: Job) -> None:
     (job.folder / "secret").chmod(0o755)
     assert_clean(job.crash_run("--exclude", "*.tmp", user=NOBODY))
     assert set(job.in_bucket()) == {"a.dat", "secret/b.dat"}
+
+
+@needs_permissions
+@pytest.mark.parametrize("is_readable", [False, True], ids=["unreadable", "readable"])
+def test_exclude_of_all_below_a_folder_holds_in_a_crash_run(job: Job, is_readable: bool) -> None:
+    job.make("a.dat", "cache/b.dat", "cache/deep/c.dat")
+    cache = job.folder / "cache"
+    cache.chmod(0)
+    assert_failed(job.run(user=NOBODY), [cache])
+    if is_readable:
+        cache.chmod(0o755)
+    assert_clean(job.crash_run("--exclude", "cache/*", user=NOBODY))
+    assert job.state() == {"a.dat": 1}
+    assert set(job.in_bucket()) == {"a.dat"}
 
 
 def test_exclude_holds_for_the_files_of_a_crash_run(job: Job) -> None:
@@ -576,14 +716,67 @@ def test_empty_folder_of_which_files_were_uploaded_is_refused(job: Job) -> None:
     assert job.state_path.read_bytes() == before
 
 
+def folder_entry(job: Job, prefix: str = "") -> dict[str, object]:
+    """The fields of the folder's own entry that are the same in each version of the state."""
+    return {"filepath": str(job.folder), "uploadedSuccess": 0, "filename": prefix}
+
+
+@pytest.mark.parametrize("why", ["empty", "excluded"])
+@pytest.mark.parametrize("skip", [(), ("--skip-unchanged",)], ids=["plain", "skip"])
+def test_a_run_with_nothing_to_send_leaves_an_entry_for_the_crash_run(
+    job: Job, why: str, skip: tuple[str, ...]
+) -> None:
+    options = ("--prefix", "daily/", "--exclude", "*.tmp")
+    job.folder.mkdir()
+    if why == "excluded":
+        job.make("a.tmp", "sub/b.tmp")
+    for _ in range(2):
+        completed = job.run(*options, *skip)
+        assert completed.returncode == 0
+        (said,) = completed.stderr.splitlines()
+        assert "nothing" in said
+        (entry,) = job.entries()
+        assert entry.items() >= folder_entry(job, "daily/").items()
+        assert "error" not in entry
+    # At three o'clock there is still nothing, at five there is.
+    state = job.state_path.read_bytes()
+    assert job.crash_run(*options).returncode == 0
+    assert job.state_path.read_bytes() == state
+    assert job.puts() == []
+    job.make("sub/c.dat")
+    assert_clean(job.crash_run(*options))
+    assert job.state() == {"daily/sub/c.dat": 1}
+    assert set(job.in_bucket()) == {"daily/sub/c.dat"}
+
+
+def test_a_night_with_an_empty_folder_is_followed_by_one_that_sends(job: Job) -> None:
+    job.folder.mkdir()
+    assert job.run().returncode == 0
+    job.make("a.dat")
+    completed = job.run("--skip-unchanged")
+    assert_clean(completed)
+    assert "gone" not in completed.stdout
+    job.check_all_is_there()
+
+
 def test_a_folder_that_was_walked_at_a_kill_and_is_empty_now_is_not_forgotten(job: Job) -> None:
     job.folder.mkdir()
-    state = job.write_state({"filepath": str(job.folder), "uploadedSuccess": 0, "filename": ""})
-    assert_stopped(job.crash_run(), "nothing", str(job.folder), "mounted")
+    state = job.write_state(folder_entry(job))
+    assert job.crash_run().returncode == 0
     assert job.state_path.read_bytes() == state
     job.make("a.dat")
     assert_clean(job.crash_run())
     job.check_all_is_there()
+
+
+def test_an_empty_folder_of_which_uploads_are_known_is_refused_in_a_crash_run(job: Job) -> None:
+    job.make("a.dat")
+    uploaded = job.uploaded_entry("a.dat")
+    job.path("a.dat").unlink()
+    # What a kill during the walk of an incremental run leaves.
+    state = job.write_state(folder_entry(job), uploaded)
+    assert_stopped(job.crash_run(), "nothing", str(job.folder), "mounted")
+    assert job.state_path.read_bytes() == state
 
 
 # --- --shard: the split ----------------------------------------------------------------------
@@ -640,12 +833,16 @@ def test_many_files_in_lanes_are_split_too(job: Job) -> None:
 def test_a_shard_without_files_is_fine(job: Job) -> None:
     job.make(*NAMES)
     assert keys_of("3/7", NAMES) == []
-    assert_clean(job.run("--shard", "3/7"))
-    assert job.puts() == []
-    assert job.state() == {}
+    for _ in range(2):
+        assert_clean(job.run("--shard", "3/7"))
+        assert job.puts() == []
+        (entry,) = job.entries()
+        assert entry.items() >= {**folder_entry(job), "shard": "3/7"}.items()
+        assert job.crash_run("--shard", "3/7").returncode == 0
+    names = [f"{number}" for number in range(20)]
+    job.make(*names)
     assert_clean(job.crash_run("--shard", "3/7"))
-    assert_clean(job.run("--verify", "--shard", "3/7"))
-    assert_clean(job.run("--shard", "3/7"))
+    assert job.sent() == sorted(keys_of("3/7", names)) != []
 
 
 def test_a_shard_whose_last_file_is_gone_is_fine(job: Job) -> None:
@@ -653,8 +850,10 @@ def test_a_shard_whose_last_file_is_gone_is_fine(job: Job) -> None:
     assert_clean(job.run("--shard", "1/3"))
     assert job.state() == {"a.dat": 1}
     (job.folder / "a.dat").unlink()
-    assert_clean(job.run("--shard", "1/3"))
-    assert job.state() == {}
+    completed = job.run("--shard", "1/3")
+    assert_clean(completed)
+    assert "0 failed, 1 gone since the last run; state: " in completed.stdout
+    assert [entry["filepath"] for entry in job.entries()] == [str(job.folder)]
 
 
 def test_an_empty_folder_is_said_by_a_shard_too(job: Job) -> None:

@@ -266,6 +266,48 @@ def test_what_is_no_endpoint_is_refused(job: Job, url: str) -> None:
     assert_not_begun(job)
 
 
+URLS_WITH_PASSWORD = [
+    f"http://backup:{SECRET}@127.0.0.1:1",
+    f"http://backup:{SECRET}@[::1",
+    f"http://backup:{SECRET}@127.0.0.1:99999",
+    f"ftp://backup:{SECRET}@127.0.0.1:1",
+    f"backup:{SECRET}@127.0.0.1:1",
+    f"http://backup:{SECRET}@a b",
+    f"http://backup:{SECRET}@",
+]
+
+
+@pytest.mark.parametrize("source", ["option", "environment"])
+@pytest.mark.parametrize("url", URLS_WITH_PASSWORD)
+def test_the_password_of_an_endpoint_is_never_shown(job: Job, url: str, source: str) -> None:
+    job.make("a.dat")
+    env = environment_without(job.endpoint, "AWS_ENDPOINT_URL") | NO_WAY_OUT
+    where = ["--endpoint-url", url] if source == "option" else []
+    if source == "environment":
+        env["AWS_ENDPOINT_URL"] = url
+    completed = job.run(*where, "--verbose", server=None, env=env)
+    assert completed.returncode == 2
+    said = completed.stdout + completed.stderr
+    assert "endpoint" in said
+    assert SECRET not in said
+    assert "backup:" not in said
+
+
+def test_the_password_of_an_endpoint_is_not_shown_when_files_fail(job: Job) -> None:
+    job.make("a.dat", "b.dat")
+    url = job.endpoint.endpoint_url.replace("://", f"://backup:{SECRET}@")
+
+    def hang_up(_: object) -> None:
+        raise ConnectionResetError
+
+    job.proxy.add_fault(Fault(call(hang_up), operation="PutObject"))
+    completed = job.run("--endpoint-url", url, "--verbose")
+    assert completed.returncode in (1, 2)
+    assert job.requests("PutObject")
+    texts = completed.stdout, completed.stderr, job.state_path.read_text()
+    assert [text for text in texts if SECRET in text] == []
+
+
 @pytest.fixture
 def silent_port() -> Iterator[int]:
     """A port where connections are taken and nothing is ever said."""
