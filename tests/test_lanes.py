@@ -405,6 +405,10 @@ def test_backup_as_on_windows(job: Job) -> None:
     job.check_all_is_there()
     assert_clean(job.run(*IN_PARTS, *CRT, python_flags=prelude(WINDOWS)))
     job.check_all_is_there()
+    # There it is the time at which the file was made.
+    assert [entry for entry in job.entries() if "ctime_ns" in entry] == []
+    assert_clean(job.run(*IN_PARTS, "--skip-unchanged", python_flags=prelude(WINDOWS)))
+    job.check_no_leftovers()
 
 
 @as_on_windows
