@@ -113,15 +113,21 @@ def test_a_signal_during_a_multipart_upload_keeps_its_parts(
     job.write({"large": some_bytes(LARGE_BYTES)})
     job.proxy.add_fault(Fault(stall(600), part_number=2))
     process = job.start(*IN_PARTS)
-    job.wait_for("UploadPart", 3)
-    job.wait_for("UploadPart", 2, answered=True)
+
+    def has_two_parts() -> bool:
+        parts = job.requests("UploadPart")
+        return {1, 3} <= {part.part_number for part in parts if part.status == 200}
+
+    wait_until(has_two_parts, 60, "parts 1 and 3")
     assert_interrupted(ended_by(process, signum), code)
     assert job.uploaded() == set()
     upload_id = job.entry("large")["upload_id"]
     assert job.open_uploads() == [("large", upload_id, 2)]
     job.proxy.clear_faults()
+    since = job.seen()
     assert_clean(job.crash_run(*IN_PARTS))
-    assert job.sent_parts() == [1, 2, 2, 3]
+    # On a busy machine a part may come to its timeout and be sent again, in either run.
+    assert set(job.sent_parts(since)) == {2}
     job.check_all_is_there()
 
 
