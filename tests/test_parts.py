@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import base64
-import importlib.util
 import os
 import re
-import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from support.files import IN_PARTS, LARGE_BYTES, PART_BYTES, md5, small_files, s
 from support.job import Job, kill, prelude
 from support.kills import killed_in_parts, left_in_parts
 from support.proxy import Action, Answer, Exchange, Request, pass_on
-from support.script import SCRIPT_PATH, wait_until
+from support.script import program, wait_until
 from support.systems import needs_proc
 
 AGAIN = [pytest.param("1", id="crash-run"), pytest.param("0", id="normal-run")]
@@ -56,17 +55,6 @@ def job(moto_job: Job) -> Job:
 
 
 # --- Part sizes ------------------------------------------------------------------------------
-
-
-def program() -> Any:
-    """The program as a module, for rules about sizes that no test can send."""
-    spec = importlib.util.spec_from_file_location("program", SCRIPT_PATH)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["program"] = module  # where its dataclasses look for their module
-    spec.loader.exec_module(module)
-    return module
 
 
 GB, TIB = 10**9, 2**40
@@ -286,6 +274,49 @@ def test_a_part_that_fails_once_is_sent_again_alone(job: Job, action: Action) ->
     job.check_all_is_there()
 
 
+KMS_HEADERS = {"x-amz-server-side-encryption": "aws:kms"}
+
+
+def without_etag_of_part(headers: Mapping[str, str]) -> Action:
+    """Answer to a part without its ETag, and with these headers."""
+
+    def act(exchange: Exchange) -> None:
+        said = exchange.forward()
+        kept = [header for header in said.headers if header[0].lower() != "etag"]
+        said.headers = [*kept, *headers.items()]
+        exchange.reply(said)
+
+    return act
+
+
+@pytest.mark.parametrize("headers", [{}, KMS_HEADERS], ids=["plain", "kms"])
+def test_an_answer_to_a_part_without_its_etag_is_no_answer(
+    job: Job, headers: dict[str, str]
+) -> None:
+    fault = Fault(without_etag_of_part(headers), part_number=2, times=1)
+    in_parts(job, fault)
+    assert_clean(job.run(*IN_PARTS))
+    assert (fault.hits, job.sent_parts()) == (1, [1, 2, 2, 3])
+    job.check_all_is_there()
+
+
+@pytest.mark.parametrize("headers", [{}, KMS_HEADERS], ids=["plain", "kms"])
+def test_a_part_that_is_never_answered_with_its_etag_fails_after_three_tries(
+    job: Job, headers: dict[str, str]
+) -> None:
+    job.write({"small": b"small"})
+    in_parts(job, Fault(without_etag_of_part(headers), part_number=2))
+    job.check_failed(job.run(*IN_PARTS), "large", said="ETag")
+    assert job.sent_parts() == [1, 2, 2, 2, 3]
+    # Of its parts none is lost.
+    assert job.open_uploads() == [("large", job.entry("large")["upload_id"], 3)]
+    job.proxy.clear_faults()
+    since = job.seen()
+    assert job.crash_run(*IN_PARTS).returncode == 0
+    assert job.sent_parts(since) == []
+    job.check_all_is_there()
+
+
 def change_first_part_once_sent(job: Job) -> None:
     """Change the file's first bytes when this try has sent them."""
     tries = job.proxy.count("CreateMultipartUpload")
@@ -433,6 +464,32 @@ def test_other_options_of_the_crash_run_do_not_spoil_the_parts(job: Job) -> None
     killed_in_parts(job, "--shard", "1/1", kept=[1, 2])
     options = ("--shard", "1/1", "--multipart-chunksize", "6MiB", "--max-bandwidth", "50MB/s")
     check_finished_by(job, "--crashrun", "1", *options, parts=[3])
+
+
+def test_a_refusal_of_one_key_beside_accepted_parts_is_of_that_key(job: Job) -> None:
+    job.write({"denied": b"denied"})
+    left_in_parts(job, kept=[1])
+    begun, is_said = threading.Event(), threading.Event()
+
+    def refuse(exchange: Exchange) -> None:
+        begun.wait(60)
+        answer(403, "AccessDenied")(exchange)
+
+    def hold(exchange: Exchange) -> None:
+        # Part 2 has been accepted, and the upload is still under way.
+        job.wait_for("UploadPart", 1, answered=True)
+        begun.set()
+        wait_until(lambda: "AccessDenied" in job.errors().get("denied", ""), 20, "the failure")
+        is_said.set()
+        pass_on(exchange)
+
+    job.proxy.add_fault(Fault(refuse, operation="PutObject", key="denied"))
+    job.proxy.add_fault(Fault(hold, part_number=3))
+    job.check_failed(job.crash_run(*IN_PARTS), "denied", said="AccessDenied")
+    assert is_said.is_set()
+    assert set(job.sent_parts()) == {2, 3}
+    assert job.proxy.count("CreateMultipartUpload") == 0
+    assert set(job.in_bucket()) == {"large"}
 
 
 OBJECT = ("--storage-class", "STANDARD_IA", "--sse", "AES256")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.metadata
+import importlib.util
 import json
 import os
 import py_compile
@@ -61,6 +62,7 @@ HASTE = {
     "SAVE_SHARE = 0.03": "0.5",  # a disk that is busy with other tests makes no save rare
     "SIGNAL_GRACE_SECONDS = 8": "3",
     "FILES_PER_LANE = 500": "50",
+    "STUCK_SECONDS = 120": "15",
 }
 
 
@@ -230,6 +232,17 @@ def hasty_script() -> Path:
         py_compile.compile(str(source), cfile=str(path), dfile=str(path), doraise=True)
     path.chmod(0o644)
     return path
+
+
+def program() -> Any:
+    """The program as a module, for rules about sizes and times that no run of a test can reach."""
+    spec = importlib.util.spec_from_file_location("program", SCRIPT_PATH)
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["program"] = module  # where its dataclasses look for their module
+    spec.loader.exec_module(module)
+    return module
 
 
 def with_haste(text: str, haste: Mapping[str, str]) -> str:
