@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import subprocess
@@ -191,6 +192,29 @@ def test_a_signal_to_the_whole_group_is_answered_once(job: Job, signum: int, cod
     job.check_all_is_there()
 
 
+@needs_cores
+@needs_proc
+def test_a_lane_that_is_stuck_is_ended_and_costs_no_file(job: Job) -> None:
+    process, lanes = start_with_lanes(job)
+    os.kill(lanes[0], signal.SIGSTOP)
+    # The other lane works on, until this one has said nothing for too long.
+    assert_clean(finish(process, timeout=60))
+    assert not is_alive(lanes[0])
+    assert 0 < len(by_lanes(job)) < len(job.puts())
+    job.check_all_is_there()
+
+
+@needs_cores
+@pytest.mark.long
+def test_lanes_that_are_stuck_at_their_start_cost_no_file(job: Job, tmp_path: Path) -> None:
+    hang = 'import sys, time; "--multiprocessing-fork" in sys.orig_argv and time.sleep(600)'
+    (tmp_path / "awscrt.py").write_text(hang)
+    job.write(small_files(MANY))
+    assert_clean(job.run(env={"PYTHONPATH": str(tmp_path)}, timeout=60))
+    job.check_all_is_there()
+    assert by_lanes(job) == []
+
+
 # --- Trouble ---------------------------------------------------------------------------------
 
 
@@ -224,6 +248,64 @@ def test_a_file_that_has_grown_large_is_left_to_the_reliable_way(job: Job) -> No
     assert_clean(job.run(*CRT, "--max-concurrency", "1"))
     assert by_lanes(job) == ["a"]
     job.check_all_is_there()
+
+
+# A disk that fails once a file named so has been read: when it is looked at, or read, again.
+FAILING_DISK = """\
+import io, os, sys
+real_open, real_fstat, bad, was_read = os.open, os.fstat, set(), set()
+def fail_at(call, file):
+    if call == {call!r} and file in was_read:
+        raise OSError({errno}, os.strerror({errno}))
+def open_file(path, *rest, **named):
+    file = real_open(path, *rest, **named)
+    (bad.add if os.path.basename(os.fspath(path)) == "bad" else bad.discard)(file)
+    return file
+def fstat(file):
+    fail_at("fstat", file)
+    return real_fstat(file)
+class FileIO(io.FileIO):
+    def read(self, *size):
+        fail_at("read", self.fileno())
+        if self.fileno() in bad:
+            was_read.add(self.fileno())
+        return super().read(*size)
+    def close(self):
+        if not self.closed:
+            was_read.discard(self.fileno())
+        super().close()
+if {is_everywhere} or "--multiprocessing-fork" in sys.orig_argv:  # else in lanes alone
+    os.open, os.fstat, io.FileIO = open_file, fstat, FileIO
+"""
+
+
+@pytest.mark.parametrize(("call_that_fails", "code"), [("fstat", "ESTALE"), ("read", "EIO")])
+@pytest.mark.parametrize("is_everywhere", [False, True], ids=["in-lanes", "everywhere"])
+def test_a_disk_that_fails_after_the_put_of_a_lane_costs_that_file_alone(
+    job: Job, tmp_path: Path, call_that_fails: str, code: str, is_everywhere: bool
+) -> None:
+    number = getattr(errno, code)
+    disk = FAILING_DISK.format(call=call_that_fails, errno=number, is_everywhere=is_everywhere)
+    (tmp_path / "sitecustomize.py").write_text(disk)
+    others = small_files(30)
+    job.write({"bad": b"bytes", **others})
+
+    def grow(_: Request) -> None:
+        with job.path("bad").open("ab") as file:  # so that it is read again
+            file.write(b"and more")
+
+    times = None if is_everywhere else 1
+    job.proxy.add_fault(Fault(call(grow), operation="PutObject", key="bad", times=times))
+    # Not to end with the lane that has it, the others are begun one by one.
+    completed = job.run(*CRT, "--max-concurrency", "2", env={"PYTHONPATH": str(tmp_path)})
+    if is_everywhere:
+        job.check_failed(completed, "bad", said=f"{os.strerror(number).lower()}; check the disk")
+    else:
+        assert_clean(completed)
+        job.check_all_is_there()
+    # One try by a lane, which has gone on with the others.
+    assert sorted(by_lanes(job)) == sorted(["bad", *others])
+    assert sorted(job.puts()) == sorted(["bad", "bad", *others])
 
 
 # Each process notes how many files it opens at once, at the most.
