@@ -9,16 +9,18 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from conftest import NewJob
 from support.checks import assert_clean
 from support.faults import Fault, answer, call, delay, slow, stall
-from support.files import IN_PARTS, LARGE_BYTES, MIB, PART_BYTES, small_files, some_bytes
+from support.files import IN_PARTS, LARGE_BYTES, MIB, PART_BYTES, md5, small_files, some_bytes
 from support.job import Job, prelude
-from support.proxy import Exchange
-from support.script import Completed, finish, wait_until
+from support.proxy import Exchange, Request, pass_on
+from support.script import Completed, finish, program, wait_until
 from support.servers import S3Server
 from support.systems import needs_limits
 
@@ -280,6 +282,90 @@ def test_concurrency_reaches_the_parts_of_large_files(job: Job, asked: int) -> N
     assert most == [asked]
 
 
+@pytest.mark.parametrize("way", ["crt", "classic"])
+def test_few_bytes_are_under_way_until_the_line_has_shown_more(job: Job, way: str) -> None:
+    size_bytes = 100_000
+    at_first = MIB // size_bytes
+    job.write({f"{number:03}": some_bytes(size_bytes) for number in range(100)})
+    come, gone, most = 0, 0, 0
+    before_an_answer: list[int] = []
+    lock, may_answer = threading.Lock(), threading.Event()
+
+    def hold(exchange: Exchange) -> None:
+        nonlocal come, gone, most
+        with lock:
+            come += 1
+            most = max(most, come - gone)
+            is_last_of_first = come == at_first
+        if is_last_of_first:
+            exchange.pause(0.5)  # for those that should not come
+            before_an_answer.append(come)
+            may_answer.set()
+        may_answer.wait(60)
+        exchange.pause(0.1)
+        said = exchange.forward()
+        with lock:
+            gone += 1
+        exchange.reply(said)
+
+    job.proxy.add_fault(Fault(hold, operation="PutObject"))
+    assert_clean(job.run("--preferred-transfer-client", way))
+    assert before_an_answer == [at_first]
+    assert most > 2 * at_first
+    job.check_all_is_there()
+
+
+class Line:
+    """A line that moves files one after the other, at so many bytes a second of its own clock."""
+
+    FILE_BYTES = 100_000
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        self.under_way_bytes = self.most_bytes = 0
+        module = program()
+        monkeypatch.setattr(module, "time", types.SimpleNamespace(monotonic=lambda: self.now))
+        self._window = module.Window()
+
+    def move(self, bytes_per_second: float, *, seconds: float, arrives: bool = True) -> None:
+        """Keep as much under way as may be, for so long; note the most after half of the time."""
+        size, ends_at = self.FILE_BYTES, self.now + seconds
+        self.most_bytes = 0
+        while self.now < ends_at:
+            while self._window.has_room_for(size):
+                self._window.begin(size)
+                self.under_way_bytes += size
+            if ends_at - self.now < seconds / 2:
+                self.most_bytes = max(self.most_bytes, self.under_way_bytes)
+            self.now += size / bytes_per_second
+            self._window.end(size, moved=size if arrives else 0)
+            self.under_way_bytes -= size
+
+
+@pytest.mark.parametrize(
+    ("bytes_per_second", "expected_bytes"),
+    [(50_000, MIB), (625_000, 6_250_000), (2_000_000, 20_000_000), (100_000_000, 64 * MIB)],
+    ids=["0.4 Mbit/s", "5 Mbit/s", "16 Mbit/s", "800 Mbit/s"],
+)
+def test_the_bytes_under_way_are_what_the_line_moves_in_ten_seconds(
+    monkeypatch: pytest.MonkeyPatch, bytes_per_second: int, expected_bytes: int
+) -> None:
+    line = Line(monkeypatch)
+    line.move(bytes_per_second, seconds=60)
+    assert 0.8 * expected_bytes < line.most_bytes <= 1.1 * expected_bytes
+
+
+def test_the_bytes_under_way_are_fewer_again_when_the_line_is_slower(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    line = Line(monkeypatch)
+    line.move(5_000_000, seconds=30)
+    line.move(500_000, seconds=200)
+    assert 4_000_000 < line.most_bytes < 5_500_000
+    line.move(500_000, seconds=200, arrives=False)  # nothing arrives any more
+    assert line.most_bytes <= MIB
+
+
 def test_a_streamed_file_does_not_hold_up_the_small_ones(job: Job) -> None:
     job.write({"a-large": some_bytes(70 * MIB), **small_files(60)})
     leave = threading.Event()
@@ -299,6 +385,73 @@ def test_a_streamed_file_does_not_hold_up_the_small_ones(job: Job) -> None:
     assert_clean(finish(process))
     assert most[0] > 4
     job.check_all_is_there()
+
+
+# A file named so is larger than the walk saw it once it is opened, by whom ever.
+GROWS = """\
+import os
+real = os.open
+def growing_open(path, *rest, **named):
+    if str(path).endswith("z-grown") and os.path.getsize(path) < {size}:
+        with open(path, "ab") as file:
+            file.write(bytes({size}))
+    return real(path, *rest, **named)
+os.open = growing_open
+"""
+
+
+@pytest.mark.parametrize("way", ["crt", "classic"])
+def test_a_file_that_has_grown_over_the_threshold_is_handed_out_once(
+    job: Job, tmp_path: Path, way: str
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(GROWS.format(size=PART_BYTES))
+    large = ("a", "b", "c")
+    job.write({key: some_bytes(PART_BYTES) for key in large} | {"z-grown": b"small"})
+
+    def completed(*keys: str) -> bool:
+        ends = job.requests("CompleteMultipartUpload")
+        return set(keys) <= {request.key for request in ends if request.status == 200}
+
+    # While two large files are under way, a third waits for its turn, and what comes after it in
+    # the plan has not been looked at. That goes on while the grown file is sent in parts.
+    def hold(exchange: Exchange) -> None:
+        if exchange.request.key == "z-grown":
+            wait_until(lambda: completed(*large), 60, "the others")
+        elif exchange.request.key == "c":
+            wait_until(lambda: completed("a", "b"), 60, "a and b")
+        else:
+            wait_until(lambda: "z-grown" in job.sent(), 60, "the file that has grown")
+        pass_on(exchange)
+
+    job.proxy.add_fault(Fault(hold, operation="UploadPart"))
+    client = ("--preferred-transfer-client", way)
+    assert_clean(job.run(*IN_PARTS, *client, env={"PYTHONPATH": str(tmp_path)}))
+    assert job.sent() == [*large, "z-grown"]
+    assert job.puts() == []
+    # Handed out again, it would be gone on with as if a run before had begun it.
+    assert job.proxy.count("ListParts") == 0
+    assert job.path("z-grown").stat().st_size > PART_BYTES
+    job.check_all_is_there()
+
+
+@pytest.mark.parametrize("change", ["appended", "replaced"])
+def test_a_file_that_grows_over_the_threshold_while_it_is_sent(small_job: Job, change: str) -> None:
+    job, first = small_job, b"bytes at first"
+    job.write({"f": first, "g": b"another"})
+
+    def grow(_: Request) -> None:
+        more = some_bytes(LARGE_BYTES)
+        job.write({"f": first + more if change == "appended" else more})
+
+    job.proxy.add_fault(Fault(call(grow), operation="PutObject", key="f", times=1))
+    assert_clean(job.run(*IN_PARTS))
+    if change == "appended":  # it is sent as long as it was
+        assert job.sent() == ["f", "g"]
+        assert job.in_bucket()["f"] == job.entry("f")["etag"] == md5(first)
+    else:  # it is sent again, in parts now
+        assert job.sent() == ["f", "f", "g"]
+        assert job.proxy.count("CreateMultipartUpload", "f") == 1
+        job.check_all_is_there()
 
 
 @needs_limits
