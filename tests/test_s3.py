@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import datetime
+import functools
+import itertools
 import json
 import re
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -21,6 +24,7 @@ from support.job import Job
 from support.proxy import Answer, Exchange, Request
 from support.script import Completed
 from support.servers import S3Server
+from support.systems import needs_cores
 
 SECRET = "a-very-secret-key"
 
@@ -178,31 +182,39 @@ def signer(request: Request) -> tuple[str, str]:
     return match[1], str(request.headers["x-amz-security-token"])
 
 
+def give_credentials(path: Path, name: str) -> None:
+    """Write what a `credential_process` says: a key and a token of that name."""
+    # So soon that they are asked for anew whenever they are used.
+    expires = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(minutes=2)
+    credentials = {
+        "Version": 1,
+        "AccessKeyId": f"key-{name}",
+        "SecretAccessKey": SECRET,
+        "SessionToken": f"token-{name}",
+        "Expiration": expires.isoformat(),
+    }
+    path.with_suffix(".new").write_text(json.dumps(credentials))
+    path.with_suffix(".new").replace(path)
+
+
+def environment_with_process(job: Job, path: Path) -> dict[str, str]:
+    """An environment whose credentials are those that the file has at the time."""
+    config = path.with_name("config")
+    config.write_text(f"[default]\ncredential_process = cat '{path}'\n")
+    env = environment_without(job.endpoint, *KEYS, "AWS_CONFIG_FILE")
+    return {**env, "AWS_CONFIG_FILE": str(config)}
+
+
 def test_credentials_that_are_refreshed_in_the_middle_of_a_run_are_used(
     small_job: Job, tmp_path: Path
 ) -> None:
     job, path = small_job, tmp_path / "credentials.json"
-
-    def give(name: str) -> None:
-        # So soon that they are asked for anew whenever they are used.
-        expires = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(minutes=2)
-        credentials = {
-            "Version": 1,
-            "AccessKeyId": f"key-{name}",
-            "SecretAccessKey": SECRET,
-            "SessionToken": f"token-{name}",
-            "Expiration": expires.isoformat(),
-        }
-        path.with_suffix(".new").write_text(json.dumps(credentials))
-        path.with_suffix(".new").replace(path)
-
-    give("first")
-    (tmp_path / "config").write_text(f"[default]\ncredential_process = cat '{path}'\n")
-    env = environment_without(job.endpoint, *KEYS, "AWS_CONFIG_FILE")
-    env["AWS_CONFIG_FILE"] = str(tmp_path / "config")
+    give_credentials(path, "first")
+    env = environment_with_process(job, path)
     job.write(small_files(30))
     job.write({"large": some_bytes(LARGE_BYTES)})
-    renew = Fault(call(lambda _: give("second")), operation="PutObject", after=10, times=1)
+    give = functools.partial(give_credentials, path, "second")
+    renew = Fault(call(lambda _: give()), operation="PutObject", after=10, times=1)
     job.proxy.add_fault(renew)
     assert_clean(job.run("--max-concurrency", "2", server=None, env=env))
     job.check_all_is_there()
@@ -211,6 +223,30 @@ def test_credentials_that_are_refreshed_in_the_middle_of_a_run_are_used(
     assert set(signers) == {old, new}
     assert set(signers[:10]) == {old}
     assert set(signers[20:]) == {new}  # those before may have been signed before they came
+
+
+@needs_cores
+def test_lanes_sign_with_credentials_as_they_are_renewed(moto_job: Job, tmp_path: Path) -> None:
+    job, path, under_way = moto_job, tmp_path / "credentials.json", 8
+    numbers, lock = itertools.count(1), threading.Lock()
+
+    def renew(_: Request) -> None:  # with each put
+        with lock:
+            give_credentials(path, str(next(numbers)))
+
+    give_credentials(path, "0")
+    job.proxy.add_fault(Fault(call(renew), operation="PutObject"))
+    job.write(small_files(130))
+    env = environment_with_process(job, path)
+    assert_clean(job.run("--max-concurrency", str(under_way), server=None, env=env))
+    job.check_all_is_there()
+    ages = []
+    for come, (key, token) in enumerate(map(signer, job.requests("PutObject"))):
+        name = key.removeprefix("key-")
+        assert token == f"token-{name}"
+        ages.append(come - int(name))
+    # A lane that waits for the processor sends late what it has signed, but only a few.
+    assert sum(age > 2 * under_way for age in ages) < len(ages) / 4
 
 
 def test_credentials_that_cannot_be_renewed_stop_the_run(small_job: Job, tmp_path: Path) -> None:
