@@ -93,6 +93,8 @@ def test_one_key_at_which_the_server_always_fails_is_one_failure(job: Job, other
     job.write({**small_files(others), "z-cursed": b"cursed"})
     job.proxy.add_fault(Fault(answer(500, "InternalError"), operation="PutObject", key="z-cursed"))
     job.check_failed(job.run(), "z-cursed", said="InternalError")
+    # The server says no more than its code, and so does the program.
+    assert job.errors()["z-cursed"] == "S3 answered InternalError; try again later"
     assert len(job.uploaded()) == others
     job.proxy.clear_faults()
     assert_clean(job.crash_run())
