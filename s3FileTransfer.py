@@ -3486,8 +3486,8 @@ class Transfer:
         """Give the files of a lane that has ended to the reliable way."""
         if lane in self._lanes:
             self._lanes.drop(lane)
+            lane.kill()  # first: what was stuck may go on, and send older bytes last
             self._record_lane(lane, [LaneResult(index) for index in sorted(lane.indexes)])
-            lane.kill()
 
     def _note_uploaded(self, entry: Entry, result: Result) -> None:
         self._note_of_file(entry, result)
