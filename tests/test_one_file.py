@@ -159,6 +159,8 @@ def test_an_etag_that_is_no_md5_is_not_compared(small_job: Job, headers: dict[st
     assert_clean(small_job.run())
     small_job.check_all_is_there()
     assert small_job.puts() == ["f"]
+    encryption = headers.get("x-amz-server-side-encryption")
+    assert encryption in (None, small_job.entry("f").get("sse"))
 
 
 def test_an_etag_under_the_servers_own_keys_is_compared(small_job: Job) -> None:
