@@ -367,7 +367,7 @@ def shown(text: str) -> str:
 
 def one_line(error: object) -> str:
     """Return the text of `error` as one printable line, without a password in an address."""
-    text = re.sub(r"//[^/@\s]+@", "//", " ".join(str(error).split()))
+    text = re.sub(r"(?<=//)[^/\s]*@|[^/@:\s]+:[^/\s]*@", "", " ".join(str(error).split()))
     return shown(text) or type(error).__name__
 
 
@@ -828,7 +828,7 @@ class Report:
     def wrong(self, kind: str, where: str, why: str | None) -> None:
         """Say that something is not what the state says of it."""
         self.failed_files += 1
-        self._print(f"{kind}: {where}: {why}", sys.stdout)
+        self._print(": ".join(filter(None, (kind, where, why))), sys.stdout)
 
     def verified(self, where: str, state_path: str, verdict: Verdict) -> None:
         """Say on stdout how a comparison with the state ended."""
@@ -1042,6 +1042,10 @@ class StateFile:
         if entries and recent:
             entries = [recent.get((entry.filepath, entry.filename), entry) for entry in entries]
         return entries
+
+    def has_journal(self) -> bool:
+        """Tell whether there is more to the state than its file."""
+        return os.path.exists(self.journal.path)
 
     def save(self, entries: Iterable[Entry]) -> None:
         """Replace the state file, all or nothing; raise OSError when that fails."""
@@ -1348,31 +1352,32 @@ def find_files(run: Run, previous: list[Entry] | None) -> Iterator[Entry]:
     run.report.error(f"there is nothing to send in {shown(root)}; is its disk mounted?")
 
 
-def is_below(path: str, folders: set[str]) -> bool:
-    """Tell whether a path is below one of the folders."""
+def folder_above(path: str, folders: set[str]) -> str | None:
+    """Return the one of the folders that the path is below, the innermost of several."""
     while (folder := os.path.dirname(path)) != path:
         if folder in folders:
-            return True
+            return folder
         path = folder
-    return False
+    return None
 
 
 def keep_unseen(run: Run, entries: list[Entry], previous: list[Entry] | None) -> None:
-    """Add the uploaded entries of the last state that could not be looked at; count the gone.
+    """Add what was uploaded and cannot be looked at now to the entries; count what is gone.
 
-    Those are below a folder that cannot be read now.
+    The former is below an entry with an error: a folder that cannot be read.
     """
-    if not previous:
-        return
-    seen = {entry.filepath for entry in entries}
+    seen = {entry.filepath for entry in entries} if previous else set()
     unreadable = {entry.filepath for entry in entries if entry.error}
-    for old in previous:
+    kept: dict[str, list[Entry]] = {}
+    for old in previous or ():
         if old.filepath in seen or not old.uploaded or other_job(old, run.options):
             continue
-        if unreadable and is_below(old.filepath, unreadable):
-            entries.append(old)
+        if folder := folder_above(old.filepath, unreadable):
+            kept.setdefault(folder, []).append(old)
         elif not (run.options.crashrun or os.path.lexists(old.filepath)):
             run.report.gone(old)
+    if kept:
+        entries[:] = [e for entry in entries for e in (entry, *kept.get(entry.filepath, ()))]
 
 
 def part_size_for(size: int, wanted: int) -> int:
@@ -2003,7 +2008,7 @@ class SourceFile:
             raise UploadError("it is no longer a regular file")
         self.size = self.before.st_size
         self.ctime_ns = ctime_of(self.before)
-        if time.time_ns() - (self.ctime_ns or self.before.st_mtime_ns) < self.YOUNG_NS:
+        if self.ctime_ns is not None and time.time_ns() - self.ctime_ns < self.YOUNG_NS:
             self.ctime_ns = 0
 
     def __enter__(self) -> SourceFile:
@@ -2395,12 +2400,12 @@ class MultipartProof:
 
     def _compare(self, answer: Mapping[str, Any]) -> bool | None:
         """Tell whether the object in `answer` holds the bytes; None when it does not say."""
+        self.note_encryption(answer)
         etag = etag_of(answer)
         if etag == self._file.etag():
             return True
         if self._has_crc32(answer):
             return bool(answer["ChecksumCRC32"] == self._file.crc32())
-        self.note_encryption(answer)
         if self.sse:
             return None
         if re.fullmatch(r"[0-9a-f]{32}", etag):
@@ -3651,7 +3656,7 @@ def find_wrong(run: Run, bucket: Bucket, entries: list[Entry]) -> Verdict:
     for entry in wrong:
         entry.uploaded, entry.etag = False, None
     right = [entry for entry in entries if entry.uploaded]
-    if wrong:
+    if wrong or run.state.has_journal():
         run.state.save_or_stop(entries)
     for entry in wrong:
         run.report.wrong("wrong", object_of(run, entry), entry.error)
@@ -3749,7 +3754,7 @@ class FolderCheck:
             with SourceFile(self.path_of(entry)) as source:
                 return self._compare_open(entry, source)
         except (FileNotFoundError, NotADirectoryError):
-            return "missing", "it is not there"
+            return "missing", ""
         except (OSError, UploadError) as error:
             return "unproven", f"cannot read it: {why_unreadable(error)}"
 

@@ -1230,7 +1230,7 @@ def test_a_file_of_a_copy_that_cannot_be_read_is_unproven(job: Job, copy: Path) 
     start = f"unproven: {copy}/b.dat (of b.dat): cannot read it: permission denied"
     (line,) = lines_with(completed.stdout, "unproven: ")
     assert line.startswith(start)
-    assert "1 file right, 14 B; 1 wrong, 0 not yet sent" in completed.stdout
+    assert "1 file right, 14 B; 0 wrong, 1 unproven, 0 not yet sent" in completed.stdout
 
 
 def test_verify_folder_reads_the_journal(job: Job, copy: Path) -> None:

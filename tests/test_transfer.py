@@ -338,7 +338,8 @@ class Line:
             if ends_at - self.now < seconds / 2:
                 self.most_bytes = max(self.most_bytes, self.under_way_bytes)
             self.now += size / bytes_per_second
-            self._window.end(size, moved=size if arrives else 0)
+            self._window.end(size)
+            self._window.grow(size if arrives else 0)
             self.under_way_bytes -= size
 
 
