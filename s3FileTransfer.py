@@ -1486,6 +1486,7 @@ class Session:
 
     def __init__(self, options: Options) -> None:
         self._options = options
+        self._clients: dict[str, S3Client] = {}
         # A role's provider asks the network, another program, or the user for a code.
         sources_fail = (botocore.exceptions.ClientError, OSError, EOFError)
         try:
@@ -1517,15 +1518,12 @@ class Session:
         own: Any = configured or os.environ.get("REQUESTS_CA_BUNDLE") or True
         return str(botocore.httpsession.get_cert_path(own))
 
-    def client(
-        self,
-        region: str | None,
-        *,
-        connect_timeout: int = CONNECT_TIMEOUT_SECONDS,
-        read_timeout: int = READ_TIMEOUT_SECONDS,
-    ) -> S3Client:
-        """Return boto3's S3 client, timeouts in seconds; raise StopRun when it cannot be had."""
+    def client(self, region: str | None = None) -> S3Client:
+        """Return boto3's S3 client for a region; raise StopRun when it cannot be had."""
         options = self._options
+        region = region or options.region or self._session.region_name or DEFAULT_REGION
+        if known := self._clients.get(region):
+            return known
         config = botocore.config.Config(
             # The one retry loop is Retries: botocore's own has a quota per client, which many
             # threads spend within a second on a dead endpoint.
@@ -1540,10 +1538,9 @@ class Session:
             # boto3 would put its own together anew for each request, a tenth of the CPU time.
             user_agent=f"s3FileTransfer/{__version__}",
             tcp_keepalive=True,
-            connect_timeout=connect_timeout,
-            read_timeout=read_timeout,
+            connect_timeout=self.CONNECT_TIMEOUT_SECONDS,
+            read_timeout=self.READ_TIMEOUT_SECONDS,
         )
-        region = region or options.region or self._session.region_name or DEFAULT_REGION
         try:
             client = self._session.client(
                 "s3", region_name=region, endpoint_url=options.endpoint_url, config=config
@@ -1554,6 +1551,7 @@ class Session:
         if options.expected_bucket_owner:
             name_owner = functools.partial(name_bucket_owner, options.expected_bucket_owner)
             client.meta.events.register("provide-client-params.s3", name_owner)
+        self._clients[region] = client
         return client
 
 
@@ -1759,8 +1757,6 @@ class Bucket:
 
     # A name server or a black hole may hang far longer than any timeout of ours.
     FIRST_REQUEST_SECONDS = 18
-    FIRST_CONNECT_TIMEOUT_SECONDS = 5
-    FIRST_READ_TIMEOUT_SECONDS = 8
     NAME = re.compile(r"(?![\d.]+$)(?!.*\.\.)[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 
     def __init__(self, run: Run) -> None:
@@ -1772,25 +1768,19 @@ class Bucket:
         self._options, self._report, self._interruption = run.options, run.report, run.interruption
         self.name = run.options.bucketname
         self.session = Session(run.options)
-        client = self.session.client(
-            None,
-            connect_timeout=self.FIRST_CONNECT_TIMEOUT_SECONDS,
-            read_timeout=self.FIRST_READ_TIMEOUT_SECONDS,
-        )
-        look = functools.partial(self._look, client, Retries(is_first_request=True))
+        self.client = self.session.client()
+        look = functools.partial(self._look, self.client, Retries(is_first_request=True))
         try:
             status, region = self._interruption.wait_for(look, seconds=self.FIRST_REQUEST_SECONDS)
         except NoAnswer as error:
-            where = one_line(client.meta.endpoint_url)
+            where = one_line(self.client.meta.endpoint_url)
             raise StopRun(f"no answer from {where}; check network and endpoint") from error
         if status == 401 or (status == 400 and not region):
             why = "the server refuses these credentials"
             raise StopRun(f"{why}; check keys, session token and clock")
         self.exists = status != 404
-        self._use_region(region or client.meta.region_name)
-
-    def _use_region(self, region: str) -> None:
-        self.client = self.session.client(region)
+        if region:
+            self.client = self.session.client(region)
 
     def _look(self, client: S3Client, retries: Retries) -> tuple[int, str | None]:
         """Return the HTTP status that HeadBucket gives, and the region it names."""
@@ -1813,10 +1803,10 @@ class Bucket:
         if not self.NAME.fullmatch(self.name):
             why = f"there is no bucket {self.name}, and none can be created"
             raise StopRun(f"{why}: the name of a bucket has {BUCKET_NAME_RULES}")
-        self._use_region(self._interruption.wait_for(self._create))
+        self.client = self._interruption.wait_for(self._create)
         self.exists = True
 
-    def _create(self) -> str:
+    def _create(self) -> S3Client:
         region = self._options.region or DEFAULT_REGION
         location: Any = {"CreateBucketConfiguration": {"LocationConstraint": region}}
         location = {} if region == "us-east-1" else location
@@ -1835,11 +1825,11 @@ class Bucket:
                         break
                     why = f"the bucket name {self.name} is taken by another account"
                     raise StopRun(f"{why}; choose another with --bucketname") from error
-                if error.code not in LOCATION_CODES or creator is attempts[-1][0]:
+                if error.code not in LOCATION_CODES or (creator, location) == attempts[-1]:
                     raise StopRun(f"cannot create the bucket {self.name}: {error}") from error
         if self._status_soon(creator, seconds=20) == 404:
             raise StopRun(f"the new bucket {self.name} does not appear; try again")
-        return creator.meta.region_name
+        return creator
 
     def _status_soon(self, client: S3Client, *, seconds: int) -> int:
         """Return what HeadBucket says, once it is not 404 or so much time has passed."""
@@ -2077,10 +2067,10 @@ def content_type_of(path: str) -> str | None:
 
 def mtime_text(status: os.stat_result) -> str:
     """Return the time in seconds since 1970, as rclone keeps and restores it."""
-    seconds, rest = divmod(status.st_mtime_ns, 10**9)
-    if seconds < 0:
+    if status.st_mtime_ns < 10**9:
         return f"{Decimal(status.st_mtime_ns).scaleb(-9):f}"
-    return f"{seconds}.{rest:09}"
+    digits = str(status.st_mtime_ns)
+    return f"{digits[:-9]}.{digits[-9:]}"
 
 
 class Bandwidth:
@@ -2789,7 +2779,7 @@ class LanePut:
 
     def result(self) -> LaneResult:
         """Return what came of it, once it has ended."""
-        from awscrt.exceptions import AwsCrtError
+        import awscrt.exceptions
 
         encryption = "x-amz-server-side-encryption"
         answer = {
@@ -2805,7 +2795,7 @@ class LanePut:
                 ended.result()
                 etag = proven_etag(answer, self._md5)
                 self._source.check_unchanged(self._md5)
-        except (AwsCrtError, DigestMismatch, UploadError, OSError):
+        except (awscrt.exceptions.AwsCrtError, DigestMismatch, UploadError, OSError):
             return LaneResult(self.number)
         return LaneResult(
             self.number, status.st_size, status.st_mtime_ns, self._source.ctime_ns,
@@ -2814,31 +2804,37 @@ class LanePut:
 
 
 class LaneSender:
-    """What works inside a lane: one thread that begins puts, and one that proves them."""
+    """What works inside a lane: one thread, that begins all puts, proves them, and tells of them.
+
+    Threads that work in turns would mostly hand the interpreter's lock to each other.
+    """
 
     FILE_MAX_BYTES = 256 * KIB  # for larger bodies the runtime is no faster, and keeps a copy
     SLOW_READ_SECONDS, READERS = 0.002, 16
-    BATCH_SECONDS = 0.003  # each message wakes the main process
+    BATCH_SECONDS = 0.005  # each message wakes the main process
 
-    def __init__(self, template: PutTemplate, pipe: Connection) -> None:
-        from awscrt import io as runtime_io
-        from awscrt import s3 as runtime_s3
+    def __init__(self, runtime: Any, template: PutTemplate, pipe: Connection) -> None:
+        self._runtime, self._template, self._pipe = runtime, template, pipe
+        self._client, self._signing = self._make_client(), None
+        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._results: list[LaneResult] = []
+        self._slow_files: queue.SimpleQueue[LaneFile] = queue.SimpleQueue()
+        self._read_seconds, self._has_readers = 0.0, False
 
-        self._template, self._pipe = template, pipe
-        self._signing: Any = None
-        loops = runtime_io.EventLoopGroup(1)
-        resolver = runtime_io.DefaultHostResolver(loops)
-        modes, tls = runtime_s3.S3RequestTlsMode, None
+    def _make_client(self) -> Any:
+        io, s3, template = self._runtime.io, self._runtime.s3, self._template
+        loops = io.EventLoopGroup(1)
+        modes, tls = s3.S3RequestTlsMode, None
         if template.is_https:
-            options, ca_path = runtime_io.TlsContextOptions(), template.ca_path
+            options, ca_path = io.TlsContextOptions(), template.ca_path
             is_folder = os.path.isdir(ca_path)
             options.override_default_trust_store_from_path(
                 ca_dirpath=ca_path if is_folder else None,
                 ca_filepath=None if is_folder else ca_path,
             )
-            tls = runtime_io.ClientTlsContext(options).new_connection_options()
-        self._client = runtime_s3.S3Client(
-            bootstrap=runtime_io.ClientBootstrap(loops, resolver),
+            tls = io.ClientTlsContext(options).new_connection_options()
+        return s3.S3Client(
+            bootstrap=io.ClientBootstrap(loops, io.DefaultHostResolver(loops)),
             region=template.region,
             tls_mode=modes.ENABLED if template.is_https else modes.DISABLED,
             tls_connection_options=tls,
@@ -2846,42 +2842,51 @@ class LaneSender:
             throughput_target_gbps=100,
             connect_timeout_ms=Session.CONNECT_TIMEOUT_SECONDS * 1000,
             # One try: Retries is the one retry loop. 0 would mean the default, which is 5.
-            retry_config=runtime_s3.S3RetryConfig(max_retries=1),
-        )
-        self._files: queue.SimpleQueue[LaneFile] = queue.SimpleQueue()
-        self._results: queue.SimpleQueue[Callable[[], LaneResult]] = queue.SimpleQueue()
-        self._read_seconds, self._has_readers = 0.0, False
-        threading.Thread(target=self._report, daemon=True).start()
-
-    def sign_with(self, credentials: Frozen) -> None:
-        """Sign requests with these credentials from now on."""
-        from awscrt import auth, s3
-
-        # Static: the runtime would otherwise ask Python for them with each request.
-        provider = auth.AwsCredentialsProvider.new_static(*credentials)
-        self._signing = s3.create_default_s3_signing_config(
-            region=self._template.region, credential_provider=provider
+            retry_config=s3.S3RetryConfig(max_retries=1),
         )
 
-    def take(self, files: list[LaneFile]) -> None:
+    def run(self) -> None:
+        """Send the files that come through the pipe, until it closes: raises OSError then."""
+        threading.Thread(target=self._receive, daemon=True).start()
+        told_at = 0.0
+        while True:
+            with contextlib.suppress(queue.Empty):
+                self._calls.get(timeout=self.BATCH_SECONDS if self._results else None)()
+            if self._results and time.monotonic() - told_at > self.BATCH_SECONDS:
+                told_at = time.monotonic()
+                self._pipe.send(self._results)
+                self._results = []
+
+    def _receive(self) -> None:
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                credentials, files = self._pipe.recv()
+                self._calls.put(functools.partial(self._take, credentials, files))
+        os._exit(0)
+
+    def _take(self, credentials: Frozen | None, files: list[LaneFile]) -> None:
         """Begin the puts of some files, in other threads where reading is slow (NFS)."""
+        if credentials:
+            # Static: the runtime would otherwise ask Python for them with each request.
+            provider = self._runtime.auth.AwsCredentialsProvider.new_static(*credentials)
+            self._signing = self._runtime.s3.create_default_s3_signing_config(
+                region=self._template.region, credential_provider=provider
+            )
         for file in files:
             if self._read_seconds < self.SLOW_READ_SECONDS:
                 self._begin(file)
-                continue
-            if not self._has_readers:
-                self._has_readers = True
-                for _ in range(self.READERS):
-                    threading.Thread(target=self._read_on, daemon=True).start()
-            self._files.put(file)
+            else:
+                self._slow_files.put(file)
+        if not (self._has_readers or self._slow_files.empty()):
+            self._has_readers = True
+            for _ in range(self.READERS):
+                threading.Thread(target=self._read_on, daemon=True).start()
 
     def _read_on(self) -> None:
         while True:
-            self._begin(self._files.get())
+            self._begin(self._slow_files.get())
 
     def _begin(self, file: LaneFile) -> None:
-        from awscrt import http, s3
-
         source, started = None, time.monotonic()
         try:
             source = SourceFile(file.path, follow_symlinks=self._template.follow_symlinks)
@@ -2891,7 +2896,7 @@ class LaneSender:
         except (OSError, UploadError):  # the reliable way meets it too, and says so
             if source:
                 source.close()
-            self._results.put(functools.partial(LaneResult, file.number))
+            self._calls.put(lambda: self._results.append(LaneResult(file.number)))
             return
         self._read_seconds += (time.monotonic() - started - self._read_seconds) / 32
         md5 = new_md5(data).digest()
@@ -2904,27 +2909,18 @@ class LaneSender:
         if content_type := content_type_of(file.path):
             headers.append(("Content-Type", content_type))
         path = self._template.path + urllib.parse.quote(file.key, safe="/-_.~")
-        request = http.HttpRequest("PUT", path, http.HttpHeaders(headers), RuntimeBody(data))
         put = LanePut(file.number, source, md5)
+        http, s3 = self._runtime.http, self._runtime.s3
         put.request = self._client.make_request(
             type=s3.S3RequestType.DEFAULT,
             operation_name="PutObject",
             signing_config=self._signing,
-            request=request,
+            request=http.HttpRequest("PUT", path, http.HttpHeaders(headers), RuntimeBody(data)),
             on_headers=put.take_headers,
         )
-        put.request.finished_future.add_done_callback(lambda _: self._results.put(put.result))
-
-    def _report(self) -> None:
-        """Send results through the pipe, as many at a time as there are."""
-        with contextlib.suppress(OSError):
-            while True:
-                batch = [self._results.get()()]
-                time.sleep(self.BATCH_SECONDS)
-                while not self._results.empty():
-                    batch.append(self._results.get()())
-                self._pipe.send(batch)
-        os._exit(1)
+        put.request.finished_future.add_done_callback(
+            lambda _: self._calls.put(lambda: self._results.append(put.result()))
+        )
 
 
 def raise_file_limit() -> int:
@@ -2961,17 +2957,14 @@ def run_lane(pipe: Connection) -> None:
     with contextlib.suppress(ImportError, AttributeError, EOFError, OSError):
         import awscrt.auth
         import awscrt.http
-        import awscrt.s3  # noqa: F401
+        import awscrt.io
+        import awscrt.s3
 
-        sender = LaneSender(pipe.recv(), pipe)
+        sender = LaneSender(awscrt, pipe.recv(), pipe)
         gc.freeze()
         gc.enable()
         pipe.send([])
-        while True:
-            credentials, files = pipe.recv()
-            if credentials:
-                sender.sign_with(credentials)
-            sender.take(files)
+        sender.run()
     os._exit(0)
 
 
@@ -3895,11 +3888,11 @@ def back_up(run: Run) -> int:
         transfer.save()
     left = sum(not entry.uploaded for entry in entries) - run.report.failed_files
     run.report.summary(run.state.path, left=left)
-    if transfer.stop_message:
-        run.report.error(f"stopped: {transfer.stop_message}")
     if run.interruption.signum:
         run.report.interrupted(is_saved=run.state.is_saved)
         return run.interruption.exit_code
+    if transfer.stop_message:
+        run.report.error(f"stopped: {transfer.stop_message}")
     if transfer.stop_message or not run.state.is_saved:
         return 2
     return exit_code_for_files(run, left=left)
