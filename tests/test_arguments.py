@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from support.checks import assert_clean, assert_stopped, lines_with
 from support.files import IN_PARTS, LARGE_BYTES, some_bytes
-from support.job import Job, Run, prelude
-from support.script import PROJECT, SCRIPT_PATH
+from support.job import Job, Run
+from support.script import PROJECT, SCRIPT_PATH, prelude
 
 OPTIONS = """
     --backupfolder --bucketname --crashrun --dryrun --endpoint-url --exclude --expected-bucket-owner
@@ -176,19 +176,19 @@ def test_version(run: Run) -> None:
     ],
 )
 def test_boto3_is_not_imported_for(run: Run, arguments: list[str]) -> None:
-    completed = run(*arguments, python_flags=prelude(WATCH_IMPORTS))
+    completed = run(*arguments, python_flags=list(prelude(WATCH_IMPORTS)))
     assert completed.stderr.splitlines()[-1] == "imported []"
 
 
 def test_boto3_is_not_imported_for_a_dry_run(job: Job) -> None:
     job.make("a.dat")
-    completed = job.run("--dryrun", python_flags=prelude(WATCH_IMPORTS))
+    completed = job.run("--dryrun", python_flags=list(prelude(WATCH_IMPORTS)))
     assert completed.stderr == "imported []\n"
 
 
 def test_a_missing_boto3_is_said_in_a_sentence(job: Job) -> None:
     job.make("a.dat")
-    completed = job.run(python_flags=prelude("import sys; sys.modules['boto3'] = None"))
+    completed = job.run(python_flags=list(prelude("import sys; sys.modules['boto3'] = None")))
     assert completed.returncode == 2
     assert "boto3 is not installed" in completed.stderr
 

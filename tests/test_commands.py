@@ -29,10 +29,10 @@ from support.files import (
     some_bytes,
 )
 from support.inside import clock, recorded, recorder, run_first
-from support.job import NOBODY, Job, prelude
+from support.job import NOBODY, Job
 from support.kills import killing_call
 from support.proxy import Action, Exchange, Request
-from support.script import Completed, finish, wait_until
+from support.script import Completed, finish, prelude, wait_until
 from support.servers import S3Server
 from support.systems import needs_permissions, needs_signals
 

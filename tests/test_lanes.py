@@ -14,9 +14,9 @@ import pytest
 from support.checks import assert_clean, assert_stopped
 from support.faults import Fault, answer, call, delay
 from support.files import IN_PARTS, LARGE_BYTES, small_files, some_bytes
-from support.job import Job, named, prelude
+from support.job import Job, named
 from support.proxy import Request
-from support.script import SCRIPT_PATH, base_environment, finish, wait_until
+from support.script import SCRIPT_PATH, base_environment, finish, prelude, wait_until
 from support.systems import needs_cores, needs_limits, needs_proc
 
 CLIENT_OPTION = "--preferred-transfer-client"

@@ -24,10 +24,10 @@ from support.faults import (
     wrong_etag,
 )
 from support.files import IN_PARTS, LARGE_BYTES, PART_BYTES, md5, small_files, some_bytes
-from support.job import Job, kill, prelude
+from support.job import Job, kill
 from support.kills import killed_in_parts, left_in_parts
 from support.proxy import Action, Answer, Exchange, Request, pass_on
-from support.script import program, wait_until
+from support.script import prelude, program, wait_until
 from support.systems import needs_proc
 
 AGAIN = [pytest.param("1", id="crash-run"), pytest.param("0", id="normal-run")]

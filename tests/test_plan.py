@@ -16,9 +16,9 @@ import pytest
 from support.checks import assert_clean, assert_failed, assert_stopped, lines_with
 from support.faults import Fault, call, delay
 from support.files import digests, make_files
-from support.job import NOBODY, Job, prelude
+from support.job import NOBODY, Job
 from support.kills import killing_call
-from support.script import Completed, finish, wait_until
+from support.script import Completed, finish, prelude, wait_until
 from support.shards import NAMES, SPLIT_IN_3, keys_of, shards_of
 from support.systems import (
     needs_byte_names,

@@ -21,10 +21,10 @@ from support.checks import assert_clean, assert_failed, assert_stopped, lines_wi
 from support.faults import Fault, answer, call, delay, stall
 from support.files import WINDOWS_FORBIDS, digests, small_files
 from support.inside import clock, run_first
-from support.job import NOBODY, Job, kill, named, prelude
+from support.job import NOBODY, Job, kill, named
 from support.kills import killing_call
 from support.proxy import Exchange
-from support.script import PROJECT, finish, is_root, journal_of, wait_until
+from support.script import PROJECT, finish, is_root, journal_of, prelude, wait_until
 from support.servers import S3Server
 from support.shards import NAMES, SPLIT_IN_3, keys_of
 from support.systems import (

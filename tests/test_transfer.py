@@ -18,9 +18,9 @@ from conftest import NewJob
 from support.checks import assert_clean
 from support.faults import Fault, answer, call, delay, slow, stall
 from support.files import IN_PARTS, LARGE_BYTES, MIB, PART_BYTES, md5, small_files, some_bytes
-from support.job import Job, prelude
+from support.job import Job
 from support.proxy import Exchange, Request, pass_on
-from support.script import Completed, finish, program, wait_until
+from support.script import Completed, finish, prelude, program, wait_until
 from support.servers import S3Server
 from support.systems import needs_limits
 

@@ -144,6 +144,7 @@ def become(run: dict[str, Any], script: str, code: types.CodeType) -> types.Code
     sys.stdin = sys.__stdin__ = standard_stream(sys.stdin, 0)  # type: ignore[misc]
     sys.stdout = sys.__stdout__ = standard_stream(sys.stdout, 1)  # type: ignore[misc]
     sys.stderr = sys.__stderr__ = standard_stream(sys.stderr, 2)  # type: ignore[misc]
+    exec(run["before"], {"__name__": "before"})
     # The module __main__ is the script's from here on.
     builtins = globals()["__builtins__"]
     globals().clear()

@@ -74,14 +74,21 @@ def _ask(script: Path, request: object, files: tuple[int, ...] = ()) -> Any:
 
 
 def start(
-    script: Path, args: Sequence[str | Path], *, cwd: Path, env: Mapping[str, str], user: int | None
+    script: Path,
+    args: Sequence[str | Path],
+    *,
+    cwd: Path,
+    env: Mapping[str, str],
+    user: int | None,
+    before: str = "",
 ) -> subprocess.Popen[str]:
-    """Start a script that is compiled, in a session of its own, as that user or as this one."""
+    """Start a script that is compiled, in a session of its own, as that user or as this one.
+
+    `before` is code that its process runs first.
+    """
     words = [os.fspath(arg) for arg in args]
-    return Fork(
-        [sys.executable, script, *words],
-        run={"args": words, "cwd": os.fspath(cwd), "env": env, "user": user},
-    )
+    run = {"args": words, "cwd": os.fspath(cwd), "env": env, "user": user, "before": before}
+    return Fork([sys.executable, script, *words], run=run)
 
 
 class Fork(subprocess.Popen[str]):

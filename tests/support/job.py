@@ -272,15 +272,6 @@ def named(process: subprocess.Popen[str]) -> str:
     return "process " if sys.platform == "win32" else f"process {process.pid}"
 
 
-def prelude(code: str) -> list[str]:
-    """Python flags that run some code before the script, in its process.
-
-    The script sees the command line that it would see without.
-    """
-    then = "import runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
-    return ["-c", f"{code}\n{then}"]
-
-
 def shell(redirection: str) -> list[str]:
     """Python flags that start the script anew with a redirection such as `>/dev/full`."""
     command = f'exec "$0" "$@" {redirection}'

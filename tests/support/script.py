@@ -74,6 +74,23 @@ class Completed:
     stderr: str
 
 
+class Prelude(list[str]):
+    """Python flags that run some code before the script, which a fork runs by itself."""
+
+    def __init__(self, code: str) -> None:
+        then = "del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
+        super().__init__(["-c", f"{code}\nimport runpy, sys; {then}"])
+        self.code = code
+
+
+def prelude(code: str) -> Prelude:
+    """Python flags that run some code before the script, in its process.
+
+    The script sees the command line that it would see without.
+    """
+    return Prelude(code)
+
+
 def run_script(
     *args: str | Path,
     server: S3Server | None = None,
@@ -132,8 +149,10 @@ def start_script(
         **(server.environment() if server else {}),
         **(env or {}),
     }
-    if not (real_time or python_flags) and forks.can_run(own):
-        return forks.start(launch_for(None).script, args, cwd=cwd, env=own, user=switch)
+    before = python_flags.code if isinstance(python_flags, Prelude) else ""
+    if not real_time and (before or not python_flags) and forks.can_run(own):
+        script = launch_for(None).script
+        return forks.start(script, args, cwd=cwd, env=own, user=switch, before=before)
     launch = launch_for(switch, real_time=real_time)
     identity: dict[str, Any] = {}
     if switch is not None:
