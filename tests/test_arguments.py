@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
 from support.checks import assert_clean, assert_stopped, lines_with
 from support.files import IN_PARTS, LARGE_BYTES, some_bytes
 from support.job import Job, Run
-from support.script import PROJECT, SCRIPT_PATH, prelude
+from support.script import PROJECT, SCRIPT_PATH, prelude, program
 
 OPTIONS = """
     --backupfolder --bucketname --crashrun --dryrun --endpoint-url --exclude --expected-bucket-owner
@@ -111,14 +112,22 @@ def refused_job(job: Job) -> Job:
     ],
     ids=" ".join,
 )
-def test_usage_errors(refused_job: Job, arguments: list[str], words: list[str]) -> None:
-    completed = refused_job.run(*arguments)
-    assert (completed.returncode, completed.stdout) == (2, "")
-    sentence = completed.stderr.splitlines()[-1]
+def test_usage_errors(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    words: list[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", [SCRIPT_PATH.name])
+    given = ["--bucketname", "bucket", "--backupfolder", str(tmp_path)]
+    with pytest.raises(SystemExit) as ended:
+        program().parse_arguments([*given, *arguments])
+    said = capsys.readouterr()
+    assert (ended.value.code, said.out) == (2, "")
+    sentence = said.err.splitlines()[-1]
     assert re.match(r"s3FileTransfer\.py: error: .", sentence)
     assert [word for word in words if word not in sentence] == []
-    assert refused_job.proxy.requests == []
-    assert refused_job.state_path.read_text() == "[]\n"
 
 
 @pytest.mark.parametrize("missing", ["--bucketname", "--backupfolder"])
@@ -144,8 +153,12 @@ def test_what_is_no_folder_is_refused(refused_job: Job, name: str, words: str) -
     assert refused_job.state_path.read_text() == "[]\n"
 
 
-def test_usage_errors_leave_no_lock_behind(refused_job: Job) -> None:
-    refused_job.run("--crashrun", "2")
+def test_a_usage_error_ends_the_run_before_it_has_done_anything(refused_job: Job) -> None:
+    completed = refused_job.run("--crashrun", "2")
+    assert (completed.returncode, completed.stdout) == (2, "")
+    assert "--crashrun" in completed.stderr.splitlines()[-1]
+    assert refused_job.proxy.requests == []
+    assert refused_job.state_path.read_text() == "[]\n"
     assert [path.name for path in refused_job.state_path.parent.iterdir()] == ["state.json"]
 
 

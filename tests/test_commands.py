@@ -363,8 +363,8 @@ def test_a_file_rewritten_with_its_old_time_is_sent(job: Job) -> None:
 
 
 @needs_permissions
-def test_a_large_file_rewritten_with_its_old_time_is_sent(each_job: Job, tmp_path: Path) -> None:
-    job = each_job
+def test_a_large_file_rewritten_with_its_old_time_is_sent(moto_job: Job, tmp_path: Path) -> None:
+    job = moto_job
     job.write({"parts": some_bytes(LARGE_BYTES), "small": b"small"})
     assert_clean(job.run(*IN_PARTS, env=run_first(tmp_path / "later", clock())))
     rewritten(job.path("parts"))

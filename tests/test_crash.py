@@ -95,10 +95,10 @@ def test_nothing_goes_on_when_the_run_is_killed(job: Job) -> None:
     ("name", "count", "before"),
     [
         ("fsync", 1, True),
-        ("replace", 1, True),
+        pytest.param("replace", 1, True, marks=pytest.mark.long),
         ("replace", 1, False),
         ("replace", 2, True),
-        ("fsync", 3, True),
+        pytest.param("fsync", 3, True, marks=pytest.mark.long),
         ("replace", 3, False),
     ],
 )
@@ -139,7 +139,7 @@ def test_a_kill_while_the_journal_is_flushed(job: Job, tmp_path: Path, before: b
     assert [upload for upload in job.open_uploads() if upload[2]] == []
 
 
-@pytest.mark.parametrize("way", ["crt", "classic"])
+@pytest.mark.parametrize("way", ["crt", pytest.param("classic", marks=pytest.mark.long)])
 def test_a_kill_in_the_middle_of_small_files_costs_the_last_second(
     rclone_job: Job, way: str
 ) -> None:

@@ -148,11 +148,15 @@ def test_a_fifth_refused_and_a_twentieth_dropped_loses_nothing(small_job: Job) -
         pytest.param(drop_mid_body(), id="drop-mid-body"),
         pytest.param(drop_after_forward(), id="lost-answer"),
         pytest.param(answer(503, "SlowDown"), id="SlowDown"),
-        pytest.param(answer(503, "ServiceUnavailable"), id="ServiceUnavailable"),
+        pytest.param(
+            answer(503, "ServiceUnavailable"), id="ServiceUnavailable", marks=pytest.mark.long
+        ),
         pytest.param(answer(500, "InternalError"), id="InternalError"),
-        pytest.param(answer(429, "TooManyRequests"), id="TooManyRequests"),
-        pytest.param(answer(400, "RequestTimeout"), id="RequestTimeout"),
-        pytest.param(answer(409, "OperationAborted"), id="OperationAborted"),
+        pytest.param(answer(429, "TooManyRequests"), id="TooManyRequests", marks=pytest.mark.long),
+        pytest.param(answer(400, "RequestTimeout"), id="RequestTimeout", marks=pytest.mark.long),
+        pytest.param(
+            answer(409, "OperationAborted"), id="OperationAborted", marks=pytest.mark.long
+        ),
     ],
 )
 def test_trouble_that_passes_is_ridden_out(

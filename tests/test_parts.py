@@ -591,7 +591,7 @@ def test_a_normal_run_aborts_the_upload_of_a_file_that_is_gone(job: Job) -> None
     job.check_all_is_there()
 
 
-@pytest.mark.parametrize("source", ["state", "server"])
+@pytest.mark.parametrize("source", ["state", pytest.param("server", marks=pytest.mark.long)])
 def test_an_upload_id_with_control_characters_does_not_reach_the_terminal(
     job: Job, source: str
 ) -> None:

@@ -188,7 +188,7 @@ def eventful(job: Job) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("columns", [40, ROOMY])
+@pytest.mark.parametrize("columns", [pytest.param(40, marks=pytest.mark.long), ROOMY])
 def test_progress_fits_and_leaves_nothing_behind(
     job: Job, show: Show, eventful: list[str], columns: int
 ) -> None:
@@ -254,7 +254,7 @@ def test_the_time_left_of_large_files_is_that_of_their_bytes(job: Job, show: Sho
         assert int(minutes) * 60 + int(seconds) <= (total - size) / rate + 1, line
 
 
-@pytest.mark.parametrize("changed_to", [5_000_000, 10])
+@pytest.mark.parametrize("changed_to", [5_000_000, pytest.param(10, marks=pytest.mark.long)])
 def test_a_file_that_has_another_size_than_planned_breaks_no_number(
     job: Job, show: Show, changed_to: int
 ) -> None:

@@ -66,7 +66,7 @@ def assert_interrupted(completed: Completed, code: int) -> None:
     ("signum", "code", "way"),
     [
         (*SIGNALS[0], "crt"),
-        (*SIGNALS[1], "classic"),
+        pytest.param(*SIGNALS[1], "classic", marks=pytest.mark.long),
         (*SIGNALS[1], "crt"),
         (*SIGNALS[2], "classic"),
     ],
@@ -456,7 +456,7 @@ def test_a_file_that_grows_over_the_threshold_while_it_is_sent(small_job: Job, c
 
 
 @needs_limits
-@pytest.mark.parametrize("way", ["crt", "classic"])
+@pytest.mark.parametrize("way", ["crt", pytest.param("classic", marks=pytest.mark.long)])
 def test_few_open_files_mean_few_requests_at_a_time(rclone_job: Job, way: str) -> None:
     rclone_job.write(small_files(400))
     rclone_job.proxy.add_fault(Fault(delay(0.2), operation="PutObject"))

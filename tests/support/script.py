@@ -252,6 +252,7 @@ def hasty_script() -> Path:
     return path
 
 
+@functools.cache
 def program() -> Any:
     """The program as a module, for rules about sizes and times that no run of a test can reach."""
     spec = importlib.util.spec_from_file_location("program", SCRIPT_PATH)
