@@ -724,11 +724,14 @@ class Report:
     """What the user sees: failures and notices on stderr, the summary on stdout."""
 
     NOTICES_OF_A_KIND = 3
+    # With more failures than fit on a screen, their reasons are counted at the end.
+    FAILURES_ON_A_SCREEN, REASONS_MAX = 20, 5
 
     def __init__(self, options: Options) -> None:
         self._options = options
         self._started = time.monotonic()
         self._notices: Counter[str] = Counter()
+        self._reasons: Counter[str] = Counter()
         self.files = self.bytes = self.failed_files = 0
         self._unchanged_files = self._gone_files = 0
         is_terminal = bool(sys.stderr and sys.stderr.isatty()) and os.environ.get("TERM") != "dumb"
@@ -770,6 +773,7 @@ class Report:
     def failed(self, entry: Entry) -> None:
         """Say that an entry was not uploaded, and why."""
         self.failed_files += 1
+        self._reasons[entry.error or ""] += 1
         self.progress.failed(entry)
         self._print(f"failed: {shown(entry.filepath)}: {entry.error}", sys.stderr)
 
@@ -804,6 +808,9 @@ class Report:
 
     def summary(self, state_path: str, *, left: int = 0) -> None:
         """Say on stdout how the run went; `left` files were neither sent nor failed."""
+        if self.failed_files > self.FAILURES_ON_A_SCREEN:
+            for why, count in self._reasons.most_common(self.REASONS_MAX):
+                self._print(f"{count:,} of the {self.failed_files:,} failures: {why}", sys.stderr)
         if self._options.quiet:
             return
         seconds = time.monotonic() - self._started
@@ -3691,6 +3698,7 @@ def verify_bucket(run: Run) -> int:
     """Compare the bucket with the state, mark there what is wrong, and return the exit code."""
     entries = run.state.read()
     check_previous(entries, run.options)
+    run.report.doing("looking for the bucket")
     import_boto3()
     bucket = Bucket(run)
     if not bucket.exists:
@@ -3853,6 +3861,7 @@ def plan(run: Run, bucket: Bucket, previous: list[Entry] | None, lanes: Lanes) -
     uploads = (old for old in previous or () if old.upload_id)
     abort_uploads(run, bucket, carry_uploads(entries, uploads, options.encryption))
     keep_unseen(run, entries, previous)
+    run.report.doing("saving the state")
     run.state.save_or_stop(entries or [folder_entry(options, NOTHING_TO_SEND)])
     for entry in entries:
         if entry.error:
@@ -3864,6 +3873,7 @@ def back_up(run: Run) -> int:
     """Plan, send and record; return the exit code."""
     previous = run.state.read()
     check_previous(previous, run.options)
+    run.report.doing("looking for the bucket")
     import_boto3()
     bucket = Bucket(run)
     if not bucket.exists:
@@ -3885,6 +3895,7 @@ def back_up(run: Run) -> int:
     try:
         transfer.run()
     finally:  # after a bug too: what was sent is not forgotten
+        run.report.doing("saving the state")
         transfer.save()
     left = sum(not entry.uploaded for entry in entries) - run.report.failed_files
     run.report.summary(run.state.path, left=left)

@@ -35,6 +35,7 @@ PROGRESS = re.compile(
     r"(?:  (?P<failed>[\d,]+) failed)?"
 )
 PLANNING = re.compile(
+    "looking for the bucket|saving the state|"
     r"[\d,]+ (files found|objects listed)|stopping(  what is under way has 3 seconds)?"
 )
 UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -107,7 +108,9 @@ def check_screen(terminal: Terminal) -> list[str]:
     printed there, or nothing.
     """
     printed = terminal.printed()
-    torn = [line for line in printed if re.search(r"\d/[\d,]+ files|files found", line)]
+    torn = [
+        line for line in printed if re.search(r"\d/[\d,]+ files|files found|looking|saving", line)
+    ]
     assert torn == []
     last = terminal.rows()
     assert last == wrapped(printed, terminal.screen.columns)
@@ -221,6 +224,16 @@ def test_progress_is_drawn_ten_times_a_second_at_most(job: Job, show: Show) -> N
     seconds = drawn[-1] - drawn[0] + LATE_SECONDS
     assert 10 < len(drawn) <= seconds * DRAWS_PER_SECOND + 1
     check_screen(terminal)
+
+
+def test_what_a_run_does_before_it_sends_is_shown(job: Job, show: Show) -> None:
+    job.make("a.dat")
+    job.proxy.add_fault(Fault(delay(0.5), operation="HeadBucket"))
+    terminal = show()
+    assert terminal.finish() == 0
+    lines = [frame.line for frame in terminal.frames]
+    assert lines.index("looking for the bucket") < lines.index("saving the state")
+    check_lines(check_screen(terminal), summary(job, 1))
 
 
 @pytest.mark.parametrize("options", [IN_PARTS, ()], ids=["in-parts", "in-one-put"])

@@ -50,6 +50,27 @@ def test_failures_are_lines_on_stderr_and_a_number_in_the_summary(job: Job) -> N
     assert "; 2 failed; " in summary
 
 
+@pytest.mark.parametrize("options", [(), ("--quiet",)], ids=["plain", "quiet"])
+def test_reasons_are_counted_where_the_failures_do_not_fit_on_a_screen(
+    job: Job, options: tuple[str, ...]
+) -> None:
+    job.folder.mkdir(exist_ok=True)
+    for number in range(19):
+        (job.folder / f"broken-{number}").symlink_to("missing")
+    (job.folder / "loop").symlink_to("loop")
+    completed = job.run(*options)
+    assert len(lines_with(completed.stderr, "failed: ")) == 20
+    assert lines_with(completed.stderr, " of the ") == []
+
+    (job.folder / "one-more").symlink_to("missing")
+    completed = job.run(*options)
+    assert len(lines_with(completed.stderr, "failed: ")) == 21
+    first, second = lines_with(completed.stderr, " of the ")
+    why = "its link is broken: no such file or directory; mend it, or leave it out with --exclude"
+    assert first == f"20 of the 21 failures: {why}"
+    assert second.startswith("1 of the 21 failures: its link is broken: too many levels")
+
+
 @needs_fifos
 def test_quiet_leaves_failures_only(job: Job) -> None:
     broken = make_mixed(job)
