@@ -1622,7 +1622,7 @@ def error_of_answer(response: Any) -> UploadError:
     status = str(response.get("ResponseMetadata", {}).get("HTTPStatusCode", ""))
     error = response.get("Error", {})
     code = str(error.get("Code") or status)
-    said = f"S3 answered {code}"
+    said = f"S3 answered {shown(code)}"
     message = shown(" ".join(str(error.get("Message") or "").split())).rstrip(".")
     if message.replace(" ", "").lower() not in ("", code.lower()):
         said += f" ({message})"

@@ -101,7 +101,7 @@ def test_control_characters_do_not_reach_the_terminal(job: Job) -> None:
     job.make(f"file {NASTY}")
     (job.folder / f"broken {NASTY}").symlink_to("missing")
     os.mkfifo(job.folder / f"fifo {NASTY}")
-    job.proxy.add_fault(Fault(answer(400, "Odd", "no\u202e\x7fno"), operation="PutObject"))
+    job.proxy.add_fault(Fault(answer(400, "Odd\u202e\n", "no\u202e\x7fno"), operation="PutObject"))
     for arguments in (["--verbose"], ["--dryrun"], ["--no-follow-symlinks"]):
         completed = job.run(*arguments)
         assert completed.returncode == 1 or "--no-follow-symlinks" in arguments
