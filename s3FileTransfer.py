@@ -1023,9 +1023,10 @@ class StateFile:
             raise StopRun(f"{why}; wait for it, or give this job its own --statefile") from error
         self._lock = handle
         with contextlib.suppress(OSError):  # a full disk is met when the state is saved
-            handle.truncate(0)
-            handle.write(str(os.getpid()))
-            handle.flush()
+            if os.fstat(handle.fileno()).st_nlink <= 1:  # another name could be anybody's file
+                handle.truncate(0)
+                handle.write(str(os.getpid()))
+                handle.flush()
         with contextlib.suppress(OSError):
             os.unlink(self._temporary)  # a killed run may have left it
 

@@ -621,6 +621,15 @@ def test_a_lock_that_is_no_regular_file_is_refused(job: Job, tmp_path: Path, wha
     assert not (tmp_path / "new").exists()
 
 
+def test_a_lock_that_has_another_name_is_not_written(job: Job, tmp_path: Path) -> None:
+    job.make("a.dat")
+    target = tmp_path / "target"
+    target.write_bytes(b"precious")
+    os.link(target, job.state_path.with_name("state.json.lock"))
+    assert_clean(job.run())
+    assert target.read_bytes() == b"precious"
+
+
 # --- Whose it is -----------------------------------------------------------------------------
 
 
