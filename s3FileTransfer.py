@@ -899,6 +899,16 @@ def check_regular(path: str, what: str) -> None:
             raise StopRun(f"the {what} {shown(path)} is no regular file; move it away")
 
 
+def check_links(path: str, what: str) -> None:
+    """Raise StopRun for a link of another user, which could lead root to any file of the system."""
+    while os.path.islink(path):
+        owner = os.lstat(path).st_uid  # 0 on Windows
+        if owner and owner != os.geteuid():
+            why = f"the {what} {shown(path)} is a link of another user"
+            raise StopRun(f"{why}; name what it leads to with --statefile")
+        path = os.path.join(os.path.dirname(path), os.readlink(path))
+
+
 class Journal:
     """What happened since the last save of the state: an entry a line, the last of a file counts.
 
@@ -1004,6 +1014,7 @@ class StateFile:
         if os.path.lexists(self.path) and not os.path.isfile(self.path):
             why = f"the state file {shown(self.path)} is no regular file"
             raise StopRun(f"{why}; choose another with --statefile")
+        check_links(self._given_path, "state file")
         check_regular(self._lock_path, "lock")
         try:
             handle = open(  # noqa: SIM115

@@ -35,6 +35,7 @@ from support.systems import (
     needs_permissions,
     needs_proc,
     needs_replace_of_open_files,
+    needs_root,
     needs_signals,
 )
 
@@ -285,6 +286,25 @@ def test_a_link_to_the_state_stays_a_link(job: Job, tmp_path: Path) -> None:
     assert job.state_path.is_symlink()
     assert job.state() == {"a.dat": 1}
     assert not target.is_symlink()
+
+
+@needs_root
+@pytest.mark.parametrize("through", [False, True], ids=["itself", "through"])
+def test_a_link_of_another_user_is_not_followed(job: Job, tmp_path: Path, through: bool) -> None:
+    job.make("a.dat")
+    target = tmp_path / "target"
+    link = tmp_path / "theirs" if through else job.state_path
+    link.symlink_to(target)
+    os.chown(link, NOBODY, NOBODY, follow_symlinks=False)
+    if through:
+        job.state_path.symlink_to(link)
+    assert_stopped(job.run(), str(link), "is a link of another user")
+    assert job.proxy.requests == []
+    assert sorted(path.name for path in tmp_path.glob("target*")) == []
+    # Whose own it is may have it followed.
+    os.chown(link, 0, 0, follow_symlinks=False)
+    assert_clean(job.run())
+    assert target.exists()
 
 
 @needs_permissions
