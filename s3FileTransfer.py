@@ -3763,8 +3763,11 @@ class FolderCheck:
         return os.path.join(self._options.backupfolder, *key.split("/"))
 
     def _compare(self, entry: Entry) -> tuple[str, str]:
+        path = self.path_of(entry)
+        if "\0" in path or not is_within(os.path.normpath(path), self._options.backupfolder):
+            return "unproven", "its key is no path below the folder"
         try:
-            with SourceFile(self.path_of(entry)) as source:
+            with SourceFile(path) as source:
                 return self._compare_open(entry, source)
         except (FileNotFoundError, NotADirectoryError):
             return "missing", ""

@@ -1233,6 +1233,21 @@ def test_a_file_of_a_copy_that_cannot_be_read_is_unproven(job: Job, copy: Path) 
     assert "1 file right, 14 B; 0 wrong, 1 unproven, 0 not yet sent" in completed.stdout
 
 
+@pytest.mark.parametrize("key", ["../secret", "sub/../../secret", "a\0b"])
+def test_a_key_that_leads_out_of_a_copy_is_unproven(
+    job: Job, copy: Path, tmp_path: Path, key: str
+) -> None:
+    job.back_up("a.dat")
+    (copied(job, copy) / "sub").mkdir()
+    (tmp_path / "secret").write_bytes(bytes(job.path("a.dat").stat().st_size))
+    job.write_state(job.entry("a.dat") | {"filename": key})
+    completed = verify_folder(job, copy)
+    assert completed.returncode == 1
+    assert "unproven: " in completed.stdout
+    assert "its key is no path below the folder" in completed.stdout
+    assert "ETag" not in completed.stdout
+
+
 def test_verify_folder_reads_the_journal(job: Job, copy: Path) -> None:
     job.back_up("a.dat", "b.dat")
     job.write_state(job.uploaded_entry("a.dat"), job.pending_entry("b.dat"))
