@@ -2053,11 +2053,15 @@ class SourceFile:
         """Return the ETag that S3 would give to it, if `etag` is of an object with its bytes.
 
         `part_size` is that of an upload in parts, in bytes. None when the number of parts shows
-        that it was another. Raises FileChanged if the file is shorter than it was.
+        that it was another, and for what is made of no MD5s. Raises FileChanged if the file is
+        shorter than it was.
         """
         _md5, is_of_parts, count = etag.partition("-")
+        if not re.fullmatch(r"[0-9a-f]{32}(-[0-9]+)?", etag):
+            return None
         if not is_of_parts:
             return self.md5(on_read=on_read).hex()
+        part_size = part_size_for(self.size, part_size)
         if str(-(-self.size // part_size)) != count:
             return None
         self.handle.seek(0)
@@ -3777,7 +3781,7 @@ class FolderCheck:
     def _compare_open(self, entry: Entry, source: SourceFile) -> tuple[str, str]:
         if entry.size not in (None, source.size):
             return "different", f"it has {source.size:,} bytes and not {entry.size:,}"
-        part_size = part_size_for(source.size, entry.part_size or self._options.multipart_chunksize)
+        part_size = entry.part_size or self._options.multipart_chunksize
         etag = None
         if entry.etag and not entry.sse:
             etag = source.etag_like(entry.etag, part_size, on_read=self._note_read)

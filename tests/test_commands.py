@@ -1220,6 +1220,18 @@ def test_what_can_be_compared_by_size_alone_is_counted_in_a_copy(job: Job, copy:
 
 
 @needs_permissions
+def test_of_an_etag_that_is_made_of_no_md5s_the_size_is_compared_in_a_copy(
+    job: Job, copy: Path
+) -> None:
+    job.back_up("a.dat", "b.dat")
+    other = job.entry("b.dat") | {"etag": "caesar7"}
+    job.write_state(job.entry("a.dat"), other)
+    copied(job, copy)
+    completed = verify_folder(job, copy)
+    assert_clean(completed)
+    assert "2 files right (1 of them by size alone), 28 B; 0 wrong" in completed.stdout
+
+
 def test_a_file_of_a_copy_that_cannot_be_read_is_unproven(job: Job, copy: Path) -> None:
     job.back_up("a.dat", "b.dat")
     copied(job, copy)
