@@ -2198,7 +2198,8 @@ class Uploader:
 
     def upload(self, task: Task) -> Result:
         """Send one file and return how that ended; the one place that decides that."""
-        result = Result(upload_id=task.upload_id, part_size=task.part_size)
+        # Until the file is found to be another, the bucket has what it had.
+        result = Result(etag=task.etag, upload_id=task.upload_id, part_size=task.part_size)
         started = time.monotonic()
         try:
             result.outcome = self._send(task, result)
@@ -2227,12 +2228,13 @@ class Uploader:
         self.retries.check_stopped()
         with SourceFile(task.filepath, follow_symlinks=self.options.follow_symlinks) as source:
             result.size, result.mtime_ns = source.size, source.before.st_mtime_ns
-            result.ctime_ns = source.ctime_ns
+            result.ctime_ns = 0 if task.etag else source.ctime_ns
             if task.etag:
-                if self._has_etag(task, source):
-                    result.etag = task.etag
+                is_unchanged = self._has_etag(task, source)
+                result.ctime_ns = source.ctime_ns
+                if is_unchanged:
                     return Outcome.UNCHANGED
-                result.part_size = None
+                result.etag = result.part_size = None
             if self.options.is_multipart(source.size):
                 MultipartUpload(self, task, source, result).send()
             else:
@@ -3590,13 +3592,13 @@ def find_unchanged(
     """Take as uploaded what is as the state has it: here (size and times), and in the bucket.
 
     Where only its ctime is another, the file is left to be read: its entry gets the ETag that
-    the bucket has. https://docs.aws.amazon.com/AmazonS3/latest/API/API_ListObjectsV2.html
+    the bucket has, and 0 for a ctime: a run that is ended first leaves it so to the next. https://docs.aws.amazon.com/AmazonS3/latest/API/API_ListObjectsV2.html
     """
     recorded: dict[str, Entry] = {}
     pending = {entry.filepath: entry for entry in entries if entry.is_pending}
     for old in previous or ():
         entry = pending.get(old.filepath)
-        if entry and old.uploaded and old.etag:
+        if entry and old.etag and (old.uploaded or old.ctime_ns == 0):
             then = old.filename, old.size, old.mtime_ns
             if then == (entry.filename, entry.size, entry.mtime_ns):
                 recorded[old.filename] = old
@@ -3605,9 +3607,10 @@ def find_unchanged(
             entry = pending[old.filepath]
             if (listed["Size"], etag_of(listed)) != (old.size, old.etag):
                 continue
-            is_unchanged = old.ctime_ns in (None, entry.ctime_ns)
+            is_unchanged = old.uploaded and old.ctime_ns in (None, entry.ctime_ns)
             if is_unchanged or not old.sse:
                 entry.etag, entry.part_size = old.etag, old.part_size
+                entry.ctime_ns = entry.ctime_ns if is_unchanged else 0
             if is_unchanged:
                 entry.uploaded, entry.sse = True, old.sse
                 run.report.unchanged(entry)
@@ -3844,7 +3847,11 @@ def walk(run: Run, bucket: Bucket, previous: list[Entry] | None, lanes: Lanes) -
             old
             for old in previous or ()
             if old.upload_id
-            or (options.skip_unchanged and old.uploaded and not other_job(old, options))
+            or (
+                options.skip_unchanged
+                and (old.uploaded or old.etag)
+                and not other_job(old, options)
+            )
         )
         run.state.save_or_stop(itertools.chain([folder_entry(options)], kept))
     small_files = 0

@@ -402,6 +402,38 @@ def test_what_had_its_mode_changed_is_read_and_not_sent(each_job: Job, tmp_path:
     job.check_all_is_there()
 
 
+# The run gets a signal when it has opened so many of the files.
+SIGNAL_AT_OPEN = """
+import os, signal
+real, calls = os.open, 0
+def counted(path, *args, **keywords):
+    global calls
+    calls += os.fspath(path).startswith({folder!r})
+    if calls == 40:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return real(path, *args, **keywords)
+os.open = counted
+"""
+
+
+@needs_signals
+@pytest.mark.parametrize("again", [("--crashrun", "1"), (SKIP,)], ids=" ".join)
+def test_what_a_signal_kept_from_being_read_is_read_and_not_sent(
+    job: Job, again: tuple[str, ...]
+) -> None:
+    files = job.back_up(*(f"{number:03}" for number in range(200)))
+    for key in files:
+        changed_mode(job.path(key))
+    rewritten(job.path("150"))
+    flags = prelude(SIGNAL_AT_OPEN.format(folder=f"{job.folder}/"))
+    assert job.run(SKIP, python_flags=flags).returncode == 143
+    assert 0 < len(job.uploaded()) < 200
+    since = job.seen()
+    assert_clean(job.run(*again))
+    assert job.sent(since) == ["150"]
+    job.check_all_is_there()
+
+
 @needs_permissions
 def test_under_kms_what_had_its_mode_changed_is_sent(moto_job: Job) -> None:
     job = moto_job
