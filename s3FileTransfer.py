@@ -3570,6 +3570,10 @@ class Transfer:
             self._state.save(self._entries)
             self._unwritten.clear()
         except OSError as error:
+            # For a few lines there may be room where there is none for the whole.
+            with contextlib.suppress(OSError):
+                self._state.journal.add(self._unwritten)
+                self._unwritten.clear()
             if could_save:
                 self._report.error(f"cannot save {shown(self._state.path)}: {reason(error)}")
 

@@ -1034,6 +1034,30 @@ def test_a_disk_that_is_full_for_a_while_spoils_no_journal(job: Job) -> None:
     job.check_no_leftovers()
 
 
+# The first two saves, before and after the walk, succeed.
+NO_MORE_SAVES = """
+import os
+real, calls = os.replace, 0
+def replace(*args):
+    global calls
+    calls += 1
+    if calls > 2:
+        raise OSError(28, "No space left on device")
+    return real(*args)
+os.replace = replace
+"""
+
+
+def test_where_the_whole_has_no_room_the_last_files_are_in_the_journal(job: Job) -> None:
+    files = job.make(*(f"{number:02}" for number in range(20)))
+    assert job.run(python_flags=prelude(NO_MORE_SAVES)).returncode == 2
+    assert job.uploaded() == set(files)
+    since = job.seen()
+    assert_clean(job.crash_run())
+    assert job.sent(since) == []
+    job.check_no_leftovers()
+
+
 @needs_limits_of_others
 def test_an_interrupted_run_does_not_say_that_it_saved_what_it_could_not(job: Job) -> None:
     files = job.make(*(f"{number:03}" for number in range(20)))
