@@ -130,6 +130,33 @@ def test_usage_errors(
     assert [word for word in words if word not in sentence] == []
 
 
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("5242880", 5_242_880),
+        ("5242880B", 5_242_880),
+        ("6000kB", 6_000_000),
+        ("6000KiB", 6_144_000),
+        ("6MB", 6_000_000),
+        ("6 m", 6_000_000),
+        ("6MiB", 6_291_456),
+        ("5.5mib", 5_767_168),
+        ("1GB", 1_000_000_000),
+        ("1GiB", 1_073_741_824),
+        ("0.001TB", 1_000_000_000),
+        ("0.001TiB", 1_099_511_627),
+    ],
+)
+def test_sizes_and_rates_have_decimal_and_binary_units(
+    tmp_path: Path, text: str, size: int
+) -> None:
+    names = ["--bucketname", "bucket", "--backupfolder", str(tmp_path)]
+    sizes = ["--multipart-threshold", text, "--multipart-chunksize", text]
+    options = program().parse_arguments([*names, *sizes, "--max-bandwidth", f"{text}/s"])
+    read = options.multipart_threshold, options.multipart_chunksize, options.max_bandwidth
+    assert read == (size, size, size)
+
+
 @pytest.mark.parametrize("missing", ["--bucketname", "--backupfolder"])
 def test_required_options(run: Run, tmp_path: Path, missing: str) -> None:
     given = {"--bucketname": "bucket", "--backupfolder": str(tmp_path)}
