@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+import types
+from typing import NoReturn
 
 import pytest
 from conftest import NewJob
@@ -11,7 +13,7 @@ from support.faults import Fault, answer, drop, drop_after_forward, drop_mid_bod
 from support.files import IN_PARTS, LARGE_BYTES, small_files, some_bytes
 from support.job import Job
 from support.proxy import Action, Answer, Exchange, pass_on
-from support.script import finish
+from support.script import finish, program
 from support.servers import S3Server
 
 
@@ -214,6 +216,35 @@ def test_an_endpoint_that_is_away_for_a_while_is_waited_for(
     assert_clean(job.run(*IN_PARTS, *client, real_time=real_time))
     assert fault.hits > 16
     job.check_all_is_there()
+
+
+def test_the_pauses_between_tries_grow_to_ten_seconds_within_a_minute(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module, now = program(), 0.0
+    pauses: list[float] = []
+
+    def wait(seconds: float) -> None:
+        nonlocal now
+        pauses.append(seconds)
+        now += seconds
+
+    def attempt() -> NoReturn:
+        raise ConnectionResetError
+
+    monkeypatch.setattr(module, "time", types.SimpleNamespace(monotonic=lambda: now))
+    error = module.UploadError("away", trouble=module.Trouble.NO_ANSWER)
+    monkeypatch.setattr(module, "request_errors", lambda: (ConnectionResetError,))
+    monkeypatch.setattr(module, "error_of", lambda _: error)
+    retries = module.Retries()
+    monkeypatch.setattr(retries.stop, "wait", wait)
+    with pytest.raises(module.UploadError, match="away"):
+        retries.run(attempt, may_stop_run=False)
+    longest = [0.5, 1, 2, 4, 8, *[10] * 60][: len(pauses)]
+    assert all(most / 2 <= pause <= most for pause, most in zip(pauses, longest, strict=True))
+    # At random, so that not all threads come again at once.
+    assert len(set(pauses)) == len(pauses)
+    assert 60 <= sum(pauses) < 70
 
 
 def test_an_error_inside_a_good_answer_to_complete_is_an_error(job: Job) -> None:
