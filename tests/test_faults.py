@@ -226,6 +226,8 @@ def test_the_pauses_between_tries_grow_to_ten_seconds_within_a_minute(
 
     def wait(seconds: float) -> None:
         nonlocal now
+        assert seconds > 0
+        assert now < 60, "nothing is tried again after a minute"
         pauses.append(seconds)
         now += seconds
 
