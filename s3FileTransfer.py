@@ -367,7 +367,9 @@ def shown(text: str) -> str:
 
 def one_line(error: object) -> str:
     """Return the text of `error` as one printable line, without a password in an address."""
-    text = re.sub(r"(?<=//)[^/\s]*@|[^/@:\s]+:[^/\s]*@", "", " ".join(str(error).split()))
+    # A password may have slashes; what follows a colon and a port is a path, though.
+    user = r"(?<=//)[^/\s]*@|[^/@:\s]+:(?!//|\d+/)\S*@|[^/@:\s]+:[^/\s]*@"
+    text = re.sub(user, "", " ".join(str(error).split()))
     return shown(text) or type(error).__name__
 
 

@@ -310,6 +310,8 @@ URLS_WITH_PASSWORD = [
     f"gate-user:{SECRET}@127.0.0.1:1",
     f"http://gate-user:{SECRET}@a b",
     f"http://gate-user:{SECRET}@",
+    f"http://gate-user:{SECRET}/more@127.0.0.1:1",
+    f"http://gate-user:more/{SECRET}@127.0.0.1:1",
 ]
 
 
