@@ -38,7 +38,6 @@ LOCKED = "Backups that an intruder cannot delete"
 
 # In place of a command: it notes its arguments, a line each run.
 NOTING = """\
-#!{python}
 import json, os, sys
 with open({notes!r}, "a") as notes:
     print(json.dumps(sys.argv[1:]), file=notes)
@@ -78,7 +77,11 @@ class Machine:
 
     def note(self, name: str) -> None:
         """Have a command note its arguments and do nothing else."""
-        self.command(name, NOTING.format(python=sys.executable, notes=str(self.notes)))
+        noting = self.bin / f"{name}.py"
+        noting.write_text(NOTING.format(notes=str(self.notes)), encoding="utf-8")
+        # Not its own interpreter line, in which no path may have a space.
+        words = shlex.join([sys.executable, str(noting)])
+        self.command(name, f'#!/bin/sh\nexec {words} "$@"\n')
 
     def noted(self) -> list[list[str]]:
         """The arguments of each run of such commands since the last look."""
