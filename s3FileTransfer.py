@@ -266,7 +266,7 @@ OPTIONAL_FIELDS |= {"shard": str, "error": str, "upload_id": str, "part_size": i
 class Task(NamedTuple):
     """One file to send: what threads and lanes get to see of its entry."""
 
-    number: int  # of the entry
+    entry_index: int
     filepath: str
     key: str
     size: int
@@ -284,7 +284,7 @@ class Outcome(enum.Enum):
     UNCHANGED = "S3 had it already"
     FAILED = "it cannot be sent"
     REFUSED = "it was refused, as all files may be"
-    CHANGED = "try it again later"
+    TRY_LATER = "it changed meanwhile, or could not be opened for now"
     STOPS_RUN = "no file can be sent"
     STOPPED = "the run stopped first"
 
@@ -1447,7 +1447,7 @@ class Concurrency:
         return cls(wanted, threads, part_threads, lane_requests)
 
 
-class Frozen(NamedTuple):
+class Credentials(NamedTuple):
     """Credentials as a request is signed with them."""
 
     access_key: str
@@ -1507,10 +1507,10 @@ class Session:
             what = "the credentials have white space or other odd characters in them"
             raise StopRun(f"{what}; set them again")
 
-    def credentials(self) -> Frozen:
+    def credentials(self) -> Credentials:
         """Return the credentials of this moment; raises what their source raises."""
         frozen = self._credentials.get_frozen_credentials()
-        return Frozen(frozen.access_key or "", frozen.secret_key or "", frozen.token)
+        return Credentials(frozen.access_key or "", frozen.secret_key or "", frozen.token)
 
     def ca_path(self) -> str:
         """Return the file, or folder, with the certificate authorities that boto3 trusts."""
@@ -1975,7 +1975,7 @@ def check_unchanged(
 
 
 class SourceFile:
-    """An open regular file, and its status when it was opened (`before`); a context manager.
+    """An open regular file, and its status when it was opened; a context manager.
 
     Raises OSError, or UploadError for what is no regular file (a FIFO never hangs).
     """
@@ -1992,12 +1992,12 @@ class SourceFile:
                 what = "it has become a symbolic link"
                 raise UploadError(f"{what}; leave out --no-follow-symlinks to send it") from error
             raise
-        self.before = os.fstat(self.handle.fileno())
-        if not stat.S_ISREG(self.before.st_mode):
+        self.status = os.fstat(self.handle.fileno())
+        if not stat.S_ISREG(self.status.st_mode):
             self.close()
             raise UploadError("it is no longer a regular file")
-        self.size = self.before.st_size
-        self.ctime_ns = ctime_of(self.before)
+        self.size = self.status.st_size
+        self.ctime_ns = ctime_of(self.status)
         if self.ctime_ns is not None and time.time_ns() - self.ctime_ns < self.YOUNG_NS:
             self.ctime_ns = 0
 
@@ -2051,7 +2051,7 @@ class SourceFile:
     def check_unchanged(self, md5: bytes) -> None:
         """Raise FileChanged unless the file still has the bytes with this MD5 at its start."""
         after = os.fstat(self.handle.fileno())
-        check_unchanged(after, self.before, lambda: self.md5() == md5)
+        check_unchanged(after, self.status, lambda: self.md5() == md5)
 
 
 @functools.lru_cache(1024)
@@ -2180,7 +2180,7 @@ class Uploader:
         try:
             result.outcome = self._send(task, result)
         except FileChanged as error:
-            result.outcome, result.error = Outcome.CHANGED, str(error)
+            result.outcome, result.error = Outcome.TRY_LATER, str(error)
         except UploadError as error:
             if error.trouble is Trouble.REFUSAL:
                 result.outcome = Outcome.REFUSED
@@ -2194,16 +2194,16 @@ class Uploader:
             result.error = "it vanished before it was sent; restore it"
         except OSError as error:
             if error.errno in self.OUT_OF_FILES:
-                result.outcome = Outcome.CHANGED
+                result.outcome = Outcome.TRY_LATER
             result.error = str(unreadable(error))
-        self._told_at.pop(task.number, None)
+        self._told_at.pop(task.entry_index, None)
         result.seconds = time.monotonic() - started
         return result
 
     def _send(self, task: Task, result: Result) -> Outcome:
         self.retries.check_stopped()
         with SourceFile(task.filepath, follow_symlinks=self.options.follow_symlinks) as source:
-            result.size, result.mtime_ns = source.size, source.before.st_mtime_ns
+            result.size, result.mtime_ns = source.size, source.status.st_mtime_ns
             result.ctime_ns = source.ctime_ns
             if task.etag:
                 if self._has_etag(task, source):
@@ -2238,9 +2238,9 @@ class Uploader:
             source.handle.seek(0)
             body = s3transfer.utils.ReadFileChunk(source.handle, source.size, source.size)
         if source.size > (limit.piece_bytes if limit else IN_MEMORY_BYTES):
-            note = functools.partial(self.note_moved, task.number)
+            note = functools.partial(self.note_moved, task.entry_index)
             body = LargeReads(body, source.size, on_read=note, bandwidth=limit)
-        parameters = self.object_parameters(task.filepath, source.before)
+        parameters = self.object_parameters(task.filepath, source.status)
         parameters |= {"Bucket": self.bucket.name, "Key": task.key, "ContentMD5": base64_of(md5)}
 
         def put() -> None:
@@ -2292,7 +2292,7 @@ class FileInParts:
         self.path, self.size, self.part_size = path, source.size, part_size
         self.digests: dict[int, Digests] = {}
         self.has_crc32 = False
-        self._before, self._retries = source.before, uploader.retries
+        self._status, self._retries = source.status, uploader.retries
         self._follow_symlinks = uploader.options.follow_symlinks
 
     def open(self) -> SourceFile:
@@ -2322,7 +2322,7 @@ class FileInParts:
 
     def check_unchanged(self) -> None:
         """Raise FileChanged unless the file still has the parts that were read."""
-        check_unchanged(os.stat(self.path), self._before, self._has_same_parts)
+        check_unchanged(os.stat(self.path), self._status, self._has_same_parts)
 
     def _has_same_parts(self) -> bool:
         again = self.read_again()
@@ -2439,7 +2439,7 @@ class PartsClient:
     ) -> None:  # fmt: skip
         self.meta = uploader.client.meta
         self._uploader, self._client, self._retries = uploader, uploader.client, uploader.retries
-        self._index, self._file, self._result, self._proof = task.number, file, result, proof
+        self._index, self._file, self._result, self._proof = task.entry_index, file, result, proof
         self._on_s3 = on_s3
         self._etags: dict[int, str] = {}
         self._moved: dict[int, int] = {}
@@ -2619,7 +2619,7 @@ class MultipartUpload:
         files = s3transfer.utils.OSUtils()
         # A file that grows is sent as long as it was at the start.
         files.get_file_size = lambda filename: file.size  # type: ignore[method-assign]
-        extra_args = self._uploader.object_parameters(file.path, self._source.before)
+        extra_args = self._uploader.object_parameters(file.path, self._source.status)
         if file.has_crc32:
             extra_args["ChecksumAlgorithm"] = "CRC32"
         bucket, key = self._uploader.bucket.name, self._task.key
@@ -2669,7 +2669,7 @@ class MultipartUpload:
 class LaneFile(NamedTuple):
     """One small file for a lane."""
 
-    number: int  # of the entry
+    entry_index: int
     path: str
     key: str
 
@@ -2677,7 +2677,7 @@ class LaneFile(NamedTuple):
 class LaneResult(NamedTuple):
     """What a lane says of a file: that S3 has it, proven, or (without an ETag) nothing."""
 
-    number: int  # of the entry
+    entry_index: int
     size: int = 0
     mtime_ns: int = 0
     ctime_ns: int | None = None
@@ -2768,8 +2768,8 @@ class LanePut:
 
     request: Any
 
-    def __init__(self, number: int, source: SourceFile, md5: bytes) -> None:
-        self.number, self._source, self._md5 = number, source, md5
+    def __init__(self, index: int, source: SourceFile, md5: bytes) -> None:
+        self.index, self._source, self._md5 = index, source, md5
         self._answer: dict[str, str] = {}
 
     def take_headers(self, headers: list[tuple[str, str]], **_: object) -> None:
@@ -2787,7 +2787,7 @@ class LanePut:
             "ServerSideEncryption": self._answer.get(encryption),
             "SSECustomerAlgorithm": self._answer.get(f"{encryption}-customer-algorithm"),
         }
-        status = self._source.before
+        status = self._source.status
         try:
             ended = self.request.finished_future
             self.request = None  # it knows this object: the bytes would never be given back
@@ -2796,9 +2796,9 @@ class LanePut:
                 etag = proven_etag(answer, self._md5)
                 self._source.check_unchanged(self._md5)
         except (awscrt.exceptions.AwsCrtError, DigestMismatch, UploadError, OSError):
-            return LaneResult(self.number)
+            return LaneResult(self.index)
         return LaneResult(
-            self.number, status.st_size, status.st_mtime_ns, self._source.ctime_ns,
+            self.index, status.st_size, status.st_mtime_ns, self._source.ctime_ns,
             etag, opaque_encryption(answer),
         )  # fmt: skip
 
@@ -2864,7 +2864,7 @@ class LaneSender:
                 self._calls.put(functools.partial(self._take, credentials, files))
         os._exit(0)
 
-    def _take(self, credentials: Frozen | None, files: list[LaneFile]) -> None:
+    def _take(self, credentials: Credentials | None, files: list[LaneFile]) -> None:
         """Begin the puts of some files, in other threads where reading is slow (NFS)."""
         if credentials:
             # Static: the runtime would otherwise ask Python for them with each request.
@@ -2896,7 +2896,7 @@ class LaneSender:
         except (OSError, UploadError):  # the reliable way meets it too, and says so
             if source:
                 source.close()
-            self._calls.put(lambda: self._results.append(LaneResult(file.number)))
+            self._calls.put(lambda: self._results.append(LaneResult(file.entry_index)))
             return
         self._read_seconds += (time.monotonic() - started - self._read_seconds) / 32
         md5 = new_md5(data).digest()
@@ -2904,12 +2904,12 @@ class LaneSender:
             *self._template.headers,
             ("Content-MD5", base64_of(md5)),
             ("Content-Length", str(len(data))),
-            ("x-amz-meta-mtime", mtime_text(source.before)),
+            ("x-amz-meta-mtime", mtime_text(source.status)),
         ]
         if content_type := content_type_of(file.path):
             headers.append(("Content-Type", content_type))
         path = self._template.path + urllib.parse.quote(file.key, safe="/-_.~")
-        put = LanePut(file.number, source, md5)
+        put = LanePut(file.entry_index, source, md5)
         http, s3 = self._runtime.http, self._runtime.s3
         put.request = self._client.make_request(
             type=s3.S3RequestType.DEFAULT,
@@ -3012,7 +3012,7 @@ class Lane:
         """Have it send a file, with the next `flush`."""
         if not self.indexes:
             self._heard_at = time.monotonic()
-        self.indexes.add(file.number)
+        self.indexes.add(file.entry_index)
         self._batch.append(file)
 
     def flush(self) -> None:
@@ -3038,7 +3038,7 @@ class Lane:
         self, template: PutTemplate, session: Session, on_end: Callable[[Lane], None]
     ) -> None:
         # In a thread: to renew credentials can take long, and so can a pipe that is full.
-        known: Frozen | None = None
+        known: Credentials | None = None
         try:
             with contextlib.suppress(*request_errors()):  # of the source of the credentials
                 self._pipe.send(template)
@@ -3146,8 +3146,8 @@ class Way(enum.Enum):
     PARTS = "in parts, by a thread of this process and those of S3Transfer"
 
 
-class Line:
-    """The files that are sent one way: those that wait, and how many are under way."""
+class Backlog:
+    """The files that are to be sent one way: the next that waits, and how many are under way."""
 
     def __init__(self, tasks: Iterator[Task]) -> None:
         self._tasks, self.next = tasks, next(tasks, None)
@@ -3159,7 +3159,7 @@ class Line:
 
 
 class Window:
-    """How many bytes may be under way: what the line, as far as it has shown, moves in a while.
+    """How many bytes may be under way: what the uplink, as far as it has shown, moves in a while.
 
     On a slow uplink few requests then share it, and each moves often enough that neither the
     runtime (after 30 seconds) nor S3 (after about 20) gives it up. Large files are streamed and
@@ -3188,7 +3188,7 @@ class Window:
         self._count(size, -1)
 
     def grow(self, moved: int) -> None:
-        """Take note of how many bytes the line has moved, since the last time, of what ended."""
+        """Take note of how many bytes have been sent with what has ended since the last time."""
         self._moved += moved
         now = time.monotonic()
         seconds = max(now - self._since, 0.001)
@@ -3237,9 +3237,9 @@ class Transfer:
         # Decided once: what changes in the entry of a file that is under way, or a lane that ends,
         # must not hand the file out again.
         self._ways = [self._way_of(entry) if entry.is_pending else None for entry in entries]
-        self._lines = {way: Line(self._tasks(way)) for way in Way}
+        self._backlogs = {way: Backlog(self._tasks(way)) for way in Way}
         self._again: deque[tuple[float, Task]] = deque()
-        self._under_way: dict[int, tuple[Line, Task]] = {}
+        self._under_way: dict[int, tuple[Backlog, Task]] = {}
         self._window, self._moved_bytes = Window(), 0
         self._unwritten: list[Entry] = []
         self._uploads_unwritten: list[threading.Event] = []
@@ -3298,15 +3298,15 @@ class Transfer:
         return Way.THREAD
 
     def _has_next(self) -> bool:
-        return any(line.next for line in self._lines.values())
+        return any(backlog.next for backlog in self._backlogs.values())
 
     def _hand_out(self) -> None:
         if self._lanes:
             self._feed_lanes()
         else:  # or they have all ended
-            self._feed_threads(Way.THREAD, self._lines[Way.LANE])
+            self._feed_threads(Way.THREAD, self._backlogs[Way.LANE])
         for way in (Way.THREAD, Way.PARTS):
-            self._feed_threads(way, self._lines[way])
+            self._feed_threads(way, self._backlogs[way])
         # Files that changed come after all others: their writer may have finished.
         while self._again and not self._has_next():
             due, task = self._again[0]
@@ -3316,15 +3316,15 @@ class Transfer:
             self._again.popleft()
             self._begin_in_thread(way, task)
 
-    def _feed_threads(self, way: Way, line: Line) -> None:
-        while line.next and self._has_room(way, line.next):
-            self._begin_in_thread(way, line.next)
-            line.advance()
+    def _feed_threads(self, way: Way, backlog: Backlog) -> None:
+        while backlog.next and self._has_room(way, backlog.next):
+            self._begin_in_thread(way, backlog.next)
+            backlog.advance()
 
     def _has_room(self, way: Way, task: Task) -> bool:
         """Tell whether a file may be handed to a thread now."""
         if way is Way.PARTS:
-            return self._lines[way].under_way < self.LARGE_FILES_AT_ONCE
+            return self._backlogs[way].under_way < self.LARGE_FILES_AT_ONCE
         return self._fits(task) and not self._is_busy()
 
     def _fits(self, task: Task) -> bool:
@@ -3332,59 +3332,59 @@ class Transfer:
         return is_little or self._window.has_room_for(task.size)
 
     def _is_busy(self) -> bool:
-        queued = self._lines[Way.THREAD].under_way
+        queued = self._backlogs[Way.THREAD].under_way
         return queued >= self._concurrency.threads * self.QUEUED_PER_THREAD
 
     def _begin_in_thread(self, way: Way, task: Task) -> None:
-        self._note_begun(self._lines[way], task)
+        self._note_begun(self._backlogs[way], task)
         future = self._pools[way].submit(self._uploader.upload, task)
         # A bug in the thread is raised again in the main thread, by result().
         future.add_done_callback(
-            lambda done: self._news.put(lambda: self._record(task.number, done.result()))
+            lambda done: self._news.put(lambda: self._record(task.entry_index, done.result()))
         )
 
     def _feed_lanes(self) -> None:
         """Hand small files to the lanes that are ready, as far as there is room."""
-        line, most = self._lines[Way.LANE], self._concurrency.lane_requests
+        backlog, most = self._backlogs[Way.LANE], self._concurrency.lane_requests
         lanes = [lane for lane in self._lanes if lane.is_ready]
         # Trouble is met by the side that knows what to do, before more is looked for.
         if not lanes or self._is_busy():
             return
-        while (task := line.next) and self._fits(task):
+        while (task := backlog.next) and self._fits(task):
             lane = lanes[0] if len(lanes) == 1 else min(lanes, key=Lane.count)
-            if lane.count() >= most or not self._may_request(line):
+            if lane.count() >= most or not self._may_request(backlog):
                 break
             if self._bandwidth:
                 self._bandwidth.take(task.size)
-            self._note_begun(line, task)
-            lane.add(LaneFile(task.number, task.filepath, task.key))
-            line.advance()
+            self._note_begun(backlog, task)
+            lane.add(LaneFile(task.entry_index, task.filepath, task.key))
+            backlog.advance()
         for lane in lanes:
             lane.flush()
 
-    def _may_request(self, line: Line) -> bool:
+    def _may_request(self, backlog: Backlog) -> bool:
         """Tell whether a lane may make one more request, and count it."""
         if self._bandwidth and self._bandwidth.seconds_until_free() > 0:
             return False
         if self._retries.slots is None:
             return True
         requests, kept_for_parts = self._concurrency.requests or 1, 0
-        if self._lines[Way.PARTS].under_way:
+        if self._backlogs[Way.PARTS].under_way:
             kept_for_parts = min(self._concurrency.part_threads, max(1, requests // 2))
-        if line.under_way >= requests - kept_for_parts:
+        if backlog.under_way >= requests - kept_for_parts:
             return False
         return self._retries.slots.acquire(blocking=False)
 
-    def _note_begun(self, line: Line, task: Task) -> None:
-        self._under_way[task.number] = line, task
-        line.under_way += 1
-        if line is not self._lines[Way.PARTS]:
+    def _note_begun(self, backlog: Backlog, task: Task) -> None:
+        self._under_way[task.entry_index] = backlog, task
+        backlog.under_way += 1
+        if backlog is not self._backlogs[Way.PARTS]:
             self._window.begin(task.size)
 
     def _note_ended(self, index: int, *, moved: int) -> Task:
-        line, task = self._under_way.pop(index)
-        line.under_way -= 1
-        if line is not self._lines[Way.PARTS]:
+        backlog, task = self._under_way.pop(index)
+        backlog.under_way -= 1
+        if backlog is not self._backlogs[Way.PARTS]:
             self._window.end(task.size)
             self._moved_bytes += moved
         self._report.progress.left(index)
@@ -3466,17 +3466,17 @@ class Transfer:
             self._record_lane(lane, results)
 
     def _record_lane(self, lane: Lane, results: list[LaneResult]) -> None:
-        for number, size, mtime_ns, ctime_ns, etag, sse in results:
-            lane.indexes.remove(number)
+        for index, size, mtime_ns, ctime_ns, etag, sse in results:
+            lane.indexes.remove(index)
             if self._retries.slots:
                 self._retries.slots.release()
-            task = self._note_ended(number, moved=size)
+            task = self._note_ended(index, moved=size)
             if etag is None:
                 self._begin_in_thread(Way.THREAD, task._replace(was_in_lane=True))
             else:
                 self._retries.note_life()
                 self._note_uploaded(
-                    self._entries[number],
+                    self._entries[index],
                     Result(size=size, mtime_ns=mtime_ns, ctime_ns=ctime_ns, etag=etag, sse=sse),
                 )
 
@@ -3511,7 +3511,7 @@ class Transfer:
             self.stop_message = self.stop_message or result.error
         elif outcome is Outcome.REFUSED:
             self._refused.append((task, result))
-        elif outcome is Outcome.CHANGED and task.tries < CHANGED_TRIES:
+        elif outcome is Outcome.TRY_LATER and task.tries < CHANGED_TRIES:
             again = task._replace(
                 tries=task.tries + 1, was_in_lane=False, size=result.size or 0, etag=None,
                 upload_id=result.upload_id, part_size=result.part_size,
@@ -3533,7 +3533,7 @@ class Transfer:
         """Decide whether a refusal is of one key or of all; while nothing tells, wait."""
         if self._has_accepted:
             for task, result in self._refused:
-                self._note_failed(self._entries[task.number], result)
+                self._note_failed(self._entries[task.entry_index], result)
             self._refused.clear()
         elif self._refused and not self._under_way:
             self.stop_message = self.stop_message or self._refused[0][1].error
