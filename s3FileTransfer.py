@@ -88,7 +88,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from decimal import Decimal
-from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TextIO, TypeVar
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn, TextIO, TypeVar
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -591,7 +591,8 @@ class Progress:
 
     def __init__(self, *, is_shown: bool) -> None:
         self.is_shown = is_shown
-        # Of each large file: its bytes sent so far, and those of them that an earlier run sent.
+        # Of each large file, by the index of its entry: the bytes that are sent, and how many
+        # of them an earlier run sent. The threads that send write here.
         self._moving: dict[int, int] = {}
         self._sent_earlier: dict[int, int] = {}
         self._small_total = self._small_left = 0
@@ -612,13 +613,14 @@ class Progress:
             self._small_left += (entry.size or 0) < MIB
         self._small_total = self._small_left
 
-    def moved(self, index: int, size: int, sent_earlier: int) -> None:
+    def moved(self, entry_index: int, size: int, sent_earlier: int) -> None:
         """Take note of how many bytes of a large file have been sent, in all and earlier."""
-        self._moving[index], self._sent_earlier[index] = size, sent_earlier
+        if self.is_shown:
+            self._moving[entry_index], self._sent_earlier[entry_index] = size, sent_earlier
 
-    def left(self, index: int) -> None:
-        """Take note that a file is no longer under way."""
-        self._moving.pop(index, None)
+    def not_moving(self, entry_index: int) -> None:
+        """Take note that a file is no longer under way: it counts as sent, failed or waiting."""
+        self._moving.pop(entry_index, None)
 
     def ended(self, entry: Entry) -> None:
         """Take note that a file has been sent, or will not be."""
@@ -644,9 +646,9 @@ class Progress:
         now = time.monotonic()
         if not self._is_due(now):
             return
-        size += sum(self._moving.values())
+        size += sum(list(self._moving.values()))
         total = max(self._total_bytes, size)
-        moved = size - sum(self._sent_earlier.values())
+        moved = size - sum(list(self._sent_earlier.values()))
         small = self._small_total - self._small_left
         self._past.append((now, small, moved))
         while now - self._past[0][0] > self.RATE_SECONDS:
@@ -1428,23 +1430,20 @@ def import_boto3() -> None:
         raise StopRun(what) from error
 
 
-@dataclass(frozen=True)
 class Concurrency:
-    """How much may be under way at once, for this machine and these options."""
+    """How much may be under way at once: what the user wants, as far as open files allow.
 
-    requests: int | None  # of all files, if the user has set it
-    threads: int  # for files that are sent in one part, without a lane
-    part_threads: int  # for each file that is sent in parts
-    lane_requests: int  # of each lane
+    A request has two files open: what it sends, and its connection.
+    """
 
-    @classmethod
-    def of(cls, options: Options, *, files_max: int) -> Concurrency:
-        """Return it for so many open files (each request has two)."""
+    def __init__(self, options: Options, *, files_max: int) -> None:
         wanted, room = options.max_concurrency, max(files_max - 60, 8)
-        threads = max(1, min(wanted or 24, THREADS_MAX, room // 4))
-        part_threads = max(1, min(wanted or 8, THREADS_MAX, room // 8))
-        lane_requests = max(1, min(wanted or 256, 256, room // 2))
-        return cls(wanted, threads, part_threads, lane_requests)
+        self.requests = wanted  # of all files; None: no bound but those below
+        # For files that are sent in one part, without a lane.
+        self.threads = max(1, min(wanted or 24, THREADS_MAX, room // 4))
+        # For each file that is sent in parts.
+        self.part_threads = max(1, min(wanted or 8, THREADS_MAX, room // 8))
+        self.lane_requests = max(1, min(wanted or 256, 256, room // 2))  # of each lane
 
 
 class Credentials(NamedTuple):
@@ -1916,12 +1915,6 @@ def proven_etag(answer: Mapping[str, Any], md5: bytes) -> str:
     return etag
 
 
-class Body(Protocol):
-    """What bytes are read from."""
-
-    def read(self, size: int, /) -> bytes: ...
-
-
 class Digests(NamedTuple):
     """The digests of a file or of one of its parts."""
 
@@ -1941,15 +1934,15 @@ def etag_of_parts(md5s: list[bytes]) -> str:
 
 
 def read_digests(
-    body: Body, size: int, *,
+    handle: io.FileIO, size: int, *,
     with_crc32: bool = False, on_read: Callable[[int], object] | None = None,
 ) -> Digests:  # fmt: skip
-    """Return the digests of `size` bytes of `body`; raise FileChanged if there are fewer.
+    """Return the digests of the next `size` bytes; raise FileChanged if there are fewer.
 
     `on_read` is called with the number of bytes of each piece.
     """
     md5, crc32, left = new_md5(), 0, size
-    while left and (data := body.read(min(left, READ_BYTES))):
+    while left and (data := handle.read(min(left, READ_BYTES))):
         md5.update(data)
         if with_crc32:
             crc32 = zlib.crc32(data, crc32)
@@ -2144,19 +2137,6 @@ class LargeReads:
         return data
 
 
-class Listener(Protocol):
-    """Whom the reliable way tells what happens before a file is done."""
-
-    def save_upload(self, index: int, result: Result) -> None:
-        """Return when the disk has the id of the new multipart upload."""
-
-    def note_accepted(self) -> None:
-        """Take note that S3 has taken something of this run."""
-
-    def note_moved(self, index: int, size: int, sent_earlier: int) -> None:
-        """Take note of how many bytes of a file have been sent, in all and by an earlier run."""
-
-
 class Uploader:
     """The reliable way: sends one file per calling thread, and proves that S3 has its bytes."""
 
@@ -2164,14 +2144,17 @@ class Uploader:
     OUT_OF_FILES = (errno.EMFILE, errno.ENFILE)
 
     def __init__(
-        self, bucket: Bucket, options: Options, *,
-        retries: Retries, listener: Listener, bandwidth: Bandwidth | None, part_threads: int,
+        self, run: Run, bucket: Bucket, *, retries: Retries, bandwidth: Bandwidth | None,
+        part_threads: int, save_upload: Callable[[int, Result], None],
     ) -> None:  # fmt: skip
-        self.bucket, self.client, self.options = bucket, bucket.client, options
-        self.retries, self.listener, self.bandwidth = retries, listener, bandwidth
-        self.part_threads = part_threads
-        self._run_parameters = options.object_parameters()
-        self._told_at: dict[int, float] = {}
+        self.bucket, self.client, self.options = bucket, bucket.client, run.options
+        self.retries, self.bandwidth, self.part_threads = retries, bandwidth, part_threads
+        # Returns when the disk has the id of an entry's new multipart upload.
+        self.save_upload = save_upload
+        # Set once S3 has taken something of this run, so that a refusal is not of all files.
+        self.accepted = threading.Event()
+        self._progress = run.report.progress
+        self._run_parameters = run.options.object_parameters()
 
     def upload(self, task: Task) -> Result:
         """Send one file and return how that ended; the one place that decides that."""
@@ -2196,7 +2179,6 @@ class Uploader:
             if error.errno in self.OUT_OF_FILES:
                 result.outcome = Outcome.TRY_LATER
             result.error = str(unreadable(error))
-        self._told_at.pop(task.entry_index, None)
         result.seconds = time.monotonic() - started
         return result
 
@@ -2266,13 +2248,10 @@ class Uploader:
         parameters["Metadata"] = {"mtime": mtime_text(status)}
         return parameters
 
-    def note_moved(self, index: int, size: int, sent_earlier: int = 0) -> None:
-        """Take note of how many bytes of a file have been sent; tell it now and then."""
+    def note_moved(self, entry_index: int, size: int, sent_earlier: int = 0) -> None:
+        """Take note of how many bytes of a file have been sent, in all and by an earlier run."""
         self.retries.note_life()
-        now = time.monotonic()
-        if now - self._told_at.get(index, 0.0) > Progress.DRAW_SECONDS:
-            self._told_at[index] = now
-            self.listener.note_moved(index, size, sent_earlier)
+        self._progress.moved(entry_index, size, sent_earlier)
 
     def abort(self, task: Task, result: Result) -> None:
         """Abort the multipart upload of a file, if it has one."""
@@ -2439,8 +2418,8 @@ class PartsClient:
     ) -> None:  # fmt: skip
         self.meta = uploader.client.meta
         self._uploader, self._client, self._retries = uploader, uploader.client, uploader.retries
-        self._index, self._file, self._result, self._proof = task.entry_index, file, result, proof
-        self._on_s3 = on_s3
+        self._entry_index, self._on_s3 = task.entry_index, on_s3
+        self._file, self._result, self._proof = file, result, proof
         self._etags: dict[int, str] = {}
         self._moved: dict[int, int] = {}
         self._sent_earlier = 0
@@ -2461,7 +2440,8 @@ class PartsClient:
 
             self._result.upload_id = self._retries.run(create)
             self._result.part_size = self._file.part_size
-            self._uploader.listener.save_upload(self._index, self._result)
+            self._uploader.accepted.set()  # it takes the same permission as to send a part
+            self._uploader.save_upload(self._entry_index, self._result)
         return {"UploadId": self._result.upload_id}
 
     def upload_part(self, *, PartNumber: int, Body: Any, **parameters: Any) -> dict[str, Any]:
@@ -2504,13 +2484,13 @@ class PartsClient:
             return answer["ETag"]
 
         etag = self._retries.run(send)
-        self._uploader.listener.note_accepted()
+        self._uploader.accepted.set()
         return etag
 
     def _note_moved(self, number: int, size: int) -> None:
         self._moved[number] = size
         moved = sum(list(self._moved.values()))
-        self._uploader.note_moved(self._index, moved, self._sent_earlier)
+        self._uploader.note_moved(self._entry_index, moved, self._sent_earlier)
 
     def complete_multipart_upload(self, **parameters: Any) -> dict[str, Any]:
         """Make the parts one object, unless the file changed meanwhile, and prove it."""
@@ -3221,15 +3201,15 @@ class Transfer:
         options = run.options
         self._options, self._state, self._report = options, run.state, run.report
         self._interruption, self._entries, self._lanes = run.interruption, entries, lanes
-        most = Concurrency.of(options, files_max=raise_file_limit())
-        self._concurrency, self._retries = most, Retries(slots=most.requests)
+        self._concurrency = Concurrency(options, files_max=raise_file_limit())
+        self._retries = Retries(slots=self._concurrency.requests)
         self._bandwidth = Bandwidth(options.max_bandwidth) if options.max_bandwidth else None
         self._uploader = Uploader(
-            bucket, options, retries=self._retries, listener=self,
-            bandwidth=self._bandwidth, part_threads=most.part_threads,
+            run, bucket, retries=self._retries, bandwidth=self._bandwidth,
+            part_threads=self._concurrency.part_threads, save_upload=self._save_upload,
         )  # fmt: skip
         self._pools = {
-            Way.THREAD: ThreadPoolExecutor(most.threads),
+            Way.THREAD: ThreadPoolExecutor(self._concurrency.threads),
             Way.PARTS: ThreadPoolExecutor(self.LARGE_FILES_AT_ONCE),
         }
         # What threads and lanes have to say: calls for the main thread.
@@ -3244,7 +3224,7 @@ class Transfer:
         self._unwritten: list[Entry] = []
         self._uploads_unwritten: list[threading.Event] = []
         self._refused: list[tuple[Task, Result]] = []
-        self._has_accepted, self._failed_in_a_row = False, 0
+        self._failed_in_a_row = 0
         self.stop_message: str | None = None
         if lanes:
             template = PutTemplate.of(bucket, options)
@@ -3387,26 +3367,17 @@ class Transfer:
         if backlog is not self._backlogs[Way.PARTS]:
             self._window.end(task.size)
             self._moved_bytes += moved
-        self._report.progress.left(index)
+        self._report.progress.not_moving(index)
         return task
 
     # --- What threads and lanes call ---
 
-    def save_upload(self, index: int, result: Result) -> None:
+    def _save_upload(self, index: int, result: Result) -> None:
         """Return when the disk has the id of the new multipart upload."""
         written, known = threading.Event(), replace(result)
         self._news.put(lambda: self._note_upload(index, known, written))
         while not written.wait(0.5):
             self._retries.check_stopped()
-
-    def note_accepted(self) -> None:
-        """Take note that S3 has taken something of this run."""
-        self._has_accepted = True
-
-    def note_moved(self, index: int, size: int, sent_earlier: int) -> None:
-        """Take note of how many bytes of a file have been sent, in all and by an earlier run."""
-        if self._report.progress.is_shown:
-            self._news.put(lambda: self._report.progress.moved(index, size, sent_earlier))
 
     def _tell_results(self, lane: Lane, results: list[LaneResult]) -> None:
         self._news.put(lambda: self._take_results(lane, results))
@@ -3446,7 +3417,6 @@ class Transfer:
         self._uploads_unwritten.clear()
 
     def _note_upload(self, index: int, result: Result, written: threading.Event) -> None:
-        self._has_accepted = True  # starting an upload takes the same permission
         self._note_of_file(self._entries[index], result)
         self._uploads_unwritten.append(written)
 
@@ -3489,7 +3459,8 @@ class Transfer:
 
     def _note_uploaded(self, entry: Entry, result: Result) -> None:
         self._note_of_file(entry, result)
-        entry.uploaded = self._has_accepted = True
+        entry.uploaded = True
+        self._uploader.accepted.set()
         self._failed_in_a_row = 0
         self._report.uploaded(entry, result.seconds)
 
@@ -3531,7 +3502,7 @@ class Transfer:
 
     def _settle_refused(self) -> None:
         """Decide whether a refusal is of one key or of all; while nothing tells, wait."""
-        if self._has_accepted:
+        if self._uploader.accepted.is_set():
             for task, result in self._refused:
                 self._note_failed(self._entries[task.entry_index], result)
             self._refused.clear()
