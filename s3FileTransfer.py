@@ -126,8 +126,6 @@ DEFAULT_THRESHOLD_BYTES = 10**9
 DEFAULT_PART_BYTES = 16 * MIB
 
 THREADS_MAX = 64  # more only wait for the interpreter lock
-# A file that is damaged or changes on its way is tried so often.
-DAMAGED_TRIES, CHANGED_TRIES = 3, 3
 # What is under way when the run is told to stop has so long to end.
 SIGNAL_GRACE_SECONDS = 8
 
@@ -1601,7 +1599,8 @@ MEANINGS = (
             "PriorRequestNotComplete 408 425 500"),
 )  # fmt: skip
 MEANING_OF = {code: meaning for meaning in MEANINGS for code in meaning.codes.split()}
-PASSING = frozenset({Trouble.NO_ANSWER, Trouble.UNAVAILABLE, Trouble.SERVER_ERROR})
+SILENT = frozenset({Trouble.NO_ANSWER, Trouble.UNAVAILABLE})
+PASSING = SILENT | {Trouble.SERVER_ERROR}
 # A server that has other regions, or none, answers CreateBucket with one of these.
 LOCATION_CODES = frozenset(
     "InvalidLocationConstraint IllegalLocationConstraintException InvalidRegion "
@@ -1682,6 +1681,7 @@ class Retries:
     FIRST_PATIENCE_SECONDS = 9
     BACKOFF_FIRST_SECONDS = 0.5
     BACKOFF_MAX_SECONDS = 10
+    DAMAGED_TRIES = 3  # of what arrives damaged
 
     def __init__(self, *, slots: int | None = None, is_first_request: bool = False) -> None:
         self.stop = threading.Event()
@@ -1710,7 +1710,8 @@ class Retries:
         a tight policy may refuse), Stopped when the run is being stopped.
         """
         give_up_at, damaged = math.inf, damaged_tries
-        for tries in itertools.count():
+        pause = self.BACKOFF_FIRST_SECONDS
+        while True:
             self.check_stopped()
             try:
                 with self.slots or contextlib.nullcontext():
@@ -1720,26 +1721,23 @@ class Retries:
             else:
                 self.note_life()
                 return answer
-            if error.trouble not in (Trouble.NO_ANSWER, Trouble.UNAVAILABLE):
+            if error.trouble not in SILENT:
                 self.note_life()
             give_up_at = min(give_up_at, time.monotonic() + self._patience_seconds)
             damaged += error.trouble is Trouble.DAMAGED
-            is_rare = error.trouble is Trouble.DAMAGED and damaged < DAMAGED_TRIES
+            is_rare = error.trouble is Trouble.DAMAGED and damaged < self.DAMAGED_TRIES
             if (error.trouble in PASSING or is_rare) and time.monotonic() < give_up_at:
-                longest = self.BACKOFF_FIRST_SECONDS * 2 ** min(tries, 10)
-                longest = min(self.BACKOFF_MAX_SECONDS, longest)
-                self.stop.wait(random.uniform(longest / 2, longest))
+                self.stop.wait(random.uniform(pause / 2, pause))
+                pause = min(2 * pause, self.BACKOFF_MAX_SECONDS)
             elif may_stop_run and self._meets_every_file(error.trouble):
                 raise StopRun(str(error))
             else:
                 raise error
-        raise AssertionError("unreachable")
 
     def _meets_every_file(self, trouble: Trouble) -> bool:
         # A server that has long been silent to all is gone; one that serves others is not.
         silent_seconds = time.monotonic() - self._alive_at
-        is_silent = trouble in (Trouble.NO_ANSWER, Trouble.UNAVAILABLE)
-        is_gone = is_silent and silent_seconds > self._patience_seconds / 2
+        is_gone = trouble in SILENT and silent_seconds > self._patience_seconds / 2
         return is_gone or trouble is Trouble.OF_ALL
 
 
@@ -2535,7 +2533,9 @@ class MultipartUpload:
         """Send the file, and note the object's proven ETag; raises what `upload` knows."""
         if self._source.size > PARTS_MAX * PART_MAX_BYTES:
             raise UploadError("it is larger than the 48.8 TiB that S3 takes; split it")
-        for tries in itertools.count(1):
+        tries = 0
+        while True:
+            tries += 1
             try:
                 self._result.etag = self._attempt()
                 return
@@ -2545,14 +2545,13 @@ class MultipartUpload:
             except DigestMismatch as error:
                 if not isinstance(error, NotThere):
                     self._forget_upload()
-                if tries == DAMAGED_TRIES:
+                if tries == Retries.DAMAGED_TRIES:
                     raise error_of(error) from error
             except UploadError as error:
                 # Somebody else aborted it: there is nothing left to go on with.
-                if error.code != "NoSuchUpload" or tries == DAMAGED_TRIES:
+                if error.code != "NoSuchUpload" or tries == Retries.DAMAGED_TRIES:
                     raise
                 self._forget_upload()
-        raise AssertionError("unreachable")
 
     def _attempt(self) -> str:
         wanted = self._result.part_size or self._uploader.options.multipart_chunksize
@@ -2644,14 +2643,6 @@ class MultipartUpload:
 
 
 # --- lanes ------------------------------------------------------------------------
-
-
-class LaneFile(NamedTuple):
-    """One small file for a lane."""
-
-    entry_index: int
-    path: str
-    key: str
 
 
 class LaneResult(NamedTuple):
@@ -2798,7 +2789,7 @@ class LaneSender:
         self._client, self._signing = self._make_client(), None
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._results: list[LaneResult] = []
-        self._slow_files: queue.SimpleQueue[LaneFile] = queue.SimpleQueue()
+        self._slow_tasks: queue.SimpleQueue[Task] = queue.SimpleQueue()
         self._read_seconds, self._has_readers = 0.0, False
 
     def _make_client(self) -> Any:
@@ -2826,7 +2817,7 @@ class LaneSender:
         )
 
     def run(self) -> None:
-        """Send the files that come through the pipe, until it closes: raises OSError then."""
+        """Send what comes through the pipe, until it closes: raises OSError then."""
         threading.Thread(target=self._receive, daemon=True).start()
         told_at = 0.0
         while True:
@@ -2840,11 +2831,11 @@ class LaneSender:
     def _receive(self) -> None:
         with contextlib.suppress(EOFError, OSError):
             while True:
-                credentials, files = self._pipe.recv()
-                self._calls.put(functools.partial(self._take, credentials, files))
+                credentials, tasks = self._pipe.recv()
+                self._calls.put(functools.partial(self._take, credentials, tasks))
         os._exit(0)
 
-    def _take(self, credentials: Credentials | None, files: list[LaneFile]) -> None:
+    def _take(self, credentials: Credentials | None, tasks: list[Task]) -> None:
         """Begin the puts of some files, in other threads where reading is slow (NFS)."""
         if credentials:
             # Static: the runtime would otherwise ask Python for them with each request.
@@ -2852,31 +2843,31 @@ class LaneSender:
             self._signing = self._runtime.s3.create_default_s3_signing_config(
                 region=self._template.region, credential_provider=provider
             )
-        for file in files:
+        for task in tasks:
             if self._read_seconds < self.SLOW_READ_SECONDS:
-                self._begin(file)
+                self._begin(task)
             else:
-                self._slow_files.put(file)
-        if not (self._has_readers or self._slow_files.empty()):
+                self._slow_tasks.put(task)
+        if not (self._has_readers or self._slow_tasks.empty()):
             self._has_readers = True
             for _ in range(self.READERS):
                 threading.Thread(target=self._read_on, daemon=True).start()
 
     def _read_on(self) -> None:
         while True:
-            self._begin(self._slow_files.get())
+            self._begin(self._slow_tasks.get())
 
-    def _begin(self, file: LaneFile) -> None:
+    def _begin(self, task: Task) -> None:
         source, started = None, time.monotonic()
         try:
-            source = SourceFile(file.path, follow_symlinks=self._template.follow_symlinks)
+            source = SourceFile(task.filepath, follow_symlinks=self._template.follow_symlinks)
             if source.size > self.FILE_MAX_BYTES:
                 raise UploadError("it has grown since the walk")
             data = source.read_all()
         except (OSError, UploadError):  # the reliable way meets it too, and says so
             if source:
                 source.close()
-            self._calls.put(lambda: self._results.append(LaneResult(file.entry_index)))
+            self._calls.put(lambda: self._results.append(LaneResult(task.entry_index)))
             return
         self._read_seconds += (time.monotonic() - started - self._read_seconds) / 32
         md5 = new_md5(data).digest()
@@ -2886,10 +2877,10 @@ class LaneSender:
             ("Content-Length", str(len(data))),
             ("x-amz-meta-mtime", mtime_text(source.status)),
         ]
-        if content_type := content_type_of(file.path):
+        if content_type := content_type_of(task.filepath):
             headers.append(("Content-Type", content_type))
-        path = self._template.path + urllib.parse.quote(file.key, safe="/-_.~")
-        put = LanePut(file.entry_index, source, md5)
+        path = self._template.path + urllib.parse.quote(task.key, safe="/-_.~")
+        put = LanePut(task.entry_index, source, md5)
         http, s3 = self._runtime.http, self._runtime.s3
         put.request = self._client.make_request(
             type=s3.S3RequestType.DEFAULT,
@@ -2964,8 +2955,8 @@ class Lane:
         self.indexes: set[int] = set()
         self.is_ready = False
         self._heard_at = time.monotonic()
-        self._batch: list[LaneFile] = []
-        self._outbox: queue.SimpleQueue[list[LaneFile]] = queue.SimpleQueue()
+        self._batch: list[Task] = []
+        self._outbox: queue.SimpleQueue[list[Task]] = queue.SimpleQueue()
         self._pipe, theirs = SPAWN.Pipe()
         self._process = SPAWN.Process(target=run_lane, args=(theirs,), daemon=True)
         if sys.platform == "win32":
@@ -2984,16 +2975,30 @@ class Lane:
         self, template: PutTemplate, session: Session, *,
         on_results: Callable[[Lane, list[LaneResult]], None], on_end: Callable[[Lane], None],
     ) -> None:  # fmt: skip
-        """Let it take files; both functions are called from threads of its own."""
-        threading.Thread(target=self._feed, args=(template, session, on_end), daemon=True).start()
-        threading.Thread(target=self._listen, args=(on_results, on_end), daemon=True).start()
+        """Let it take files; both functions are called from threads of its own.
 
-    def add(self, file: LaneFile) -> None:
+        `on_end` may be called twice, and results of what it had may still come after that.
+        """
+
+        def run(work: Callable[[], None]) -> None:
+            try:
+                # Its pipe closes when it ends; the source of the credentials may fail.
+                with contextlib.suppress(EOFError, *request_errors()):
+                    work()
+            finally:  # a bug too must not make the run wait for ever
+                on_end(self)
+
+        feed = functools.partial(self._feed, template, session)
+        listen = functools.partial(self._listen, on_results)
+        for work in (feed, listen):
+            threading.Thread(target=run, args=(work,), daemon=True).start()
+
+    def add(self, task: Task) -> None:
         """Have it send a file, with the next `flush`."""
         if not self.indexes:
             self._heard_at = time.monotonic()
-        self.indexes.add(file.entry_index)
-        self._batch.append(file)
+        self.indexes.add(task.entry_index)
+        self._batch.append(task)
 
     def flush(self) -> None:
         """Hand over what was added."""
@@ -3014,32 +3019,20 @@ class Lane:
         """End it, whatever it does."""
         self._process.kill()  # it ignores SIGTERM, as signals are for the main process
 
-    def _feed(
-        self, template: PutTemplate, session: Session, on_end: Callable[[Lane], None]
-    ) -> None:
+    def _feed(self, template: PutTemplate, session: Session) -> None:
         # In a thread: to renew credentials can take long, and so can a pipe that is full.
         known: Credentials | None = None
-        try:
-            with contextlib.suppress(*request_errors()):  # of the source of the credentials
-                self._pipe.send(template)
-                while True:
-                    files, credentials = self._outbox.get(), session.credentials()
-                    self._pipe.send((credentials if credentials != known else None, files))
-                    known = credentials
-        finally:
-            on_end(self)
+        self._pipe.send(template)
+        while True:
+            tasks, credentials = self._outbox.get(), session.credentials()
+            self._pipe.send((credentials if credentials != known else None, tasks))
+            known = credentials
 
-    def _listen(
-        self, on_results: Callable[[Lane, list[LaneResult]], None], on_end: Callable[[Lane], None]
-    ) -> None:
-        try:
-            with contextlib.suppress(EOFError, OSError):
-                while True:
-                    results = self._pipe.recv()  # first of all none: it is ready
-                    self.is_ready, self._heard_at = True, time.monotonic()
-                    on_results(self, results)
-        finally:  # a bug too must not make the run wait for ever
-            on_end(self)
+    def _listen(self, on_results: Callable[[Lane, list[LaneResult]], None]) -> None:
+        while True:
+            results = self._pipe.recv()  # first of all none: it is ready
+            self.is_ready, self._heard_at = True, time.monotonic()
+            on_results(self, results)
 
 
 class Lanes:
@@ -3193,6 +3186,8 @@ class Transfer:
     QUEUED_PER_THREAD = 2  # so that none waits for the next
     LARGE_FILES_AT_ONCE = 2
     ALWAYS_UNDER_WAY = 4  # files, however large they are
+    # A file that changes while it is sent is tried so often, after all others.
+    CHANGED_TRIES = 3
     CHANGED_PAUSE_SECONDS = 2
     # So many files that the server fails to take, one after the other: it takes none.
     FAILED_IN_A_ROW_MAX = 20
@@ -3241,13 +3236,12 @@ class Transfer:
         self._report.progress.begin(entry for entry in self._entries if entry.is_pending)
         stop_at = math.inf
         while time.monotonic() < stop_at:
-            if not (self._interruption.signum or self.stop_message):
-                if not self._refused:
-                    self._hand_out()
-            elif stop_at == math.inf:
-                stop_at = time.monotonic() + SIGNAL_GRACE_SECONDS
+            is_stopping = bool(self._interruption.signum or self.stop_message)
+            if is_stopping:
+                stop_at = min(stop_at, time.monotonic() + SIGNAL_GRACE_SECONDS)
                 self._retries.stop.set()
-            is_stopping = stop_at < math.inf
+            elif not self._refused:
+                self._hand_out()
             is_waiting = self._has_next() or self._again or self._refused
             if not self._under_way and (is_stopping or not is_waiting):
                 break
@@ -3337,7 +3331,7 @@ class Transfer:
             if self._bandwidth:
                 self._bandwidth.take(task.size)
             self._note_begun(backlog, task)
-            lane.add(LaneFile(task.entry_index, task.filepath, task.key))
+            lane.add(task)
             backlog.advance()
         for lane in lanes:
             lane.flush()
@@ -3432,73 +3426,67 @@ class Transfer:
         entry.sse = self._options.encryption if result.upload_id else result.sse
 
     def _take_results(self, lane: Lane, results: list[LaneResult]) -> None:
-        if lane in self._lanes:  # else its files are with the reliable way
-            self._record_lane(lane, results)
-
-    def _record_lane(self, lane: Lane, results: list[LaneResult]) -> None:
+        if lane not in self._lanes:  # its files are with the reliable way already
+            return
         for index, size, mtime_ns, ctime_ns, etag, sse in results:
             lane.indexes.remove(index)
             if self._retries.slots:
                 self._retries.slots.release()
-            task = self._note_ended(index, moved=size)
             if etag is None:
+                task = self._note_ended(index, moved=0)
                 self._begin_in_thread(Way.THREAD, task._replace(was_in_lane=True))
             else:
                 self._retries.note_life()
-                self._note_uploaded(
-                    self._entries[index],
-                    Result(size=size, mtime_ns=mtime_ns, ctime_ns=ctime_ns, etag=etag, sse=sse),
-                )
+                self._record(index, Result(Outcome.UPLOADED, size, mtime_ns, ctime_ns, etag, sse))
 
     def _drop_lane(self, lane: Lane) -> None:
         """Give the files of a lane that has ended to the reliable way."""
         if lane in self._lanes:
-            self._lanes.drop(lane)
             lane.kill()  # first: what was stuck may go on, and send older bytes last
-            self._record_lane(lane, [LaneResult(index) for index in sorted(lane.indexes)])
-
-    def _note_uploaded(self, entry: Entry, result: Result) -> None:
-        self._note_of_file(entry, result)
-        entry.uploaded = True
-        self._uploader.accepted.set()
-        self._failed_in_a_row = 0
-        self._report.uploaded(entry, result.seconds)
+            self._take_results(lane, [LaneResult(index) for index in sorted(lane.indexes)])
+            self._lanes.drop(lane)
 
     def _record(self, index: int, result: Result) -> None:
         """Write down in its entry what became of a file."""
-        entry, outcome = self._entries[index], result.outcome
-        is_uploaded = outcome is Outcome.UPLOADED
-        task = self._note_ended(index, moved=(result.size or 0) if is_uploaded else 0)
+        entry, is_sent = self._entries[index], result.outcome is Outcome.UPLOADED
+        task = self._note_ended(index, moved=(result.size or 0) if is_sent else 0)
         if result.notice:
             self._report.notice(result.notice, entry.filepath)
-        if is_uploaded:
-            self._note_uploaded(entry, result)
-            return
         self._note_of_file(entry, result)
-        if outcome is Outcome.UNCHANGED:
-            entry.uploaded = True
-            self._report.unchanged(entry)
-        elif outcome is Outcome.STOPS_RUN:
-            self.stop_message = self.stop_message or result.error
-        elif outcome is Outcome.REFUSED:
-            self._refused.append((task, result))
-        elif outcome is Outcome.TRY_LATER and task.tries < CHANGED_TRIES:
-            again = task._replace(
-                tries=task.tries + 1, was_in_lane=False, size=result.size or 0, etag=None,
-                upload_id=result.upload_id, part_size=result.part_size,
-            )  # fmt: skip
-            self._again.append((time.monotonic() + self.CHANGED_PAUSE_SECONDS, again))
-        elif outcome is not Outcome.STOPPED:
-            self._note_failed(entry, result)
+        match result.outcome:
+            case Outcome.UPLOADED:
+                entry.uploaded = True
+                self._uploader.accepted.set()
+                self._failed_in_a_row = 0
+                self._report.uploaded(entry, result.seconds)
+            case Outcome.UNCHANGED:
+                entry.uploaded = True
+                self._report.unchanged(entry)
+            case Outcome.STOPS_RUN:
+                self._stop(result.error)
+            case Outcome.REFUSED:
+                self._refused.append((task, result))
+            case Outcome.TRY_LATER if task.tries < self.CHANGED_TRIES:
+                again = task._replace(
+                    tries=task.tries + 1, was_in_lane=False, size=result.size or 0, etag=None,
+                    upload_id=result.upload_id, part_size=result.part_size,
+                )  # fmt: skip
+                self._again.append((time.monotonic() + self.CHANGED_PAUSE_SECONDS, again))
+            case Outcome.STOPPED:  # its entry stays as it is: not uploaded, without an error
+                pass
+            case _:
+                self._note_failed(entry, result)
 
     def _note_failed(self, entry: Entry, result: Result) -> None:
         entry.error = result.error
         self._report.failed(entry)
         self._failed_in_a_row += result.is_trouble_of_server
         if self._failed_in_a_row >= self.FAILED_IN_A_ROW_MAX:
-            self.stop_message = (
-                self.stop_message or f"one file after the other fails: {entry.error}"
-            )
+            self._stop(f"one file after the other fails: {entry.error}")
+
+    def _stop(self, message: str | None) -> None:
+        """Have the run stop; what is said is the first trouble, not what follows from it."""
+        self.stop_message = self.stop_message or message
 
     def _settle_refused(self) -> None:
         """Decide whether a refusal is of one key or of all; while nothing tells, wait."""
@@ -3507,7 +3495,7 @@ class Transfer:
                 self._note_failed(self._entries[task.entry_index], result)
             self._refused.clear()
         elif self._refused and not self._under_way:
-            self.stop_message = self.stop_message or self._refused[0][1].error
+            self._stop(self._refused[0][1].error)
 
     def save(self) -> None:
         """Save the state; when that fails, a run goes on without, for the data's sake."""
