@@ -135,7 +135,11 @@ SIGNAL_GRACE_SECONDS = 8
 
 @dataclass(frozen=True)
 class Options:
-    """The command line; sizes and rates are in bytes. Never changed once it is read."""
+    """The command line; sizes and rates are in bytes. Never changed once it is read.
+
+    An option is a field here and a line in `build_parser`, of the same name; what argparse
+    cannot tell of it is in `options_problem`.
+    """
 
     backupfolder: str
     exclude: list[str]
@@ -183,6 +187,15 @@ class Options:
         return {name: value for name, value in wanted.items() if value}
 
 
+def part_size_for(size: int, wanted: int) -> int:
+    """Return the part size in bytes for a file: `wanted`, or what S3's limits make of it.
+
+    An upload that a later run goes on with, or compares, must get the same again.
+    """
+    needed = -(-size // PARTS_MAX)
+    return min(max(wanted, PART_MIN_BYTES, -(-needed // MIB) * MIB), PART_MAX_BYTES)
+
+
 def key_problem(key: str) -> str | None:
     """Return why S3 cannot have `key`, or None when it can."""
     if not key:
@@ -208,7 +221,7 @@ class Entry:
     mtime_ns: int | None = None
     # 0 where it will not tell whether the file changes: it was written just before it was read.
     ctime_ns: int | None = None
-    etag: str | None = None
+    etag: str | None = None  # while it is pending: of what the bucket has under its key
     shard: str | None = None
     error: str | None = None
     upload_id: str | None = None
@@ -488,24 +501,31 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def options_problem(options: Options) -> str | None:
+    """Return what is wrong with the options that argparse cannot tell, or None."""
+    if options.sse_kms_key_id and not (options.sse or "").startswith("aws:kms"):
+        return "--sse-kms-key-id needs --sse aws:kms"
+    if options.verify and (options.crashrun or options.dryrun or options.skip_unchanged):
+        return "--verify sends nothing: leave out --crashrun, --dryrun, --skip-unchanged"
+    if problem := key_problem(options.prefix + "name"):
+        return f"--prefix {shown(options.prefix)}: {problem}"
+    if options.storage_class and not re.fullmatch(r"[A-Za-z0-9_-]+", options.storage_class):
+        return f"--storage-class {shown(options.storage_class)} is no name of a class"
+    for name in ("sse_kms_key_id", "expected_bucket_owner"):
+        if not re.fullmatch(r"[!-~]+", getattr(options, name) or "none"):
+            return f"--{name.replace('_', '-')} has white space or other odd characters"
+    for name in ("backupfolder", "statefile"):
+        if not getattr(options, name):  # an unset variable of a shell script
+            return f"--{name} is empty"
+    return None
+
+
 def parse_arguments(argv: list[str] | None) -> Options:
     """Return the parsed command line, or raise SystemExit (2) after a sentence on stderr."""
     parser = build_parser()
     options = Options(**vars(parser.parse_args(argv)))
-    if options.sse_kms_key_id and not (options.sse or "").startswith("aws:kms"):
-        parser.error("--sse-kms-key-id needs --sse aws:kms")
-    if options.verify and (options.crashrun or options.dryrun or options.skip_unchanged):
-        parser.error("--verify sends nothing: leave out --crashrun, --dryrun, --skip-unchanged")
-    if problem := key_problem(options.prefix + "name"):
-        parser.error(f"--prefix {shown(options.prefix)}: {problem}")
-    if options.storage_class and not re.fullmatch(r"[A-Za-z0-9_-]+", options.storage_class):
-        parser.error(f"--storage-class {shown(options.storage_class)} is no name of a class")
-    for name in ("sse_kms_key_id", "expected_bucket_owner"):
-        if not re.fullmatch(r"[!-~]+", getattr(options, name) or "none"):
-            parser.error(f"--{name.replace('_', '-')} has white space or other odd characters")
-    for name in ("backupfolder", "statefile"):
-        if not getattr(options, name):  # an unset variable of a shell script
-            parser.error(f"--{name} is empty")
+    if problem := options_problem(options):
+        parser.error(problem)
     folder = os.path.abspath(options.backupfolder)
     if not os.path.isdir(folder):
         there = os.path.lexists(folder)
@@ -597,6 +617,7 @@ class Progress:
         if is_shown and sys.platform == "win32":
             os.system("")  # lets the console know such sequences
         self._line, self._drawn_at = "", -math.inf
+        # Of the files that were to be sent when it began.
         self._total_files = self._total_bytes = self._failed_files = self._failed_bytes = 0
         self._is_begun = False
         self._past: deque[tuple[float, int, int]] = deque()
@@ -1380,12 +1401,6 @@ def keep_unseen(run: Run, entries: list[Entry], previous: list[Entry] | None) ->
         entries[:] = [e for entry in entries for e in (entry, *kept.get(entry.filepath, ()))]
 
 
-def part_size_for(size: int, wanted: int) -> int:
-    """Return the part size in bytes for a file: `wanted`, or what S3's limits make of it."""
-    needed = -(-size // PARTS_MAX)
-    return min(max(wanted, PART_MIN_BYTES, -(-needed // MIB) * MIB), PART_MAX_BYTES)
-
-
 def carry_uploads(
     entries: list[Entry], recorded: Iterable[Entry], encryption: str | None
 ) -> list[Entry]:
@@ -1452,7 +1467,7 @@ class Credentials(NamedTuple):
     token: str | None
 
 
-def cannot_start(error: Exception) -> StopRun:
+def start_error(error: Exception) -> StopRun:
     """Return what to say when boto3 refuses its configuration."""
     why = f"cannot start S3: {one_line(error)}"
     return StopRun(f"{why}; check profile, credentials and endpoint")
@@ -1498,7 +1513,7 @@ class Session:
             why = f"cannot get credentials: {one_line(error)}"
             raise StopRun(f"{why}; check their source in the AWS configuration") from error
         except (botocore.exceptions.BotoCoreError, ValueError) as error:
-            raise cannot_start(error) from error
+            raise start_error(error) from error
         # As headers that cannot be sent they would be shown in the error.
         if any(re.search(r"[^!-~]", text or "") for text in frozen):
             what = "the credentials have white space or other odd characters in them"
@@ -1543,7 +1558,7 @@ class Session:
                 "s3", region_name=region, endpoint_url=options.endpoint_url, config=config
             )
         except (botocore.exceptions.BotoCoreError, ValueError) as error:
-            raise cannot_start(error) from error
+            raise start_error(error) from error
         client.meta.events.register_first("before-call.s3.PutObject", send_small_body_at_once)
         if options.expected_bucket_owner:
             name_owner = functools.partial(name_bucket_owner, options.expected_bucket_owner)
@@ -1565,6 +1580,8 @@ class Meaning(NamedTuple):
     codes: str
 
 
+# What is in no line means trouble of the one file. Where a code has a meaning for one request
+# alone (no such upload, a bucket that is there already), who makes the request looks at it.
 # https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html
 MEANINGS = (
     Meaning(Trouble.OF_ALL, "the session token is not valid or has expired; renew it",
@@ -1601,11 +1618,6 @@ MEANINGS = (
 MEANING_OF = {code: meaning for meaning in MEANINGS for code in meaning.codes.split()}
 SILENT = frozenset({Trouble.NO_ANSWER, Trouble.UNAVAILABLE})
 PASSING = SILENT | {Trouble.SERVER_ERROR}
-# A server that has other regions, or none, answers CreateBucket with one of these.
-LOCATION_CODES = frozenset(
-    "InvalidLocationConstraint IllegalLocationConstraintException InvalidRegion "
-    "AuthorizationHeaderMalformed".split()
-)
 
 
 def error_of_answer(response: Any) -> UploadError:
@@ -1754,6 +1766,11 @@ class Bucket:
 
     # A name server or a black hole may hang far longer than any timeout of ours.
     FIRST_REQUEST_SECONDS = 18
+    # A server that has other regions, or none, answers CreateBucket with one of these.
+    LOCATION_CODES = frozenset(
+        "InvalidLocationConstraint IllegalLocationConstraintException InvalidRegion "
+        "AuthorizationHeaderMalformed".split()
+    )
     NAME = re.compile(r"(?![\d.]+$)(?!.*\.\.)[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 
     def __init__(self, run: Run) -> None:
@@ -1804,29 +1821,34 @@ class Bucket:
         self.exists = True
 
     def _create(self) -> S3Client:
+        """Create the bucket and return the client for its region."""
         region = self._options.region or DEFAULT_REGION
         location: Any = {"CreateBucketConfiguration": {"LocationConstraint": region}}
-        location = {} if region == "us-east-1" else location
-        attempts: list[tuple[S3Client, Any]] = [(self.session.client(region), location)]
-        if not (self._options.region or is_aws(self.client)):
-            attempts.append((self.client, {}))  # other servers have regions of their own, or none
-        for creator, location in attempts:
-            try:
-                create = functools.partial(creator.create_bucket, Bucket=self.name, **location)
-                Retries().run(create, may_stop_run=False)
-                break
-            except UploadError as error:
-                # A second request, or another run's, finds the bucket there already.
-                if error.code in ("BucketAlreadyOwnedByYou", "BucketAlreadyExists"):
-                    if self._status_soon(creator, seconds=3) == 200:
-                        break
-                    why = f"the bucket name {self.name} is taken by another account"
-                    raise StopRun(f"{why}; choose another with --bucketname") from error
-                if error.code not in LOCATION_CODES or (creator, location) == attempts[-1]:
-                    raise StopRun(f"cannot create the bucket {self.name}: {error}") from error
-        if self._status_soon(creator, seconds=20) == 404:
+        client = self.session.client(region)
+        error = self._request(client, {} if region == "us-east-1" else location)
+        may_be_elsewhere = not (self._options.region or is_aws(self.client))
+        if error and error.code in self.LOCATION_CODES and may_be_elsewhere:
+            client = self.client
+            error = self._request(client, {})
+        if error:
+            raise StopRun(f"cannot create the bucket {self.name}: {error}") from error
+        if self._status_soon(client, seconds=20) == 404:
             raise StopRun(f"the new bucket {self.name} does not appear; try again")
-        return creator
+        return client
+
+    def _request(self, client: S3Client, location: Any) -> UploadError | None:
+        """Ask for the bucket; return why that fails, or None when it is there."""
+        create = functools.partial(client.create_bucket, Bucket=self.name, **location)
+        try:
+            Retries().run(create, may_stop_run=False)
+        except UploadError as error:
+            if error.code not in ("BucketAlreadyOwnedByYou", "BucketAlreadyExists"):
+                return error
+            # A second request, or another run's, finds the bucket there already.
+            if self._status_soon(client, seconds=3) != 200:
+                why = f"the bucket name {self.name} is taken by another account"
+                raise StopRun(f"{why}; choose another with --bucketname") from error
+        return None
 
     def _status_soon(self, client: S3Client, *, seconds: int) -> int:
         """Return what HeadBucket says, once it is not 404 or so much time has passed."""
@@ -1999,7 +2021,6 @@ class SourceFile:
         self.close()
 
     def close(self) -> None:
-        """Close the file."""
         self.handle.close()
 
     def read_all(self) -> bytes:
@@ -2094,7 +2115,7 @@ def why_unreadable(error: OSError | UploadError) -> str:
     return reason(error) if isinstance(error, OSError) else str(error)
 
 
-def unreadable(error: OSError) -> UploadError:
+def read_error(error: OSError) -> UploadError:
     """Return what to say of a file that cannot be read."""
     advice = "its permissions" if isinstance(error, PermissionError) else "the disk"
     return UploadError(f"cannot read it: {reason(error)}; check {advice}")
@@ -2126,7 +2147,7 @@ class LargeReads:
         try:
             data = self._body.read(self._piece_bytes)
         except OSError as error:
-            raise unreadable(error) from error
+            raise read_error(error) from error
         if not data and self._body.tell() < self._size:
             raise FileChanged  # it is shorter now, and the server would wait for the rest
         if self._bandwidth:
@@ -2176,7 +2197,7 @@ class Uploader:
         except OSError as error:
             if error.errno in self.OUT_OF_FILES:
                 result.outcome = Outcome.TRY_LATER
-            result.error = str(unreadable(error))
+            result.error = str(read_error(error))
         result.seconds = time.monotonic() - started
         return result
 
@@ -2185,10 +2206,14 @@ class Uploader:
         with SourceFile(task.filepath, follow_symlinks=self.options.follow_symlinks) as source:
             result.size, result.mtime_ns = source.size, source.status.st_mtime_ns
             result.ctime_ns = source.ctime_ns
-            if task.etag:
-                if self._has_etag(task, source):
-                    result.etag = task.etag
+            if task.etag:  # the bucket has it, perhaps with the same bytes
+                part_size = task.part_size or self.options.multipart_chunksize
+                result.etag = source.etag_like(
+                    task.etag, part_size, on_read=lambda _: self.retries.check_stopped()
+                )
+                if result.etag == task.etag:
                     return Outcome.UNCHANGED
+                result.etag = None
                 result.part_size = None
             if self.options.is_multipart(source.size):
                 MultipartUpload(self, task, source, result).send()
@@ -2196,15 +2221,6 @@ class Uploader:
                 self.abort(task, result)
                 self._put(task, source, result)
         return Outcome.UPLOADED
-
-    def _has_etag(self, task: Task, source: SourceFile) -> bool:
-        """Tell whether the file has the bytes of the object that the bucket has."""
-
-        def note(_size: int) -> None:
-            self.retries.check_stopped()
-
-        part_size = task.part_size or self.options.multipart_chunksize
-        return source.etag_like(task.etag or "", part_size, on_read=note) == task.etag
 
     def _put(self, task: Task, source: SourceFile, result: Result) -> None:
         """Send the file with PutObject."""
@@ -2554,27 +2570,27 @@ class MultipartUpload:
                 self._forget_upload()
 
     def _attempt(self) -> str:
+        """Send what S3 lacks of the file, and return the object's proven ETag."""
         wanted = self._result.part_size or self._uploader.options.multipart_chunksize
         part_size = part_size_for(self._source.size, wanted)
         file = FileInParts(self._uploader, self._task.filepath, self._source, part_size)
         file.has_crc32 = self._wants_crc32
         proof = MultipartProof(self._uploader, self._task.key, file)
-        on_s3: Mapping[int, PartTypeDef] = {}
+        on_s3: Mapping[int, PartTypeDef] | None = {}
         if self._result.upload_id:
-            found, etag = None, None
             try:
-                found = self._find_parts(file)
+                on_s3 = self._find_parts(file)
             except UploadError as error:
                 if error.code != "NoSuchUpload":
                     raise
-                etag = proof.etag_in_place()  # perhaps only the answer was lost
-            if found is None:
-                self._forget_upload()
-                if not etag:
-                    return self._attempt()
-                self._result.part_size, self._result.sse = part_size, proof.sse
-                return etag
-            on_s3 = found
+                on_s3 = None
+                if etag := proof.etag_in_place():  # it was completed; only the answer was lost
+                    self._forget_upload()
+                    self._result.part_size, self._result.sse = part_size, proof.sse
+                    return etag
+        if on_s3 is None:  # from the start, perhaps with another part size
+            self._forget_upload()
+            return self._attempt()
         client = PartsClient(
             self._uploader, self._task, file, result=self._result, proof=proof, on_s3=on_s3
         )
@@ -2633,6 +2649,7 @@ class MultipartUpload:
             Bucket=self._uploader.bucket.name, Key=key, UploadId=self._result.upload_id or ""
         )
         for page in pages:
+            # Its object would get the class that it was begun with.
             if wanted_class and page.get("StorageClass", wanted_class) != wanted_class:
                 return None
             if page.get("Key", key) != key:
@@ -3079,7 +3096,6 @@ class Lanes:
                 self._most = len(self._lanes)
 
     def drop(self, lane: Lane) -> None:
-        """Take note that a lane has ended."""
         self._lanes.remove(lane)
 
     def _problem(self) -> str | None:
@@ -3127,7 +3143,6 @@ class Backlog:
         self.under_way = 0
 
     def advance(self) -> None:
-        """Go on to the next file."""
         self.next = next(self._tasks, None)
 
 
@@ -3153,11 +3168,9 @@ class Window:
         return self._under_way + size <= self._bytes
 
     def begin(self, size: int) -> None:
-        """Take note that a file is under way."""
         self._count(size, 1)
 
     def end(self, size: int) -> None:
-        """Take note that a file is no longer under way."""
         self._count(size, -1)
 
     def grow(self, moved: int) -> None:
@@ -3325,8 +3338,8 @@ class Transfer:
         if not lanes or self._is_busy():
             return
         while (task := backlog.next) and self._fits(task):
-            lane = lanes[0] if len(lanes) == 1 else min(lanes, key=Lane.count)
-            if lane.count() >= most or not self._may_request(backlog):
+            lane = min(lanes, key=Lane.count)
+            if lane.count() >= most or not self._take_slot(backlog):
                 break
             if self._bandwidth:
                 self._bandwidth.take(task.size)
@@ -3336,8 +3349,8 @@ class Transfer:
         for lane in lanes:
             lane.flush()
 
-    def _may_request(self, backlog: Backlog) -> bool:
-        """Tell whether a lane may make one more request, and count it."""
+    def _take_slot(self, backlog: Backlog) -> bool:
+        """Take leave for one more request of a lane, if it can be had."""
         if self._bandwidth and self._bandwidth.seconds_until_free() > 0:
             return False
         if self._retries.slots is None:
