@@ -1903,7 +1903,7 @@ class Bucket:
 
 # Files up to this size are read once: the bytes that are hashed are the bytes sent.
 IN_MEMORY_BYTES = 8 * MIB
-READ_BYTES, LARGE_READ_BYTES = MIB, 256 * KIB
+LARGE_READ_BYTES = 256 * KIB  # of a body that is not in memory, at a time
 
 
 def new_md5(data: bytes = b"") -> hashlib._Hash:
@@ -1935,6 +1935,10 @@ def proven_etag(answer: Mapping[str, Any], md5: bytes) -> str:
     return etag
 
 
+# Is told how many bytes have been read.
+OnRead = Callable[[int], object]
+
+
 class Digests(NamedTuple):
     """The digests of a file or of one of its parts."""
 
@@ -1951,27 +1955,6 @@ class Digests(NamedTuple):
 def etag_of_parts(md5s: list[bytes]) -> str:
     """Return the ETag that S3 gives to an object whose parts have these MD5s."""
     return f"{new_md5(b''.join(md5s)).hexdigest()}-{len(md5s)}"
-
-
-def read_digests(
-    handle: io.FileIO, size: int, *,
-    with_crc32: bool = False, on_read: Callable[[int], object] | None = None,
-) -> Digests:  # fmt: skip
-    """Return the digests of the next `size` bytes; raise FileChanged if there are fewer.
-
-    `on_read` is called with the number of bytes of each piece.
-    """
-    md5, crc32, left = new_md5(), 0, size
-    while left and (data := handle.read(min(left, READ_BYTES))):
-        md5.update(data)
-        if with_crc32:
-            crc32 = zlib.crc32(data, crc32)
-        if on_read:
-            on_read(len(data))
-        left -= len(data)
-    if left:
-        raise FileChanged
-    return Digests(md5.digest(), crc32.to_bytes(4, "big"))
 
 
 def check_unchanged(
@@ -1995,6 +1978,7 @@ class SourceFile:
 
     # The clocks of file systems tick so seldom that a later change may have the same time.
     YOUNG_NS = 2 * 10**9
+    READ_BYTES = MIB
 
     def __init__(self, path: str, *, follow_symlinks: bool = True) -> None:
         flags = os.O_RDONLY | OPEN_FLAGS | (0 if follow_symlinks else NO_FOLLOW)
@@ -2035,14 +2019,31 @@ class SourceFile:
             raise UploadError(f"{why}; leave it out with --exclude")
         return data[: self.size]
 
-    def md5(self, *, on_read: Callable[[int], object] | None = None) -> bytes:
-        """Return the MD5 of the file as long as it was; raise FileChanged if it is shorter."""
-        self.handle.seek(0)
-        return read_digests(self.handle, self.size, on_read=on_read).md5
+    def digests(
+        self, start: int, size: int, *, with_crc32: bool = False, on_read: OnRead | None = None
+    ) -> Digests:
+        """Return the digests of `size` bytes from `start` on; raise FileChanged if there are fewer.
 
-    def etag_like(
-        self, etag: str, part_size: int, *, on_read: Callable[[int], object] | None = None
-    ) -> str | None:
+        `on_read` is called with the number of bytes of each piece.
+        """
+        self.handle.seek(start)
+        md5, crc32, left = new_md5(), 0, size
+        while left and (data := self.handle.read(min(left, self.READ_BYTES))):
+            md5.update(data)
+            if with_crc32:
+                crc32 = zlib.crc32(data, crc32)
+            if on_read:
+                on_read(len(data))
+            left -= len(data)
+        if left:
+            raise FileChanged
+        return Digests(md5.digest(), crc32.to_bytes(4, "big"))
+
+    def md5(self) -> bytes:
+        """Return the MD5 of the file as long as it was; raise FileChanged if it is shorter."""
+        return self.digests(0, self.size).md5
+
+    def etag_like(self, etag: str, part_size: int, *, on_read: OnRead | None = None) -> str | None:
         """Return the ETag that S3 would give to it, if `etag` is of an object with its bytes.
 
         `part_size` is that of an upload in parts, in bytes. None when the number of parts shows
@@ -2050,14 +2051,13 @@ class SourceFile:
         """
         _md5, is_of_parts, count = etag.partition("-")
         if not is_of_parts:
-            return self.md5(on_read=on_read).hex()
+            return self.digests(0, self.size, on_read=on_read).md5.hex()
         if str(-(-self.size // part_size)) != count:
             return None
-        self.handle.seek(0)
         md5s = []
         for start in range(0, self.size, part_size):
             length = min(part_size, self.size - start)
-            md5s.append(read_digests(self.handle, length, on_read=on_read).md5)
+            md5s.append(self.digests(start, length, on_read=on_read).md5)
         return etag_of_parts(md5s)
 
     def check_unchanged(self, md5: bytes) -> None:
@@ -2292,12 +2292,11 @@ class FileInParts:
         """Open the file once more; raises what `SourceFile` raises."""
         return SourceFile(self.path, follow_symlinks=self._follow_symlinks)
 
-    def read(self, number: int, *, handle: io.FileIO) -> Digests:
-        """Return the digests of the part with that number (from 1), of an open file."""
+    def read(self, number: int, *, source: SourceFile) -> Digests:
+        """Return the digests of the part with that number (from 1), of the open file."""
         start = (number - 1) * self.part_size
-        handle.seek(start)
         length = min(self.part_size, self.size - start)
-        return read_digests(handle, length, with_crc32=self.has_crc32)
+        return source.digests(start, length, with_crc32=self.has_crc32)
 
     def read_again(self) -> dict[int, Digests]:
         """Return the digests of all parts, read from the file anew."""
@@ -2305,13 +2304,13 @@ class FileInParts:
         with self.open() as source:
             for number in range(1, -(-self.size // self.part_size) + 1):
                 self._retries.check_stopped()
-                again[number] = self.read(number, handle=source.handle)
+                again[number] = self.read(number, source=source)
         return again
 
     def md5_of_whole(self) -> str:
         """Return the MD5 of the whole file in hexadecimal digits, read anew."""
         with self.open() as source:
-            return read_digests(source.handle, self.size).md5.hex()
+            return source.digests(0, self.size).md5.hex()
 
     def check_unchanged(self) -> None:
         """Raise FileChanged unless the file still has the parts that were read."""
@@ -2464,7 +2463,7 @@ class PartsClient:
         number, size = PartNumber, len(Body)
         # Not Body itself, which breaks off in the middle once another part has failed.
         with self._file.open() as source:
-            digests = self._file.read(number, handle=source.handle)
+            digests = self._file.read(number, source=source)
             listed = self._on_s3.get(number)
             if listed and listed.get("Size") == size and digests.are_of(listed):
                 etag = listed["ETag"]
