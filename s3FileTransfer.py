@@ -1459,6 +1459,11 @@ class Concurrency:
         self.lane_requests = max(1, min(wanted or 256, 256, room // 2))  # of each lane
 
 
+# What boto3 makes of an answer of S3, or takes as the parameters of a request.
+Answer = Mapping[str, Any]
+Parameters = dict[str, Any]
+
+
 class Credentials(NamedTuple):
     """Credentials as a request is signed with them."""
 
@@ -1473,7 +1478,7 @@ def start_error(error: Exception) -> StopRun:
     return StopRun(f"{why}; check profile, credentials and endpoint")
 
 
-def send_small_body_at_once(params: dict[str, Any], **_: object) -> None:
+def send_small_body_at_once(params: Parameters, **_: object) -> None:
     """Spare small puts the `Expect: 100-continue` round trip (a botocore event handler)."""
     if isinstance(params["body"], io.BytesIO):
         # botocore waits for leave to send what it has to read; bytes leave with the headers.
@@ -1620,7 +1625,7 @@ SILENT = frozenset({Trouble.NO_ANSWER, Trouble.UNAVAILABLE})
 PASSING = SILENT | {Trouble.SERVER_ERROR}
 
 
-def error_of_answer(response: Any) -> UploadError:
+def error_of_answer(response: Answer) -> UploadError:
     """Return what an error answer of S3 means; the code decides, then the HTTP status."""
     status = str(response.get("ResponseMetadata", {}).get("HTTPStatusCode", ""))
     error = response.get("Error", {})
@@ -1698,6 +1703,7 @@ class Retries:
     def __init__(self, *, slots: int | None = None, is_first_request: bool = False) -> None:
         self.stop = threading.Event()
         self.slots = threading.BoundedSemaphore(slots) if slots else None
+        self._slot = self.slots or contextlib.nullcontext()
         self._patience_seconds: float = self.PATIENCE_SECONDS
         if is_first_request:
             self._patience_seconds = self.FIRST_PATIENCE_SECONDS
@@ -1726,7 +1732,7 @@ class Retries:
         while True:
             self.check_stopped()
             try:
-                with self.slots or contextlib.nullcontext():
+                with self._slot:
                     answer = attempt()
             except request_errors() as raised:
                 error = error_of(raised)
@@ -1756,7 +1762,7 @@ class Retries:
 # --- bucket -----------------------------------------------------------------------
 
 
-def etag_of(answer: Mapping[str, Any]) -> str:
+def etag_of(answer: Answer) -> str:
     """Return the ETag of an answer without its quotes, or an empty string."""
     return str(answer.get("ETag") or "").strip('"').lower()
 
@@ -1800,7 +1806,7 @@ class Bucket:
         """Return the HTTP status that HeadBucket gives, and the region it names."""
 
         def head() -> tuple[int, str | None]:
-            answer: Any
+            answer: Answer
             try:
                 answer = client.head_bucket(Bucket=self.name)
             except botocore.exceptions.ClientError as error:
@@ -1823,7 +1829,7 @@ class Bucket:
     def _create(self) -> S3Client:
         """Create the bucket and return the client for its region."""
         region = self._options.region or DEFAULT_REGION
-        location: Any = {"CreateBucketConfiguration": {"LocationConstraint": region}}
+        location: Parameters = {"CreateBucketConfiguration": {"LocationConstraint": region}}
         client = self.session.client(region)
         error = self._request(client, {} if region == "us-east-1" else location)
         may_be_elsewhere = not (self._options.region or is_aws(self.client))
@@ -1836,7 +1842,7 @@ class Bucket:
             raise StopRun(f"the new bucket {self.name} does not appear; try again")
         return client
 
-    def _request(self, client: S3Client, location: Any) -> UploadError | None:
+    def _request(self, client: S3Client, location: Parameters) -> UploadError | None:
         """Ask for the bucket; return why that fails, or None when it is there."""
         create = functools.partial(client.create_bucket, Bucket=self.name, **location)
         try:
@@ -1916,7 +1922,7 @@ def base64_of(digest: bytes) -> str:
     return base64.b64encode(digest).decode("ascii")
 
 
-def opaque_encryption(answer: Mapping[str, Any]) -> str | None:
+def opaque_encryption(answer: Answer) -> str | None:
     """Return the encryption under which the ETag of an answer is no MD5: SSE-KMS or SSE-C.
 
     https://docs.aws.amazon.com/AmazonS3/latest/API/API_Object.html
@@ -1927,7 +1933,7 @@ def opaque_encryption(answer: Mapping[str, Any]) -> str | None:
     return str(answer.get("SSECustomerAlgorithm") or "") or None
 
 
-def proven_etag(answer: Mapping[str, Any], md5: bytes) -> str:
+def proven_etag(answer: Answer, md5: bytes) -> str:
     """Return the ETag of a put; raise DigestMismatch if it should be the MD5 and is not."""
     etag = etag_of(answer)
     if not opaque_encryption(answer) and etag != md5.hex():
@@ -1935,7 +1941,7 @@ def proven_etag(answer: Mapping[str, Any], md5: bytes) -> str:
     return etag
 
 
-# Is told how many bytes have been read.
+# Is told of bytes that have been read.
 OnRead = Callable[[int], object]
 
 
@@ -2125,15 +2131,15 @@ class LargeReads:
     """A body of `size` bytes for boto3 that is read in large pieces, or as bandwidth allows.
 
     urllib3 asks for 16 KiB at a time and sends whatever it gets: at a gigabyte a second
-    the small reads would cost as much as the sending. `on_read(bytes_so_far)` is called for
-    each piece.
+    the small reads would cost as much as the sending. `on_moved` is told after each piece how
+    many bytes have been read so far.
     """
 
     def __init__(
-        self, body: IO[bytes], size: int, *, on_read: Callable[[int], None],
-        bandwidth: Bandwidth | None,
+        self, body: io.BytesIO | s3transfer.utils.ReadFileChunk, size: int, *,
+        on_moved: Callable[[int], None], bandwidth: Bandwidth | None,
     ) -> None:  # fmt: skip
-        self._body, self._size, self._on_read, self._bandwidth = body, size, on_read, bandwidth
+        self._body, self._size, self._on_moved, self._bandwidth = body, size, on_moved, bandwidth
         self._piece_bytes = bandwidth.piece_bytes if bandwidth else LARGE_READ_BYTES
         self.seek, self.tell = body.seek, body.tell
 
@@ -2152,7 +2158,7 @@ class LargeReads:
             raise FileChanged  # it is shorter now, and the server would wait for the rest
         if self._bandwidth:
             time.sleep(self._bandwidth.take(len(data)))
-        self._on_read(self._body.tell())
+        self._on_moved(self._body.tell())
         return data
 
 
@@ -2218,7 +2224,7 @@ class Uploader:
             if self.options.is_multipart(source.size):
                 MultipartUpload(self, task, source, result).send()
             else:
-                self.abort(task, result)
+                self.abort(task, result)  # it was larger when an earlier run began to send it
                 self._put(task, source, result)
         return Outcome.UPLOADED
 
@@ -2235,7 +2241,7 @@ class Uploader:
             body = s3transfer.utils.ReadFileChunk(source.handle, source.size, source.size)
         if source.size > (limit.piece_bytes if limit else IN_MEMORY_BYTES):
             note = functools.partial(self.note_moved, task.entry_index)
-            body = LargeReads(body, source.size, on_read=note, bandwidth=limit)
+            body = LargeReads(body, source.size, on_moved=note, bandwidth=limit)
         parameters = self.object_parameters(task.filepath, source.status)
         parameters |= {"Bucket": self.bucket.name, "Key": task.key, "ContentMD5": base64_of(md5)}
 
@@ -2254,9 +2260,9 @@ class Uploader:
             raise
         source.check_unchanged(md5)
 
-    def object_parameters(self, path: str, status: os.stat_result) -> dict[str, Any]:
+    def object_parameters(self, path: str, status: os.stat_result) -> Parameters:
         """Return boto3's parameters that describe a new object."""
-        parameters: dict[str, Any] = dict(self._run_parameters)
+        parameters: Parameters = dict(self._run_parameters)
         if content_type := content_type_of(path):
             parameters["ContentType"] = content_type
         parameters["Metadata"] = {"mtime": mtime_text(status)}
@@ -2342,15 +2348,14 @@ class MultipartProof:
 
     def __init__(self, uploader: Uploader, key: str, file: FileInParts) -> None:
         self._client, self._retries = uploader.client, uploader.retries
-        self._location: Any = {"Bucket": uploader.bucket.name, "Key": key}
-        self._file = file
+        self._bucket_name, self._key, self._file = uploader.bucket.name, key, file
         self.sse: str | None = None  # under which ETags are no MD5s
 
-    def note_encryption(self, answer: Mapping[str, Any]) -> None:
+    def note_encryption(self, answer: Answer) -> None:
         """Take note of what an answer tells of the bucket's ETags."""
         self.sse = self.sse or opaque_encryption(answer)
 
-    def etag(self, answer: Mapping[str, Any]) -> str:
+    def etag(self, answer: Answer) -> str:
         """Return the ETag of an object that was completed with this answer.
 
         Raises DigestMismatch when it holds other bytes, NotThere when there is none. Where
@@ -2375,12 +2380,12 @@ class MultipartProof:
         self._file.digests = self._file.digests or self._file.read_again()
         return etag_of(head) if self._compare(head) else None
 
-    def _mismatch(self, answer: Mapping[str, Any]) -> str:
+    def _mismatch(self, answer: Answer) -> str:
         if self._has_crc32(answer):
             return f"its CRC32 is {answer['ChecksumCRC32']} and should be {self._file.crc32()}"
         return f"its ETag is {etag_of(answer) or 'missing'} and should be {self._file.etag()}"
 
-    def _compare(self, answer: Mapping[str, Any]) -> bool | None:
+    def _compare(self, answer: Answer) -> bool | None:
         """Tell whether the object in `answer` holds the bytes; None when it does not say."""
         self.note_encryption(answer)
         etag = etag_of(answer)
@@ -2396,23 +2401,23 @@ class MultipartProof:
         count = len(self._file.digests)
         return False if re.fullmatch(rf"[0-9a-f]{{32}}-{count}", etag) else None
 
-    def _has_crc32(self, answer: Mapping[str, Any]) -> bool:
+    def _has_crc32(self, answer: Answer) -> bool:
         """Tell whether the answer has a CRC32 that is made of those of the parts."""
         crc32 = answer.get("ChecksumCRC32") or ""
         return self._file.has_crc32 and crc32.endswith(f"-{len(self._file.digests)}")
 
-    def _head(self) -> Mapping[str, Any] | None:
+    def _head(self) -> Answer | None:
         """Return HeadObject's answer, empty for no object, or None where it is refused."""
-        # Without that mode S3 tells no checksum.
-        mode: Any = {"ChecksumMode": "ENABLED"}
-        head: Any = functools.partial(self._client.head_object, **self._location, **mode)
+        head = functools.partial(  # without that mode S3 tells no checksum
+            self._client.head_object, Bucket=self._bucket_name, Key=self._key,
+            ChecksumMode="ENABLED",
+        )  # fmt: skip
         try:
-            answer: Mapping[str, Any] = self._retries.run(head, may_stop_run=False)
+            return self._retries.run(head, may_stop_run=False)
         except UploadError as error:
             if error.trouble in PASSING:
                 raise
             return {} if error.code in ("404", "NoSuchKey", "NotFound") else None
-        return answer
 
 
 class PartsClient:
@@ -2438,7 +2443,7 @@ class PartsClient:
         self._sent_earlier = 0
         self.etag = ""
 
-    def create_multipart_upload(self, **parameters: Any) -> dict[str, Any]:
+    def create_multipart_upload(self, **parameters: Any) -> Parameters:
         """Start the multipart upload, or answer with the one to go on with.
 
         Returns only when the state holds its id: no kill leaves parts that nobody knows of.
@@ -2457,7 +2462,7 @@ class PartsClient:
             self._uploader.save_upload(self._entry_index, self._result)
         return {"UploadId": self._result.upload_id}
 
-    def upload_part(self, *, PartNumber: int, Body: Any, **parameters: Any) -> dict[str, Any]:
+    def upload_part(self, *, PartNumber: int, Body: Any, **parameters: Any) -> Parameters:
         """Send one part and prove it, unless S3 has the same bytes under its number."""
         self._retries.check_stopped()
         number, size = PartNumber, len(Body)
@@ -2479,13 +2484,13 @@ class PartsClient:
         return {"ETag": etag}
 
     def _send(
-        self, handle: io.FileIO, size: int, *, digests: Digests, parameters: dict[str, Any]
+        self, handle: io.FileIO, size: int, *, digests: Digests, parameters: Parameters
     ) -> str:
         number = parameters["PartNumber"]
         handle.seek((number - 1) * self._file.part_size)
-        chunk: Any = s3transfer.utils.ReadFileChunk(handle, size, self._file.size)
+        chunk = s3transfer.utils.ReadFileChunk(handle, size, self._file.size)
         note = functools.partial(self._note_moved, number)
-        body: Any = LargeReads(chunk, size, on_read=note, bandwidth=self._uploader.bandwidth)
+        body: Any = LargeReads(chunk, size, on_moved=note, bandwidth=self._uploader.bandwidth)
 
         def send() -> str:
             body.seek(0)
@@ -2505,16 +2510,16 @@ class PartsClient:
         moved = sum(list(self._moved.values()))
         self._uploader.note_moved(self._entry_index, moved, self._sent_earlier)
 
-    def complete_multipart_upload(self, **parameters: Any) -> dict[str, Any]:
+    def complete_multipart_upload(self, **parameters: Any) -> Parameters:
         """Make the parts one object, unless the file changed meanwhile, and prove it."""
         self._file.check_unchanged()
-        parts: list[dict[str, Any]] = []
+        parts: list[Parameters] = []
         for number, digests in sorted(self._file.digests.items()):
             parts.append({"PartNumber": number, "ETag": self._etags[number]})
             if self._file.has_crc32:
                 parts[-1]["ChecksumCRC32"] = base64_of(digests.crc32)
         parameters["MultipartUpload"] = {"Parts": parts}
-        complete: Any = functools.partial(self._client.complete_multipart_upload, **parameters)
+        complete = functools.partial(self._client.complete_multipart_upload, **parameters)
         try:
             answer = self._retries.run(complete)
         except UploadError as error:
@@ -2527,7 +2532,7 @@ class PartsClient:
             self.etag = self._proof.etag(answer)
         return {}
 
-    def abort_multipart_upload(self, **_: object) -> dict[str, Any]:
+    def abort_multipart_upload(self, **_: object) -> Parameters:
         """Do nothing: S3Transfer aborts after any failure, but the parts are of use."""
         return {}
 
@@ -2688,6 +2693,7 @@ class PutTemplate(NamedTuple):
         """Return that of a bucket: the request that boto3 would send for a put."""
         requests = []
 
+        # The request is not sent, since this handler answers it.
         def take(request: Any, **_: object) -> Any:
             requests.append(request)
             return botocore.awsrequest.AWSResponse(request.url, 200, request.headers, io.BytesIO())
@@ -2777,7 +2783,7 @@ class LanePut:
         status = self._source.status
         try:
             ended = self.request.finished_future
-            self.request = None  # it knows this object: the bytes would never be given back
+            self.request = None  # they hold each other: the body would never be freed
             with self._source:
                 ended.result()
                 etag = proven_etag(answer, self._md5)
@@ -2803,6 +2809,7 @@ class LaneSender:
     def __init__(self, runtime: Any, template: PutTemplate, pipe: Connection) -> None:
         self._runtime, self._template, self._pipe = runtime, template, pipe
         self._client, self._signing = self._make_client(), None
+        # What the other threads, and those of the runtime, leave to the working one.
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._results: list[LaneResult] = []
         self._slow_tasks: queue.SimpleQueue[Task] = queue.SimpleQueue()
@@ -2978,7 +2985,7 @@ class Lane:
         if sys.platform == "win32":
             self._process.start()
         else:
-            # Else the first start() starts it, which would unblock the signals again.
+            # Python would start its tracker with the first process, and unblock the signals then.
             multiprocessing.resource_tracker.ensure_running()
             before = signal.pthread_sigmask(signal.SIG_BLOCK, Interruption.SIGNALS)
             try:
@@ -3067,9 +3074,9 @@ class Lanes:
         cores = os.cpu_count() or 1
         if hasattr(os, "sched_getaffinity"):
             cores = len(os.sched_getaffinity(0))
-        self._most = min(cores, self.LANES_MAX, options.max_concurrency or cores)
+        self._lanes_max = min(cores, self.LANES_MAX, options.max_concurrency or cores)
         if problem or options.preferred_transfer_client == "classic":
-            self._most = 0
+            self._lanes_max = 0
 
     def __len__(self) -> int:
         return len(self._lanes)
@@ -3088,11 +3095,11 @@ class Lanes:
         pay = small_files // self.FILES_PER_LANE
         if small_files and self._is_asked_for:
             pay = max(pay, 1)
-        while len(self._lanes) < min(pay, self._most):
+        while len(self._lanes) < min(pay, self._lanes_max):
             try:
                 self._lanes.append(Lane())
             except OSError:  # no more processes or pipes: the reliable way needs none
-                self._most = len(self._lanes)
+                self._lanes_max = len(self._lanes)
 
     def drop(self, lane: Lane) -> None:
         self._lanes.remove(lane)
@@ -3254,8 +3261,7 @@ class Transfer:
                 self._retries.stop.set()
             elif not self._refused:
                 self._hand_out()
-            is_waiting = self._has_next() or self._again or self._refused
-            if not self._under_way and (is_stopping or not is_waiting):
+            if not self._under_way and (is_stopping or not self._is_waiting()):
                 break
             self._take_news()
             for lane in [lane for lane in self._lanes if lane.is_stuck()]:
@@ -3282,6 +3288,9 @@ class Transfer:
         if self._lanes and self._lanes.takes(entry) and not is_burst:
             return Way.LANE
         return Way.THREAD
+
+    def _is_waiting(self) -> bool:
+        return bool(self._has_next() or self._again or self._refused)
 
     def _has_next(self) -> bool:
         return any(backlog.next for backlog in self._backlogs.values())
@@ -3331,14 +3340,14 @@ class Transfer:
 
     def _feed_lanes(self) -> None:
         """Hand small files to the lanes that are ready, as far as there is room."""
-        backlog, most = self._backlogs[Way.LANE], self._concurrency.lane_requests
+        backlog, requests_max = self._backlogs[Way.LANE], self._concurrency.lane_requests
         lanes = [lane for lane in self._lanes if lane.is_ready]
         # Trouble is met by the side that knows what to do, before more is looked for.
         if not lanes or self._is_busy():
             return
         while (task := backlog.next) and self._fits(task):
             lane = min(lanes, key=Lane.count)
-            if lane.count() >= most or not self._take_slot(backlog):
+            if lane.count() >= requests_max or not self._take_slot(backlog):
                 break
             if self._bandwidth:
                 self._bandwidth.take(task.size)
