@@ -2326,11 +2326,11 @@ class FileInParts:
         again = self.read_again()
         return all(digests.md5 == again[number].md5 for number, digests in self.digests.items())
 
-    def etag(self) -> str:
+    def expected_etag(self) -> str:
         """Return the ETag that S3 gives to the object, if its ETags are MD5s."""
         return etag_of_parts([digests.md5 for _, digests in sorted(self.digests.items())])
 
-    def crc32(self) -> str:
+    def expected_crc32(self) -> str:
         """Return the CRC32 that S3 gives to the object: that of the CRC32s of its parts."""
         crc32s = b"".join(digests.crc32 for _, digests in sorted(self.digests.items()))
         return f"{base64_of(zlib.crc32(crc32s).to_bytes(4, 'big'))}-{len(self.digests)}"
@@ -2355,7 +2355,7 @@ class MultipartProof:
         """Take note of what an answer tells of the bucket's ETags."""
         self.sse = self.sse or opaque_encryption(answer)
 
-    def etag(self, answer: Answer) -> str:
+    def proven_etag(self, answer: Answer) -> str:
         """Return the ETag of an object that was completed with this answer.
 
         Raises DigestMismatch when it holds other bytes, NotThere when there is none. Where
@@ -2372,7 +2372,7 @@ class MultipartProof:
             raise DigestMismatch(self._mismatch(answer))
         return etag_of(answer)
 
-    def etag_in_place(self) -> str | None:
+    def proven_etag_in_place(self) -> str | None:
         """Return the ETag of the object if it is there and provably holds the bytes."""
         head = self._head() or {}
         if head.get("ContentLength") != self._file.size:
@@ -2382,17 +2382,19 @@ class MultipartProof:
 
     def _mismatch(self, answer: Answer) -> str:
         if self._has_crc32(answer):
-            return f"its CRC32 is {answer['ChecksumCRC32']} and should be {self._file.crc32()}"
-        return f"its ETag is {etag_of(answer) or 'missing'} and should be {self._file.etag()}"
+            what, found, expected = "CRC32", answer["ChecksumCRC32"], self._file.expected_crc32()
+        else:
+            what, found, expected = "ETag", etag_of(answer), self._file.expected_etag()
+        return f"its {what} is {found or 'missing'} and should be {expected}"
 
     def _compare(self, answer: Answer) -> bool | None:
         """Tell whether the object in `answer` holds the bytes; None when it does not say."""
         self.note_encryption(answer)
         etag = etag_of(answer)
-        if etag == self._file.etag():
+        if etag == self._file.expected_etag():
             return True
         if self._has_crc32(answer):
-            return bool(answer["ChecksumCRC32"] == self._file.crc32())
+            return bool(answer["ChecksumCRC32"] == self._file.expected_crc32())
         if self.sse:
             return None
         if re.fullmatch(r"[0-9a-f]{32}", etag):
@@ -2524,12 +2526,12 @@ class PartsClient:
             answer = self._retries.run(complete)
         except UploadError as error:
             # Perhaps a first request did complete it, and only its answer was lost.
-            etag = self._proof.etag_in_place() if error.code == "NoSuchUpload" else None
+            etag = self._proof.proven_etag_in_place() if error.code == "NoSuchUpload" else None
             if not etag:
                 raise
             self.etag = etag
         else:
-            self.etag = self._proof.etag(answer)
+            self.etag = self._proof.proven_etag(answer)
         return {}
 
     def abort_multipart_upload(self, **_: object) -> Parameters:
@@ -2588,7 +2590,8 @@ class MultipartUpload:
                 if error.code != "NoSuchUpload":
                     raise
                 on_s3 = None
-                if etag := proof.etag_in_place():  # it was completed; only the answer was lost
+                # Perhaps it was completed, and only the answer was lost.
+                if etag := proof.proven_etag_in_place():
                     self._forget_upload()
                     self._result.part_size, self._result.sse = part_size, proof.sse
                     return etag
@@ -2677,12 +2680,18 @@ class LaneResult(NamedTuple):
     sse: str | None = None
 
 
+# Headers of a put that are other for each file, or made anew with its signature.
+OF_ONE_PUT = frozenset(
+    "authorization x-amz-date x-amz-content-sha256 x-amz-security-token expect content-length "
+    "content-type content-md5 x-amz-meta-mtime".split()
+)
+
+
 class PutTemplate(NamedTuple):
     """What the requests of all lanes have in common, as botocore has serialised it."""
 
     region: str
     is_https: bool
-    host: str
     path: str  # the key follows
     headers: list[tuple[str, str]]
     ca_path: str
@@ -2717,7 +2726,6 @@ class PutTemplate(NamedTuple):
         return cls(
             region=bucket.client.meta.region_name,
             is_https=url.scheme == "https",
-            host=url.netloc,
             path=url.path.removesuffix("KEY"),
             headers=headers,
             ca_path=bucket.session.ca_path(),
@@ -2725,11 +2733,6 @@ class PutTemplate(NamedTuple):
         )
 
 
-# Headers of a put that are other for each file, or made anew with its signature.
-OF_ONE_PUT = frozenset(
-    "authorization x-amz-date x-amz-content-sha256 x-amz-security-token expect content-length "
-    "content-type content-md5 x-amz-meta-mtime".split()
-)
 THREAD = threading.local()
 
 
