@@ -2085,10 +2085,7 @@ def content_type_of(path: str) -> str | None:
 
 def mtime_text(status: os.stat_result) -> str:
     """Return the time in seconds since 1970, as rclone keeps and restores it."""
-    if status.st_mtime_ns < 10**9:
-        return f"{Decimal(status.st_mtime_ns).scaleb(-9):f}"
-    digits = str(status.st_mtime_ns)
-    return f"{digits[:-9]}.{digits[-9:]}"
+    return f"{Decimal(status.st_mtime_ns).scaleb(-9):f}"
 
 
 class Bandwidth:
@@ -2815,8 +2812,7 @@ class LaneSender:
         # What the other threads, and those of the runtime, leave to the working one.
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._results: list[LaneResult] = []
-        self._slow_tasks: queue.SimpleQueue[Task] = queue.SimpleQueue()
-        self._read_seconds, self._has_readers = 0.0, False
+        self._read_seconds, self._readers = 0.0, ThreadPoolExecutor(self.READERS)
 
     def _make_client(self) -> Any:
         io, s3, template = self._runtime.io, self._runtime.s3, self._template
@@ -2873,15 +2869,9 @@ class LaneSender:
             if self._read_seconds < self.SLOW_READ_SECONDS:
                 self._begin(task)
             else:
-                self._slow_tasks.put(task)
-        if not (self._has_readers or self._slow_tasks.empty()):
-            self._has_readers = True
-            for _ in range(self.READERS):
-                threading.Thread(target=self._read_on, daemon=True).start()
-
-    def _read_on(self) -> None:
-        while True:
-            self._begin(self._slow_tasks.get())
+                reading = self._readers.submit(self._begin, task)
+                # So that a bug in it ends the lane.
+                reading.add_done_callback(lambda done: self._calls.put(done.result))
 
     def _begin(self, task: Task) -> None:
         source, started = None, time.monotonic()
