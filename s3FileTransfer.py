@@ -3295,7 +3295,7 @@ class Transfer:
             self._feed_threads(Way.THREAD, self._backlogs[Way.LANE])
         for way in (Way.THREAD, Way.PARTS):
             self._feed_threads(way, self._backlogs[way])
-        # Files that changed come after all others: their writer may have finished.
+        # After all others: a writer may have finished, or other processes closed their files.
         while self._again and not self._has_next():
             due, task = self._again[0]
             way = Way.PARTS if self._options.is_multipart(task.size) else Way.THREAD
