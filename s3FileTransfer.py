@@ -88,7 +88,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from decimal import Decimal
-from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TextIO, TypeVar
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn, TextIO, TypeVar
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -126,8 +126,6 @@ DEFAULT_THRESHOLD_BYTES = 10**9
 DEFAULT_PART_BYTES = 16 * MIB
 
 THREADS_MAX = 64  # more only wait for the interpreter lock
-# A file that is damaged or changes on its way is tried so often.
-DAMAGED_TRIES, CHANGED_TRIES = 3, 3
 # What is under way when the run is told to stop has so long to end.
 SIGNAL_GRACE_SECONDS = 8
 
@@ -137,7 +135,11 @@ SIGNAL_GRACE_SECONDS = 8
 
 @dataclass(frozen=True)
 class Options:
-    """The command line; sizes and rates are in bytes. Never changed once it is read."""
+    """The command line; sizes and rates are in bytes. Never changed once it is read.
+
+    An option is a field here and a line in `build_parser`, of the same name; what argparse
+    cannot tell of it is in `options_problem`.
+    """
 
     backupfolder: str
     exclude: list[str]
@@ -185,6 +187,15 @@ class Options:
         return {name: value for name, value in wanted.items() if value}
 
 
+def part_size_for(size: int, wanted: int) -> int:
+    """Return the part size in bytes for a file: `wanted`, or what S3's limits make of it.
+
+    An upload that a later run goes on with, or compares, must get the same again.
+    """
+    needed = -(-size // PARTS_MAX)
+    return min(max(wanted, PART_MIN_BYTES, -(-needed // MIB) * MIB), PART_MAX_BYTES)
+
+
 def key_problem(key: str) -> str | None:
     """Return why S3 cannot have `key`, or None when it can."""
     if not key:
@@ -210,7 +221,7 @@ class Entry:
     mtime_ns: int | None = None
     # 0 where it will not tell whether the file changes: it was written just before it was read.
     ctime_ns: int | None = None
-    etag: str | None = None
+    etag: str | None = None  # while it is pending: of what the bucket has under its key
     shard: str | None = None
     error: str | None = None
     upload_id: str | None = None
@@ -266,7 +277,7 @@ OPTIONAL_FIELDS |= {"shard": str, "error": str, "upload_id": str, "part_size": i
 class Task(NamedTuple):
     """One file to send: what threads and lanes get to see of its entry."""
 
-    number: int  # of the entry
+    entry_index: int
     filepath: str
     key: str
     size: int
@@ -284,7 +295,7 @@ class Outcome(enum.Enum):
     UNCHANGED = "S3 had it already"
     FAILED = "it cannot be sent"
     REFUSED = "it was refused, as all files may be"
-    CHANGED = "try it again later"
+    TRY_LATER = "it changed meanwhile, or could not be opened for now"
     STOPS_RUN = "no file can be sent"
     STOPPED = "the run stopped first"
 
@@ -492,24 +503,31 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def options_problem(options: Options) -> str | None:
+    """Return what is wrong with the options that argparse cannot tell, or None."""
+    if options.sse_kms_key_id and not (options.sse or "").startswith("aws:kms"):
+        return "--sse-kms-key-id needs --sse aws:kms"
+    if options.verify and (options.crashrun or options.dryrun or options.skip_unchanged):
+        return "--verify sends nothing: leave out --crashrun, --dryrun, --skip-unchanged"
+    if problem := key_problem(options.prefix + "name"):
+        return f"--prefix {shown(options.prefix)}: {problem}"
+    if options.storage_class and not re.fullmatch(r"[A-Za-z0-9_-]+", options.storage_class):
+        return f"--storage-class {shown(options.storage_class)} is no name of a class"
+    for name in ("sse_kms_key_id", "expected_bucket_owner"):
+        if not re.fullmatch(r"[!-~]+", getattr(options, name) or "none"):
+            return f"--{name.replace('_', '-')} has white space or other odd characters"
+    for name in ("backupfolder", "statefile"):
+        if not getattr(options, name):  # an unset variable of a shell script
+            return f"--{name} is empty"
+    return None
+
+
 def parse_arguments(argv: list[str] | None) -> Options:
     """Return the parsed command line, or raise SystemExit (2) after a sentence on stderr."""
     parser = build_parser()
     options = Options(**vars(parser.parse_args(argv)))
-    if options.sse_kms_key_id and not (options.sse or "").startswith("aws:kms"):
-        parser.error("--sse-kms-key-id needs --sse aws:kms")
-    if options.verify and (options.crashrun or options.dryrun or options.skip_unchanged):
-        parser.error("--verify sends nothing: leave out --crashrun, --dryrun, --skip-unchanged")
-    if problem := key_problem(options.prefix + "name"):
-        parser.error(f"--prefix {shown(options.prefix)}: {problem}")
-    if options.storage_class and not re.fullmatch(r"[A-Za-z0-9_-]+", options.storage_class):
-        parser.error(f"--storage-class {shown(options.storage_class)} is no name of a class")
-    for name in ("sse_kms_key_id", "expected_bucket_owner"):
-        if not re.fullmatch(r"[!-~]+", getattr(options, name) or "none"):
-            parser.error(f"--{name.replace('_', '-')} has white space or other odd characters")
-    for name in ("backupfolder", "statefile"):
-        if not getattr(options, name):  # an unset variable of a shell script
-            parser.error(f"--{name} is empty")
+    if problem := options_problem(options):
+        parser.error(problem)
     folder = os.path.abspath(options.backupfolder)
     if not os.path.isdir(folder):
         there = os.path.lexists(folder)
@@ -593,13 +611,15 @@ class Progress:
 
     def __init__(self, *, is_shown: bool) -> None:
         self.is_shown = is_shown
-        # Of each large file: its bytes sent so far, and those of them that an earlier run sent.
+        # Of each large file, by the index of its entry: the bytes that are sent, and how many
+        # of them an earlier run sent. The threads that send write here.
         self._moving: dict[int, int] = {}
         self._sent_earlier: dict[int, int] = {}
         self._small_total = self._small_left = 0
         if is_shown and sys.platform == "win32":
             os.system("")  # lets the console know such sequences
         self._line, self._drawn_at = "", -math.inf
+        # Of the files that were to be sent when it began.
         self._total_files = self._total_bytes = self._failed_files = self._failed_bytes = 0
         self._is_begun = False
         self._past: deque[tuple[float, int, int]] = deque()
@@ -614,13 +634,14 @@ class Progress:
             self._small_left += (entry.size or 0) < MIB
         self._small_total = self._small_left
 
-    def moved(self, index: int, size: int, sent_earlier: int) -> None:
+    def moved(self, entry_index: int, size: int, sent_earlier: int) -> None:
         """Take note of how many bytes of a large file have been sent, in all and earlier."""
-        self._moving[index], self._sent_earlier[index] = size, sent_earlier
+        if self.is_shown:
+            self._moving[entry_index], self._sent_earlier[entry_index] = size, sent_earlier
 
-    def left(self, index: int) -> None:
-        """Take note that a file is no longer under way."""
-        self._moving.pop(index, None)
+    def not_moving(self, entry_index: int) -> None:
+        """Take note that a file is no longer under way: it counts as sent, failed or waiting."""
+        self._moving.pop(entry_index, None)
 
     def ended(self, entry: Entry) -> None:
         """Take note that a file has been sent, or will not be."""
@@ -646,9 +667,9 @@ class Progress:
         now = time.monotonic()
         if not self._is_due(now):
             return
-        size += sum(self._moving.values())
+        size += sum(list(self._moving.values()))
         total = max(self._total_bytes, size)
-        moved = size - sum(self._sent_earlier.values())
+        moved = size - sum(list(self._sent_earlier.values()))
         small = self._small_total - self._small_left
         self._past.append((now, small, moved))
         while now - self._past[0][0] > self.RATE_SECONDS:
@@ -1401,12 +1422,6 @@ def keep_unseen(run: Run, entries: list[Entry], previous: list[Entry] | None) ->
         entries[:] = [e for entry in entries for e in (entry, *kept.get(entry.filepath, ()))]
 
 
-def part_size_for(size: int, wanted: int) -> int:
-    """Return the part size in bytes for a file: `wanted`, or what S3's limits make of it."""
-    needed = -(-size // PARTS_MAX)
-    return min(max(wanted, PART_MIN_BYTES, -(-needed // MIB) * MIB), PART_MAX_BYTES)
-
-
 def carry_uploads(
     entries: list[Entry], recorded: Iterable[Entry], encryption: str | None
 ) -> list[Entry]:
@@ -1449,26 +1464,28 @@ def import_boto3() -> None:
         raise StopRun(what) from error
 
 
-@dataclass(frozen=True)
 class Concurrency:
-    """How much may be under way at once, for this machine and these options."""
+    """How much may be under way at once: what the user wants, as far as open files allow.
 
-    requests: int | None  # of all files, if the user has set it
-    threads: int  # for files that are sent in one part, without a lane
-    part_threads: int  # for each file that is sent in parts
-    lane_requests: int  # of each lane
+    A request has two files open: what it sends, and its connection.
+    """
 
-    @classmethod
-    def of(cls, options: Options, *, files_max: int) -> Concurrency:
-        """Return it for so many open files (each request has two)."""
+    def __init__(self, options: Options, *, files_max: int) -> None:
         wanted, room = options.max_concurrency, max(files_max - 60, 8)
-        threads = max(1, min(wanted or 24, THREADS_MAX, room // 4))
-        part_threads = max(1, min(wanted or 8, THREADS_MAX, room // 8))
-        lane_requests = max(1, min(wanted or 256, 256, room // 2))
-        return cls(wanted, threads, part_threads, lane_requests)
+        self.requests = wanted  # of all files; None: no bound but those below
+        # For files that are sent in one part, without a lane.
+        self.threads = max(1, min(wanted or 24, THREADS_MAX, room // 4))
+        # For each file that is sent in parts.
+        self.part_threads = max(1, min(wanted or 8, THREADS_MAX, room // 8))
+        self.lane_requests = max(1, min(wanted or 256, 256, room // 2))  # of each lane
 
 
-class Frozen(NamedTuple):
+# What boto3 makes of an answer of S3, or takes as the parameters of a request.
+Answer = Mapping[str, Any]
+Parameters = dict[str, Any]
+
+
+class Credentials(NamedTuple):
     """Credentials as a request is signed with them."""
 
     access_key: str
@@ -1476,13 +1493,13 @@ class Frozen(NamedTuple):
     token: str | None
 
 
-def cannot_start(error: Exception) -> StopRun:
+def start_error(error: Exception) -> StopRun:
     """Return what to say when boto3 refuses its configuration."""
     why = f"cannot start S3: {one_line(error)}"
     return StopRun(f"{why}; check profile, credentials and endpoint")
 
 
-def send_small_body_at_once(params: dict[str, Any], **_: object) -> None:
+def send_small_body_at_once(params: Parameters, **_: object) -> None:
     """Spare small puts the `Expect: 100-continue` round trip (a botocore event handler)."""
     if isinstance(params["body"], io.BytesIO):
         # botocore waits for leave to send what it has to read; bytes leave with the headers.
@@ -1522,16 +1539,16 @@ class Session:
             why = f"cannot get credentials: {one_line(error)}"
             raise StopRun(f"{why}; check their source in the AWS configuration") from error
         except (botocore.exceptions.BotoCoreError, ValueError) as error:
-            raise cannot_start(error) from error
+            raise start_error(error) from error
         # As headers that cannot be sent they would be shown in the error.
         if any(re.search(r"[^!-~]", text or "") for text in frozen):
             what = "the credentials have white space or other odd characters in them"
             raise StopRun(f"{what}; set them again")
 
-    def credentials(self) -> Frozen:
+    def credentials(self) -> Credentials:
         """Return the credentials of this moment; raises what their source raises."""
         frozen = self._credentials.get_frozen_credentials()
-        return Frozen(frozen.access_key or "", frozen.secret_key or "", frozen.token)
+        return Credentials(frozen.access_key or "", frozen.secret_key or "", frozen.token)
 
     def ca_path(self) -> str:
         """Return the file, or folder, with the certificate authorities that boto3 trusts."""
@@ -1567,7 +1584,7 @@ class Session:
                 "s3", region_name=region, endpoint_url=options.endpoint_url, config=config
             )
         except (botocore.exceptions.BotoCoreError, ValueError) as error:
-            raise cannot_start(error) from error
+            raise start_error(error) from error
         client.meta.events.register_first("before-call.s3.PutObject", send_small_body_at_once)
         if options.expected_bucket_owner:
             name_owner = functools.partial(name_bucket_owner, options.expected_bucket_owner)
@@ -1589,6 +1606,8 @@ class Meaning(NamedTuple):
     codes: str
 
 
+# What is in no line means trouble of the one file. Where a code has a meaning for one request
+# alone (no such upload, a bucket that is there already), who makes the request looks at it.
 # https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html
 MEANINGS = (
     Meaning(Trouble.OF_ALL, "the session token is not valid or has expired; renew it",
@@ -1623,15 +1642,11 @@ MEANINGS = (
             "PriorRequestNotComplete 408 425 500"),
 )  # fmt: skip
 MEANING_OF = {code: meaning for meaning in MEANINGS for code in meaning.codes.split()}
-PASSING = frozenset({Trouble.NO_ANSWER, Trouble.UNAVAILABLE, Trouble.SERVER_ERROR})
-# A server that has other regions, or none, answers CreateBucket with one of these.
-LOCATION_CODES = frozenset(
-    "InvalidLocationConstraint IllegalLocationConstraintException InvalidRegion "
-    "AuthorizationHeaderMalformed".split()
-)
+SILENT = frozenset({Trouble.NO_ANSWER, Trouble.UNAVAILABLE})
+PASSING = SILENT | {Trouble.SERVER_ERROR}
 
 
-def error_of_answer(response: Any) -> UploadError:
+def error_of_answer(response: Answer) -> UploadError:
     """Return what an error answer of S3 means; the code decides, then the HTTP status."""
     status = str(response.get("ResponseMetadata", {}).get("HTTPStatusCode", ""))
     error = response.get("Error", {})
@@ -1704,10 +1719,12 @@ class Retries:
     FIRST_PATIENCE_SECONDS = 9
     BACKOFF_FIRST_SECONDS = 0.5
     BACKOFF_MAX_SECONDS = 10
+    DAMAGED_TRIES = 3  # of what arrives damaged
 
     def __init__(self, *, slots: int | None = None, is_first_request: bool = False) -> None:
         self.stop = threading.Event()
         self.slots = threading.BoundedSemaphore(slots) if slots else None
+        self._slot = self.slots or contextlib.nullcontext()
         self._patience_seconds: float = self.PATIENCE_SECONDS
         if is_first_request:
             self._patience_seconds = self.FIRST_PATIENCE_SECONDS
@@ -1732,43 +1749,41 @@ class Retries:
         a tight policy may refuse), Stopped when the run is being stopped.
         """
         give_up_at, damaged = math.inf, damaged_tries
-        for tries in itertools.count():
+        pause = self.BACKOFF_FIRST_SECONDS
+        while True:
             self.check_stopped()
             try:
-                with self.slots or contextlib.nullcontext():
+                with self._slot:
                     answer = attempt()
             except request_errors() as raised:
                 error = error_of(raised)
             else:
                 self.note_life()
                 return answer
-            if error.trouble not in (Trouble.NO_ANSWER, Trouble.UNAVAILABLE):
+            if error.trouble not in SILENT:
                 self.note_life()
             give_up_at = min(give_up_at, time.monotonic() + self._patience_seconds)
             damaged += error.trouble is Trouble.DAMAGED
-            is_rare = error.trouble is Trouble.DAMAGED and damaged < DAMAGED_TRIES
+            is_rare = error.trouble is Trouble.DAMAGED and damaged < self.DAMAGED_TRIES
             if (error.trouble in PASSING or is_rare) and time.monotonic() < give_up_at:
-                longest = self.BACKOFF_FIRST_SECONDS * 2 ** min(tries, 10)
-                longest = min(self.BACKOFF_MAX_SECONDS, longest)
-                self.stop.wait(random.uniform(longest / 2, longest))
+                self.stop.wait(random.uniform(pause / 2, pause))
+                pause = min(2 * pause, self.BACKOFF_MAX_SECONDS)
             elif may_stop_run and self._meets_every_file(error.trouble):
                 raise StopRun(str(error))
             else:
                 raise error
-        raise AssertionError("unreachable")
 
     def _meets_every_file(self, trouble: Trouble) -> bool:
         # A server that has long been silent to all is gone; one that serves others is not.
         silent_seconds = time.monotonic() - self._alive_at
-        is_silent = trouble in (Trouble.NO_ANSWER, Trouble.UNAVAILABLE)
-        is_gone = is_silent and silent_seconds > self._patience_seconds / 2
+        is_gone = trouble in SILENT and silent_seconds > self._patience_seconds / 2
         return is_gone or trouble is Trouble.OF_ALL
 
 
 # --- bucket -----------------------------------------------------------------------
 
 
-def etag_of(answer: Mapping[str, Any]) -> str:
+def etag_of(answer: Answer) -> str:
     """Return the ETag of an answer without its quotes, or an empty string."""
     return str(answer.get("ETag") or "").strip('"').lower()
 
@@ -1778,6 +1793,11 @@ class Bucket:
 
     # A name server or a black hole may hang far longer than any timeout of ours.
     FIRST_REQUEST_SECONDS = 18
+    # A server that has other regions, or none, answers CreateBucket with one of these.
+    LOCATION_CODES = frozenset(
+        "InvalidLocationConstraint IllegalLocationConstraintException InvalidRegion "
+        "AuthorizationHeaderMalformed".split()
+    )
     NAME = re.compile(r"(?![\d.]+$)(?!.*\.\.)[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 
     def __init__(self, run: Run) -> None:
@@ -1807,7 +1827,7 @@ class Bucket:
         """Return the HTTP status that HeadBucket gives, and the region it names."""
 
         def head() -> tuple[int, str | None]:
-            answer: Any
+            answer: Answer
             try:
                 answer = client.head_bucket(Bucket=self.name)
             except botocore.exceptions.ClientError as error:
@@ -1828,29 +1848,34 @@ class Bucket:
         self.exists = True
 
     def _create(self) -> S3Client:
+        """Create the bucket and return the client for its region."""
         region = self._options.region or DEFAULT_REGION
-        location: Any = {"CreateBucketConfiguration": {"LocationConstraint": region}}
-        location = {} if region == "us-east-1" else location
-        attempts: list[tuple[S3Client, Any]] = [(self.session.client(region), location)]
-        if not (self._options.region or is_aws(self.client)):
-            attempts.append((self.client, {}))  # other servers have regions of their own, or none
-        for creator, location in attempts:
-            try:
-                create = functools.partial(creator.create_bucket, Bucket=self.name, **location)
-                Retries().run(create, may_stop_run=False)
-                break
-            except UploadError as error:
-                # A second request, or another run's, finds the bucket there already.
-                if error.code in ("BucketAlreadyOwnedByYou", "BucketAlreadyExists"):
-                    if self._status_soon(creator, seconds=3) == 200:
-                        break
-                    why = f"the bucket name {self.name} is taken by another account"
-                    raise StopRun(f"{why}; choose another with --bucketname") from error
-                if error.code not in LOCATION_CODES or (creator, location) == attempts[-1]:
-                    raise StopRun(f"cannot create the bucket {self.name}: {error}") from error
-        if self._status_soon(creator, seconds=20) == 404:
+        location: Parameters = {"CreateBucketConfiguration": {"LocationConstraint": region}}
+        client = self.session.client(region)
+        error = self._request(client, {} if region == "us-east-1" else location)
+        may_be_elsewhere = not (self._options.region or is_aws(self.client))
+        if error and error.code in self.LOCATION_CODES and may_be_elsewhere:
+            client = self.client
+            error = self._request(client, {})
+        if error:
+            raise StopRun(f"cannot create the bucket {self.name}: {error}") from error
+        if self._status_soon(client, seconds=20) == 404:
             raise StopRun(f"the new bucket {self.name} does not appear; try again")
-        return creator
+        return client
+
+    def _request(self, client: S3Client, location: Parameters) -> UploadError | None:
+        """Ask for the bucket; return why that fails, or None when it is there."""
+        create = functools.partial(client.create_bucket, Bucket=self.name, **location)
+        try:
+            Retries().run(create, may_stop_run=False)
+        except UploadError as error:
+            if error.code not in ("BucketAlreadyOwnedByYou", "BucketAlreadyExists"):
+                return error
+            # A second request, or another run's, finds the bucket there already.
+            if self._status_soon(client, seconds=3) != 200:
+                why = f"the bucket name {self.name} is taken by another account"
+                raise StopRun(f"{why}; choose another with --bucketname") from error
+        return None
 
     def _status_soon(self, client: S3Client, *, seconds: int) -> int:
         """Return what HeadBucket says, once it is not 404 or so much time has passed."""
@@ -1905,7 +1930,7 @@ class Bucket:
 
 # Files up to this size are read once: the bytes that are hashed are the bytes sent.
 IN_MEMORY_BYTES = 8 * MIB
-READ_BYTES, LARGE_READ_BYTES = MIB, 256 * KIB
+LARGE_READ_BYTES = 256 * KIB  # of a body that is not in memory, at a time
 
 
 def new_md5(data: bytes = b"") -> hashlib._Hash:
@@ -1918,7 +1943,7 @@ def base64_of(digest: bytes) -> str:
     return base64.b64encode(digest).decode("ascii")
 
 
-def opaque_encryption(answer: Mapping[str, Any]) -> str | None:
+def opaque_encryption(answer: Answer) -> str | None:
     """Return the encryption under which the ETag of an answer is no MD5: SSE-KMS or SSE-C.
 
     https://docs.aws.amazon.com/AmazonS3/latest/API/API_Object.html
@@ -1929,7 +1954,7 @@ def opaque_encryption(answer: Mapping[str, Any]) -> str | None:
     return str(answer.get("SSECustomerAlgorithm") or "") or None
 
 
-def proven_etag(answer: Mapping[str, Any], md5: bytes) -> str:
+def proven_etag(answer: Answer, md5: bytes) -> str:
     """Return the ETag of a put; raise DigestMismatch if it should be the MD5 and is not."""
     etag = etag_of(answer)
     if not opaque_encryption(answer) and etag != md5.hex():
@@ -1937,10 +1962,8 @@ def proven_etag(answer: Mapping[str, Any], md5: bytes) -> str:
     return etag
 
 
-class Body(Protocol):
-    """What bytes are read from."""
-
-    def read(self, size: int, /) -> bytes: ...
+# Is told of bytes that have been read.
+OnRead = Callable[[int], object]
 
 
 class Digests(NamedTuple):
@@ -1961,27 +1984,6 @@ def etag_of_parts(md5s: list[bytes]) -> str:
     return f"{new_md5(b''.join(md5s)).hexdigest()}-{len(md5s)}"
 
 
-def read_digests(
-    body: Body, size: int, *,
-    with_crc32: bool = False, on_read: Callable[[int], object] | None = None,
-) -> Digests:  # fmt: skip
-    """Return the digests of `size` bytes of `body`; raise FileChanged if there are fewer.
-
-    `on_read` is called with the number of bytes of each piece.
-    """
-    md5, crc32, left = new_md5(), 0, size
-    while left and (data := body.read(min(left, READ_BYTES))):
-        md5.update(data)
-        if with_crc32:
-            crc32 = zlib.crc32(data, crc32)
-        if on_read:
-            on_read(len(data))
-        left -= len(data)
-    if left:
-        raise FileChanged
-    return Digests(md5.digest(), crc32.to_bytes(4, "big"))
-
-
 def check_unchanged(
     after: os.stat_result, before: os.stat_result, has_same_start: Callable[[], bool]
 ) -> None:
@@ -1996,13 +1998,14 @@ def check_unchanged(
 
 
 class SourceFile:
-    """An open regular file, and its status when it was opened (`before`); a context manager.
+    """An open regular file, and its status when it was opened; a context manager.
 
     Raises OSError, or UploadError for what is no regular file (a FIFO never hangs).
     """
 
     # The clocks of file systems tick so seldom that a later change may have the same time.
     YOUNG_NS = 2 * 10**9
+    READ_BYTES = MIB
 
     def __init__(self, path: str, *, follow_symlinks: bool = True) -> None:
         flags = os.O_RDONLY | OPEN_FLAGS | (0 if follow_symlinks else NO_FOLLOW)
@@ -2013,12 +2016,12 @@ class SourceFile:
                 what = "it has become a symbolic link"
                 raise UploadError(f"{what}; leave out --no-follow-symlinks to send it") from error
             raise
-        self.before = os.fstat(self.handle.fileno())
-        if not stat.S_ISREG(self.before.st_mode):
+        self.status = os.fstat(self.handle.fileno())
+        if not stat.S_ISREG(self.status.st_mode):
             self.close()
             raise UploadError("it is no longer a regular file")
-        self.size = self.before.st_size
-        self.ctime_ns = ctime_of(self.before)
+        self.size = self.status.st_size
+        self.ctime_ns = ctime_of(self.status)
         if self.ctime_ns is not None and time.time_ns() - self.ctime_ns < self.YOUNG_NS:
             self.ctime_ns = 0
 
@@ -2029,7 +2032,6 @@ class SourceFile:
         self.close()
 
     def close(self) -> None:
-        """Close the file."""
         self.handle.close()
 
     def read_all(self) -> bytes:
@@ -2044,14 +2046,31 @@ class SourceFile:
             raise UploadError(f"{why}; leave it out with --exclude")
         return data[: self.size]
 
-    def md5(self, *, on_read: Callable[[int], object] | None = None) -> bytes:
-        """Return the MD5 of the file as long as it was; raise FileChanged if it is shorter."""
-        self.handle.seek(0)
-        return read_digests(self.handle, self.size, on_read=on_read).md5
+    def digests(
+        self, start: int, size: int, *, with_crc32: bool = False, on_read: OnRead | None = None
+    ) -> Digests:
+        """Return the digests of `size` bytes from `start` on; raise FileChanged if there are fewer.
 
-    def etag_like(
-        self, etag: str, part_size: int, *, on_read: Callable[[int], object] | None = None
-    ) -> str | None:
+        `on_read` is called with the number of bytes of each piece.
+        """
+        self.handle.seek(start)
+        md5, crc32, left = new_md5(), 0, size
+        while left and (data := self.handle.read(min(left, self.READ_BYTES))):
+            md5.update(data)
+            if with_crc32:
+                crc32 = zlib.crc32(data, crc32)
+            if on_read:
+                on_read(len(data))
+            left -= len(data)
+        if left:
+            raise FileChanged
+        return Digests(md5.digest(), crc32.to_bytes(4, "big"))
+
+    def md5(self) -> bytes:
+        """Return the MD5 of the file as long as it was; raise FileChanged if it is shorter."""
+        return self.digests(0, self.size).md5
+
+    def etag_like(self, etag: str, part_size: int, *, on_read: OnRead | None = None) -> str | None:
         """Return the ETag that S3 would give to it, if `etag` is of an object with its bytes.
 
         `part_size` is that of an upload in parts, in bytes. None when the number of parts shows
@@ -2062,21 +2081,20 @@ class SourceFile:
         if not re.fullmatch(r"[0-9a-f]{32}(-[0-9]+)?", etag):
             return None
         if not is_of_parts:
-            return self.md5(on_read=on_read).hex()
+            return self.digests(0, self.size, on_read=on_read).md5.hex()
         part_size = part_size_for(self.size, part_size)
         if str(-(-self.size // part_size)) != count:
             return None
-        self.handle.seek(0)
         md5s = []
         for start in range(0, self.size, part_size):
             length = min(part_size, self.size - start)
-            md5s.append(read_digests(self.handle, length, on_read=on_read).md5)
+            md5s.append(self.digests(start, length, on_read=on_read).md5)
         return etag_of_parts(md5s)
 
     def check_unchanged(self, md5: bytes) -> None:
         """Raise FileChanged unless the file still has the bytes with this MD5 at its start."""
         after = os.fstat(self.handle.fileno())
-        check_unchanged(after, self.before, lambda: self.md5() == md5)
+        check_unchanged(after, self.status, lambda: self.md5() == md5)
 
 
 @functools.lru_cache(1024)
@@ -2092,10 +2110,7 @@ def content_type_of(path: str) -> str | None:
 
 def mtime_text(status: os.stat_result) -> str:
     """Return the time in seconds since 1970, as rclone keeps and restores it."""
-    if status.st_mtime_ns < 10**9:
-        return f"{Decimal(status.st_mtime_ns).scaleb(-9):f}"
-    digits = str(status.st_mtime_ns)
-    return f"{digits[:-9]}.{digits[-9:]}"
+    return f"{Decimal(status.st_mtime_ns).scaleb(-9):f}"
 
 
 class Bandwidth:
@@ -2128,7 +2143,7 @@ def why_unreadable(error: OSError | UploadError) -> str:
     return reason(error) if isinstance(error, OSError) else str(error)
 
 
-def unreadable(error: OSError) -> UploadError:
+def read_error(error: OSError) -> UploadError:
     """Return what to say of a file that cannot be read."""
     advice = "its permissions" if isinstance(error, PermissionError) else "the disk"
     return UploadError(f"cannot read it: {reason(error)}; check {advice}")
@@ -2138,15 +2153,15 @@ class LargeReads:
     """A body of `size` bytes for boto3 that is read in large pieces, or as bandwidth allows.
 
     urllib3 asks for 16 KiB at a time and sends whatever it gets: at a gigabyte a second
-    the small reads would cost as much as the sending. `on_read(bytes_so_far)` is called for
-    each piece.
+    the small reads would cost as much as the sending. `on_moved` is told after each piece how
+    many bytes have been read so far.
     """
 
     def __init__(
-        self, body: IO[bytes], size: int, *, on_read: Callable[[int], None],
-        bandwidth: Bandwidth | None,
+        self, body: io.BytesIO | s3transfer.utils.ReadFileChunk, size: int, *,
+        on_moved: Callable[[int], None], bandwidth: Bandwidth | None,
     ) -> None:  # fmt: skip
-        self._body, self._size, self._on_read, self._bandwidth = body, size, on_read, bandwidth
+        self._body, self._size, self._on_moved, self._bandwidth = body, size, on_moved, bandwidth
         self._piece_bytes = bandwidth.piece_bytes if bandwidth else LARGE_READ_BYTES
         self.seek, self.tell = body.seek, body.tell
 
@@ -2160,26 +2175,13 @@ class LargeReads:
         try:
             data = self._body.read(self._piece_bytes)
         except OSError as error:
-            raise unreadable(error) from error
+            raise read_error(error) from error
         if not data and self._body.tell() < self._size:
             raise FileChanged  # it is shorter now, and the server would wait for the rest
         if self._bandwidth:
             time.sleep(self._bandwidth.take(len(data)))
-        self._on_read(self._body.tell())
+        self._on_moved(self._body.tell())
         return data
-
-
-class Listener(Protocol):
-    """Whom the reliable way tells what happens before a file is done."""
-
-    def save_upload(self, index: int, result: Result) -> None:
-        """Return when the disk has the id of the new multipart upload."""
-
-    def note_accepted(self) -> None:
-        """Take note that S3 has taken something of this run."""
-
-    def note_moved(self, index: int, size: int, sent_earlier: int) -> None:
-        """Take note of how many bytes of a file have been sent, in all and by an earlier run."""
 
 
 class Uploader:
@@ -2189,14 +2191,17 @@ class Uploader:
     OUT_OF_FILES = (errno.EMFILE, errno.ENFILE)
 
     def __init__(
-        self, bucket: Bucket, options: Options, *,
-        retries: Retries, listener: Listener, bandwidth: Bandwidth | None, part_threads: int,
+        self, run: Run, bucket: Bucket, *, retries: Retries, bandwidth: Bandwidth | None,
+        part_threads: int, save_upload: Callable[[int, Result], None],
     ) -> None:  # fmt: skip
-        self.bucket, self.client, self.options = bucket, bucket.client, options
-        self.retries, self.listener, self.bandwidth = retries, listener, bandwidth
-        self.part_threads = part_threads
-        self._run_parameters = options.object_parameters()
-        self._told_at: dict[int, float] = {}
+        self.bucket, self.client, self.options = bucket, bucket.client, run.options
+        self.retries, self.bandwidth, self.part_threads = retries, bandwidth, part_threads
+        # Returns when the disk has the id of an entry's new multipart upload.
+        self.save_upload = save_upload
+        # Set once S3 has taken something of this run, so that a refusal is not of all files.
+        self.accepted = threading.Event()
+        self._progress = run.report.progress
+        self._run_parameters = run.options.object_parameters()
 
     def upload(self, task: Task) -> Result:
         """Send one file and return how that ended; the one place that decides that."""
@@ -2206,7 +2211,7 @@ class Uploader:
         try:
             result.outcome = self._send(task, result)
         except FileChanged as error:
-            result.outcome, result.error = Outcome.CHANGED, str(error)
+            result.outcome, result.error = Outcome.TRY_LATER, str(error)
         except UploadError as error:
             if error.trouble is Trouble.REFUSAL:
                 result.outcome = Outcome.REFUSED
@@ -2220,38 +2225,31 @@ class Uploader:
             result.error = "it vanished before it was sent; restore it"
         except OSError as error:
             if error.errno in self.OUT_OF_FILES:
-                result.outcome = Outcome.CHANGED
-            result.error = str(unreadable(error))
-        self._told_at.pop(task.number, None)
+                result.outcome = Outcome.TRY_LATER
+            result.error = str(read_error(error))
         result.seconds = time.monotonic() - started
         return result
 
     def _send(self, task: Task, result: Result) -> Outcome:
         self.retries.check_stopped()
         with SourceFile(task.filepath, follow_symlinks=self.options.follow_symlinks) as source:
-            result.size, result.mtime_ns = source.size, source.before.st_mtime_ns
+            result.size, result.mtime_ns = source.size, source.status.st_mtime_ns
             result.ctime_ns = 0 if task.etag else source.ctime_ns
-            if task.etag:
-                is_unchanged = self._has_etag(task, source)
+            if task.etag:  # the bucket has it, perhaps with the same bytes
+                part_size = task.part_size or self.options.multipart_chunksize
+                etag = source.etag_like(
+                    task.etag, part_size, on_read=lambda _: self.retries.check_stopped()
+                )
                 result.ctime_ns = source.ctime_ns
-                if is_unchanged:
+                if etag == task.etag:
                     return Outcome.UNCHANGED
                 result.etag = result.part_size = None
             if self.options.is_multipart(source.size):
                 MultipartUpload(self, task, source, result).send()
             else:
-                self.abort(task, result)
+                self.abort(task, result)  # it was larger when an earlier run began to send it
                 self._put(task, source, result)
         return Outcome.UPLOADED
-
-    def _has_etag(self, task: Task, source: SourceFile) -> bool:
-        """Tell whether the file has the bytes of the object that the bucket has."""
-
-        def note(_size: int) -> None:
-            self.retries.check_stopped()
-
-        part_size = task.part_size or self.options.multipart_chunksize
-        return source.etag_like(task.etag or "", part_size, on_read=note) == task.etag
 
     def _put(self, task: Task, source: SourceFile, result: Result) -> None:
         """Send the file with PutObject."""
@@ -2265,9 +2263,9 @@ class Uploader:
             source.handle.seek(0)
             body = s3transfer.utils.ReadFileChunk(source.handle, source.size, source.size)
         if source.size > (limit.piece_bytes if limit else IN_MEMORY_BYTES):
-            note = functools.partial(self.note_moved, task.number)
-            body = LargeReads(body, source.size, on_read=note, bandwidth=limit)
-        parameters = self.object_parameters(task.filepath, source.before)
+            note = functools.partial(self.note_moved, task.entry_index)
+            body = LargeReads(body, source.size, on_moved=note, bandwidth=limit)
+        parameters = self.object_parameters(task.filepath, source.status)
         parameters |= {"Bucket": self.bucket.name, "Key": task.key, "ContentMD5": base64_of(md5)}
 
         def put() -> None:
@@ -2285,21 +2283,18 @@ class Uploader:
             raise
         source.check_unchanged(md5)
 
-    def object_parameters(self, path: str, status: os.stat_result) -> dict[str, Any]:
+    def object_parameters(self, path: str, status: os.stat_result) -> Parameters:
         """Return boto3's parameters that describe a new object."""
-        parameters: dict[str, Any] = dict(self._run_parameters)
+        parameters: Parameters = dict(self._run_parameters)
         if content_type := content_type_of(path):
             parameters["ContentType"] = content_type
         parameters["Metadata"] = {"mtime": mtime_text(status)}
         return parameters
 
-    def note_moved(self, index: int, size: int, sent_earlier: int = 0) -> None:
-        """Take note of how many bytes of a file have been sent; tell it now and then."""
+    def note_moved(self, entry_index: int, size: int, sent_earlier: int = 0) -> None:
+        """Take note of how many bytes of a file have been sent, in all and by an earlier run."""
         self.retries.note_life()
-        now = time.monotonic()
-        if now - self._told_at.get(index, 0.0) > Progress.DRAW_SECONDS:
-            self._told_at[index] = now
-            self.listener.note_moved(index, size, sent_earlier)
+        self._progress.moved(entry_index, size, sent_earlier)
 
     def abort(self, task: Task, result: Result) -> None:
         """Abort the multipart upload of a file, if it has one."""
@@ -2319,19 +2314,18 @@ class FileInParts:
         self.path, self.size, self.part_size = path, source.size, part_size
         self.digests: dict[int, Digests] = {}
         self.has_crc32 = False
-        self._before, self._retries = source.before, uploader.retries
+        self._status, self._retries = source.status, uploader.retries
         self._follow_symlinks = uploader.options.follow_symlinks
 
     def open(self) -> SourceFile:
         """Open the file once more; raises what `SourceFile` raises."""
         return SourceFile(self.path, follow_symlinks=self._follow_symlinks)
 
-    def read(self, number: int, *, handle: io.FileIO) -> Digests:
-        """Return the digests of the part with that number (from 1), of an open file."""
+    def read(self, number: int, *, source: SourceFile) -> Digests:
+        """Return the digests of the part with that number (from 1), of the open file."""
         start = (number - 1) * self.part_size
-        handle.seek(start)
         length = min(self.part_size, self.size - start)
-        return read_digests(handle, length, with_crc32=self.has_crc32)
+        return source.digests(start, length, with_crc32=self.has_crc32)
 
     def read_again(self) -> dict[int, Digests]:
         """Return the digests of all parts, read from the file anew."""
@@ -2339,27 +2333,27 @@ class FileInParts:
         with self.open() as source:
             for number in range(1, -(-self.size // self.part_size) + 1):
                 self._retries.check_stopped()
-                again[number] = self.read(number, handle=source.handle)
+                again[number] = self.read(number, source=source)
         return again
 
     def md5_of_whole(self) -> str:
         """Return the MD5 of the whole file in hexadecimal digits, read anew."""
         with self.open() as source:
-            return read_digests(source.handle, self.size).md5.hex()
+            return source.digests(0, self.size).md5.hex()
 
     def check_unchanged(self) -> None:
         """Raise FileChanged unless the file still has the parts that were read."""
-        check_unchanged(os.stat(self.path), self._before, self._has_same_parts)
+        check_unchanged(os.stat(self.path), self._status, self._has_same_parts)
 
     def _has_same_parts(self) -> bool:
         again = self.read_again()
         return all(digests.md5 == again[number].md5 for number, digests in self.digests.items())
 
-    def etag(self) -> str:
+    def expected_etag(self) -> str:
         """Return the ETag that S3 gives to the object, if its ETags are MD5s."""
         return etag_of_parts([digests.md5 for _, digests in sorted(self.digests.items())])
 
-    def crc32(self) -> str:
+    def expected_crc32(self) -> str:
         """Return the CRC32 that S3 gives to the object: that of the CRC32s of its parts."""
         crc32s = b"".join(digests.crc32 for _, digests in sorted(self.digests.items()))
         return f"{base64_of(zlib.crc32(crc32s).to_bytes(4, 'big'))}-{len(self.digests)}"
@@ -2377,15 +2371,14 @@ class MultipartProof:
 
     def __init__(self, uploader: Uploader, key: str, file: FileInParts) -> None:
         self._client, self._retries = uploader.client, uploader.retries
-        self._location: Any = {"Bucket": uploader.bucket.name, "Key": key}
-        self._file = file
+        self._bucket_name, self._key, self._file = uploader.bucket.name, key, file
         self.sse: str | None = None  # under which ETags are no MD5s
 
-    def note_encryption(self, answer: Mapping[str, Any]) -> None:
+    def note_encryption(self, answer: Answer) -> None:
         """Take note of what an answer tells of the bucket's ETags."""
         self.sse = self.sse or opaque_encryption(answer)
 
-    def etag(self, answer: Mapping[str, Any]) -> str:
+    def proven_etag(self, answer: Answer) -> str:
         """Return the ETag of an object that was completed with this answer.
 
         Raises DigestMismatch when it holds other bytes, NotThere when there is none. Where
@@ -2402,7 +2395,7 @@ class MultipartProof:
             raise DigestMismatch(self._mismatch(answer))
         return etag_of(answer)
 
-    def etag_in_place(self) -> str | None:
+    def proven_etag_in_place(self) -> str | None:
         """Return the ETag of the object if it is there and provably holds the bytes."""
         head = self._head() or {}
         if head.get("ContentLength") != self._file.size:
@@ -2410,19 +2403,21 @@ class MultipartProof:
         self._file.digests = self._file.digests or self._file.read_again()
         return etag_of(head) if self._compare(head) else None
 
-    def _mismatch(self, answer: Mapping[str, Any]) -> str:
+    def _mismatch(self, answer: Answer) -> str:
         if self._has_crc32(answer):
-            return f"its CRC32 is {answer['ChecksumCRC32']} and should be {self._file.crc32()}"
-        return f"its ETag is {etag_of(answer) or 'missing'} and should be {self._file.etag()}"
+            what, found, expected = "CRC32", answer["ChecksumCRC32"], self._file.expected_crc32()
+        else:
+            what, found, expected = "ETag", etag_of(answer), self._file.expected_etag()
+        return f"its {what} is {found or 'missing'} and should be {expected}"
 
-    def _compare(self, answer: Mapping[str, Any]) -> bool | None:
+    def _compare(self, answer: Answer) -> bool | None:
         """Tell whether the object in `answer` holds the bytes; None when it does not say."""
         self.note_encryption(answer)
         etag = etag_of(answer)
-        if etag == self._file.etag():
+        if etag == self._file.expected_etag():
             return True
         if self._has_crc32(answer):
-            return bool(answer["ChecksumCRC32"] == self._file.crc32())
+            return bool(answer["ChecksumCRC32"] == self._file.expected_crc32())
         if self.sse:
             return None
         if re.fullmatch(r"[0-9a-f]{32}", etag):
@@ -2431,23 +2426,23 @@ class MultipartProof:
         count = len(self._file.digests)
         return False if re.fullmatch(rf"[0-9a-f]{{32}}-{count}", etag) else None
 
-    def _has_crc32(self, answer: Mapping[str, Any]) -> bool:
+    def _has_crc32(self, answer: Answer) -> bool:
         """Tell whether the answer has a CRC32 that is made of those of the parts."""
         crc32 = answer.get("ChecksumCRC32") or ""
         return self._file.has_crc32 and crc32.endswith(f"-{len(self._file.digests)}")
 
-    def _head(self) -> Mapping[str, Any] | None:
+    def _head(self) -> Answer | None:
         """Return HeadObject's answer, empty for no object, or None where it is refused."""
-        # Without that mode S3 tells no checksum.
-        mode: Any = {"ChecksumMode": "ENABLED"}
-        head: Any = functools.partial(self._client.head_object, **self._location, **mode)
+        head = functools.partial(  # without that mode S3 tells no checksum
+            self._client.head_object, Bucket=self._bucket_name, Key=self._key,
+            ChecksumMode="ENABLED",
+        )  # fmt: skip
         try:
-            answer: Mapping[str, Any] = self._retries.run(head, may_stop_run=False)
+            return self._retries.run(head, may_stop_run=False)
         except UploadError as error:
             if error.trouble in PASSING:
                 raise
             return {} if error.code in ("404", "NoSuchKey", "NotFound") else None
-        return answer
 
 
 class PartsClient:
@@ -2466,14 +2461,14 @@ class PartsClient:
     ) -> None:  # fmt: skip
         self.meta = uploader.client.meta
         self._uploader, self._client, self._retries = uploader, uploader.client, uploader.retries
-        self._index, self._file, self._result, self._proof = task.number, file, result, proof
-        self._on_s3 = on_s3
+        self._entry_index, self._on_s3 = task.entry_index, on_s3
+        self._file, self._result, self._proof = file, result, proof
         self._etags: dict[int, str] = {}
         self._moved: dict[int, int] = {}
         self._sent_earlier = 0
         self.etag = ""
 
-    def create_multipart_upload(self, **parameters: Any) -> dict[str, Any]:
+    def create_multipart_upload(self, **parameters: Any) -> Parameters:
         """Start the multipart upload, or answer with the one to go on with.
 
         Returns only when the state holds its id: no kill leaves parts that nobody knows of.
@@ -2488,16 +2483,17 @@ class PartsClient:
 
             self._result.upload_id = self._retries.run(create)
             self._result.part_size = self._file.part_size
-            self._uploader.listener.save_upload(self._index, self._result)
+            self._uploader.accepted.set()  # it takes the same permission as to send a part
+            self._uploader.save_upload(self._entry_index, self._result)
         return {"UploadId": self._result.upload_id}
 
-    def upload_part(self, *, PartNumber: int, Body: Any, **parameters: Any) -> dict[str, Any]:
+    def upload_part(self, *, PartNumber: int, Body: Any, **parameters: Any) -> Parameters:
         """Send one part and prove it, unless S3 has the same bytes under its number."""
         self._retries.check_stopped()
         number, size = PartNumber, len(Body)
         # Not Body itself, which breaks off in the middle once another part has failed.
         with self._file.open() as source:
-            digests = self._file.read(number, handle=source.handle)
+            digests = self._file.read(number, source=source)
             listed = self._on_s3.get(number)
             if listed and listed.get("Size") == size and digests.are_of(listed):
                 etag = listed["ETag"]
@@ -2513,13 +2509,13 @@ class PartsClient:
         return {"ETag": etag}
 
     def _send(
-        self, handle: io.FileIO, size: int, *, digests: Digests, parameters: dict[str, Any]
+        self, handle: io.FileIO, size: int, *, digests: Digests, parameters: Parameters
     ) -> str:
         number = parameters["PartNumber"]
         handle.seek((number - 1) * self._file.part_size)
-        chunk: Any = s3transfer.utils.ReadFileChunk(handle, size, self._file.size)
+        chunk = s3transfer.utils.ReadFileChunk(handle, size, self._file.size)
         note = functools.partial(self._note_moved, number)
-        body: Any = LargeReads(chunk, size, on_read=note, bandwidth=self._uploader.bandwidth)
+        body: Any = LargeReads(chunk, size, on_moved=note, bandwidth=self._uploader.bandwidth)
 
         def send() -> str:
             body.seek(0)
@@ -2531,37 +2527,37 @@ class PartsClient:
             return answer["ETag"]
 
         etag = self._retries.run(send)
-        self._uploader.listener.note_accepted()
+        self._uploader.accepted.set()
         return etag
 
     def _note_moved(self, number: int, size: int) -> None:
         self._moved[number] = size
         moved = sum(list(self._moved.values()))
-        self._uploader.note_moved(self._index, moved, self._sent_earlier)
+        self._uploader.note_moved(self._entry_index, moved, self._sent_earlier)
 
-    def complete_multipart_upload(self, **parameters: Any) -> dict[str, Any]:
+    def complete_multipart_upload(self, **parameters: Any) -> Parameters:
         """Make the parts one object, unless the file changed meanwhile, and prove it."""
         self._file.check_unchanged()
-        parts: list[dict[str, Any]] = []
+        parts: list[Parameters] = []
         for number, digests in sorted(self._file.digests.items()):
             parts.append({"PartNumber": number, "ETag": self._etags[number]})
             if self._file.has_crc32:
                 parts[-1]["ChecksumCRC32"] = base64_of(digests.crc32)
         parameters["MultipartUpload"] = {"Parts": parts}
-        complete: Any = functools.partial(self._client.complete_multipart_upload, **parameters)
+        complete = functools.partial(self._client.complete_multipart_upload, **parameters)
         try:
             answer = self._retries.run(complete)
         except UploadError as error:
             # Perhaps a first request did complete it, and only its answer was lost.
-            etag = self._proof.etag_in_place() if error.code == "NoSuchUpload" else None
+            etag = self._proof.proven_etag_in_place() if error.code == "NoSuchUpload" else None
             if not etag:
                 raise
             self.etag = etag
         else:
-            self.etag = self._proof.etag(answer)
+            self.etag = self._proof.proven_etag(answer)
         return {}
 
-    def abort_multipart_upload(self, **_: object) -> dict[str, Any]:
+    def abort_multipart_upload(self, **_: object) -> Parameters:
         """Do nothing: S3Transfer aborts after any failure, but the parts are of use."""
         return {}
 
@@ -2582,7 +2578,9 @@ class MultipartUpload:
         """Send the file, and note the object's proven ETag; raises what `upload` knows."""
         if self._source.size > PARTS_MAX * PART_MAX_BYTES:
             raise UploadError("it is larger than the 48.8 TiB that S3 takes; split it")
-        for tries in itertools.count(1):
+        tries = 0
+        while True:
+            tries += 1
             try:
                 self._result.etag = self._attempt()
                 return
@@ -2592,37 +2590,37 @@ class MultipartUpload:
             except DigestMismatch as error:
                 if not isinstance(error, NotThere):
                     self._forget_upload()
-                if tries == DAMAGED_TRIES:
+                if tries == Retries.DAMAGED_TRIES:
                     raise error_of(error) from error
             except UploadError as error:
                 # Somebody else aborted it: there is nothing left to go on with.
-                if error.code != "NoSuchUpload" or tries == DAMAGED_TRIES:
+                if error.code != "NoSuchUpload" or tries == Retries.DAMAGED_TRIES:
                     raise
                 self._forget_upload()
-        raise AssertionError("unreachable")
 
     def _attempt(self) -> str:
+        """Send what S3 lacks of the file, and return the object's proven ETag."""
         wanted = self._result.part_size or self._uploader.options.multipart_chunksize
         part_size = part_size_for(self._source.size, wanted)
         file = FileInParts(self._uploader, self._task.filepath, self._source, part_size)
         file.has_crc32 = self._wants_crc32
         proof = MultipartProof(self._uploader, self._task.key, file)
-        on_s3: Mapping[int, PartTypeDef] = {}
+        on_s3: Mapping[int, PartTypeDef] | None = {}
         if self._result.upload_id:
-            found, etag = None, None
             try:
-                found = self._find_parts(file)
+                on_s3 = self._find_parts(file)
             except UploadError as error:
                 if error.code != "NoSuchUpload":
                     raise
-                etag = proof.etag_in_place()  # perhaps only the answer was lost
-            if found is None:
-                self._forget_upload()
-                if not etag:
-                    return self._attempt()
-                self._result.part_size, self._result.sse = part_size, proof.sse
-                return etag
-            on_s3 = found
+                on_s3 = None
+                # Perhaps it was completed, and only the answer was lost.
+                if etag := proof.proven_etag_in_place():
+                    self._forget_upload()
+                    self._result.part_size, self._result.sse = part_size, proof.sse
+                    return etag
+        if on_s3 is None:  # from the start, perhaps with another part size
+            self._forget_upload()
+            return self._attempt()
         client = PartsClient(
             self._uploader, self._task, file, result=self._result, proof=proof, on_s3=on_s3
         )
@@ -2646,7 +2644,7 @@ class MultipartUpload:
         files = s3transfer.utils.OSUtils()
         # A file that grows is sent as long as it was at the start.
         files.get_file_size = lambda filename: file.size  # type: ignore[method-assign]
-        extra_args = self._uploader.object_parameters(file.path, self._source.before)
+        extra_args = self._uploader.object_parameters(file.path, self._source.status)
         if file.has_crc32:
             extra_args["ChecksumAlgorithm"] = "CRC32"
         bucket, key = self._uploader.bucket.name, self._task.key
@@ -2681,6 +2679,7 @@ class MultipartUpload:
             Bucket=self._uploader.bucket.name, Key=key, UploadId=self._result.upload_id or ""
         )
         for page in pages:
+            # Its object would get the class that it was begun with.
             if wanted_class and page.get("StorageClass", wanted_class) != wanted_class:
                 return None
             if page.get("Key", key) != key:
@@ -2693,18 +2692,10 @@ class MultipartUpload:
 # --- lanes ------------------------------------------------------------------------
 
 
-class LaneFile(NamedTuple):
-    """One small file for a lane."""
-
-    number: int  # of the entry
-    path: str
-    key: str
-
-
 class LaneResult(NamedTuple):
     """What a lane says of a file: that S3 has it, proven, or (without an ETag) nothing."""
 
-    number: int  # of the entry
+    entry_index: int
     size: int = 0
     mtime_ns: int = 0
     ctime_ns: int | None = None
@@ -2712,12 +2703,18 @@ class LaneResult(NamedTuple):
     sse: str | None = None
 
 
+# Headers of a put that are other for each file, or made anew with its signature.
+OF_ONE_PUT = frozenset(
+    "authorization x-amz-date x-amz-content-sha256 x-amz-security-token expect content-length "
+    "content-type content-md5 x-amz-meta-mtime".split()
+)
+
+
 class PutTemplate(NamedTuple):
     """What the requests of all lanes have in common, as botocore has serialised it."""
 
     region: str
     is_https: bool
-    host: str
     path: str  # the key follows
     headers: list[tuple[str, str]]
     ca_path: str
@@ -2728,6 +2725,7 @@ class PutTemplate(NamedTuple):
         """Return that of a bucket: the request that boto3 would send for a put."""
         requests = []
 
+        # The request is not sent, since this handler answers it.
         def take(request: Any, **_: object) -> Any:
             requests.append(request)
             return botocore.awsrequest.AWSResponse(request.url, 200, request.headers, io.BytesIO())
@@ -2751,7 +2749,6 @@ class PutTemplate(NamedTuple):
         return cls(
             region=bucket.client.meta.region_name,
             is_https=url.scheme == "https",
-            host=url.netloc,
             path=url.path.removesuffix("KEY"),
             headers=headers,
             ca_path=bucket.session.ca_path(),
@@ -2759,11 +2756,6 @@ class PutTemplate(NamedTuple):
         )
 
 
-# Headers of a put that are other for each file, or made anew with its signature.
-OF_ONE_PUT = frozenset(
-    "authorization x-amz-date x-amz-content-sha256 x-amz-security-token expect content-length "
-    "content-type content-md5 x-amz-meta-mtime".split()
-)
 THREAD = threading.local()
 
 
@@ -2795,8 +2787,8 @@ class LanePut:
 
     request: Any
 
-    def __init__(self, number: int, source: SourceFile, md5: bytes) -> None:
-        self.number, self._source, self._md5 = number, source, md5
+    def __init__(self, index: int, source: SourceFile, md5: bytes) -> None:
+        self.index, self._source, self._md5 = index, source, md5
         self._answer: dict[str, str] = {}
 
     def take_headers(self, headers: list[tuple[str, str]], **_: object) -> None:
@@ -2814,18 +2806,18 @@ class LanePut:
             "ServerSideEncryption": self._answer.get(encryption),
             "SSECustomerAlgorithm": self._answer.get(f"{encryption}-customer-algorithm"),
         }
-        status = self._source.before
+        status = self._source.status
         try:
             ended = self.request.finished_future
-            self.request = None  # it knows this object: the bytes would never be given back
+            self.request = None  # they hold each other: the body would never be freed
             with self._source:
                 ended.result()
                 etag = proven_etag(answer, self._md5)
                 self._source.check_unchanged(self._md5)
         except (awscrt.exceptions.AwsCrtError, DigestMismatch, UploadError, OSError):
-            return LaneResult(self.number)
+            return LaneResult(self.index)
         return LaneResult(
-            self.number, status.st_size, status.st_mtime_ns, self._source.ctime_ns,
+            self.index, status.st_size, status.st_mtime_ns, self._source.ctime_ns,
             etag, opaque_encryption(answer),
         )  # fmt: skip
 
@@ -2843,10 +2835,10 @@ class LaneSender:
     def __init__(self, runtime: Any, template: PutTemplate, pipe: Connection) -> None:
         self._runtime, self._template, self._pipe = runtime, template, pipe
         self._client, self._signing = self._make_client(), None
+        # What the other threads, and those of the runtime, leave to the working one.
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._results: list[LaneResult] = []
-        self._slow_files: queue.SimpleQueue[LaneFile] = queue.SimpleQueue()
-        self._read_seconds, self._has_readers = 0.0, False
+        self._read_seconds, self._readers = 0.0, ThreadPoolExecutor(self.READERS)
 
     def _make_client(self) -> Any:
         io, s3, template = self._runtime.io, self._runtime.s3, self._template
@@ -2873,7 +2865,7 @@ class LaneSender:
         )
 
     def run(self) -> None:
-        """Send the files that come through the pipe, until it closes: raises OSError then."""
+        """Send what comes through the pipe, until it closes: raises OSError then."""
         threading.Thread(target=self._receive, daemon=True).start()
         told_at = 0.0
         while True:
@@ -2887,11 +2879,11 @@ class LaneSender:
     def _receive(self) -> None:
         with contextlib.suppress(EOFError, OSError):
             while True:
-                credentials, files = self._pipe.recv()
-                self._calls.put(functools.partial(self._take, credentials, files))
+                credentials, tasks = self._pipe.recv()
+                self._calls.put(functools.partial(self._take, credentials, tasks))
         os._exit(0)
 
-    def _take(self, credentials: Frozen | None, files: list[LaneFile]) -> None:
+    def _take(self, credentials: Credentials | None, tasks: list[Task]) -> None:
         """Begin the puts of some files, in other threads where reading is slow (NFS)."""
         if credentials:
             # Static: the runtime would otherwise ask Python for them with each request.
@@ -2899,31 +2891,25 @@ class LaneSender:
             self._signing = self._runtime.s3.create_default_s3_signing_config(
                 region=self._template.region, credential_provider=provider
             )
-        for file in files:
+        for task in tasks:
             if self._read_seconds < self.SLOW_READ_SECONDS:
-                self._begin(file)
+                self._begin(task)
             else:
-                self._slow_files.put(file)
-        if not (self._has_readers or self._slow_files.empty()):
-            self._has_readers = True
-            for _ in range(self.READERS):
-                threading.Thread(target=self._read_on, daemon=True).start()
+                reading = self._readers.submit(self._begin, task)
+                # So that a bug in it ends the lane.
+                reading.add_done_callback(lambda done: self._calls.put(done.result))
 
-    def _read_on(self) -> None:
-        while True:
-            self._begin(self._slow_files.get())
-
-    def _begin(self, file: LaneFile) -> None:
+    def _begin(self, task: Task) -> None:
         source, started = None, time.monotonic()
         try:
-            source = SourceFile(file.path, follow_symlinks=self._template.follow_symlinks)
+            source = SourceFile(task.filepath, follow_symlinks=self._template.follow_symlinks)
             if source.size > self.FILE_MAX_BYTES:
                 raise UploadError("it has grown since the walk")
             data = source.read_all()
         except (OSError, UploadError):  # the reliable way meets it too, and says so
             if source:
                 source.close()
-            self._calls.put(lambda: self._results.append(LaneResult(file.number)))
+            self._calls.put(lambda: self._results.append(LaneResult(task.entry_index)))
             return
         self._read_seconds += (time.monotonic() - started - self._read_seconds) / 32
         md5 = new_md5(data).digest()
@@ -2931,12 +2917,12 @@ class LaneSender:
             *self._template.headers,
             ("Content-MD5", base64_of(md5)),
             ("Content-Length", str(len(data))),
-            ("x-amz-meta-mtime", mtime_text(source.before)),
+            ("x-amz-meta-mtime", mtime_text(source.status)),
         ]
-        if content_type := content_type_of(file.path):
+        if content_type := content_type_of(task.filepath):
             headers.append(("Content-Type", content_type))
-        path = self._template.path + urllib.parse.quote(file.key, safe="/-_.~")
-        put = LanePut(file.number, source, md5)
+        path = self._template.path + urllib.parse.quote(task.key, safe="/-_.~")
+        put = LanePut(task.entry_index, source, md5)
         http, s3 = self._runtime.http, self._runtime.s3
         put.request = self._client.make_request(
             type=s3.S3RequestType.DEFAULT,
@@ -3011,14 +2997,14 @@ class Lane:
         self.indexes: set[int] = set()
         self.is_ready = False
         self._heard_at = time.monotonic()
-        self._batch: list[LaneFile] = []
-        self._outbox: queue.SimpleQueue[list[LaneFile]] = queue.SimpleQueue()
+        self._batch: list[Task] = []
+        self._outbox: queue.SimpleQueue[list[Task]] = queue.SimpleQueue()
         self._pipe, theirs = SPAWN.Pipe()
         self._process = SPAWN.Process(target=run_lane, args=(theirs,), daemon=True)
         if sys.platform == "win32":
             self._process.start()
         else:
-            # Else the first start() starts it, which would unblock the signals again.
+            # Python would start its tracker with the first process, and unblock the signals then.
             multiprocessing.resource_tracker.ensure_running()
             before = signal.pthread_sigmask(signal.SIG_BLOCK, Interruption.SIGNALS)
             try:
@@ -3031,16 +3017,30 @@ class Lane:
         self, template: PutTemplate, session: Session, *,
         on_results: Callable[[Lane, list[LaneResult]], None], on_end: Callable[[Lane], None],
     ) -> None:  # fmt: skip
-        """Let it take files; both functions are called from threads of its own."""
-        threading.Thread(target=self._feed, args=(template, session, on_end), daemon=True).start()
-        threading.Thread(target=self._listen, args=(on_results, on_end), daemon=True).start()
+        """Let it take files; both functions are called from threads of its own.
 
-    def add(self, file: LaneFile) -> None:
+        `on_end` may be called twice, and results of what it had may still come after that.
+        """
+
+        def run(work: Callable[[], None]) -> None:
+            try:
+                # Its pipe closes when it ends; the source of the credentials may fail.
+                with contextlib.suppress(EOFError, *request_errors()):
+                    work()
+            finally:  # a bug too must not make the run wait for ever
+                on_end(self)
+
+        feed = functools.partial(self._feed, template, session)
+        listen = functools.partial(self._listen, on_results)
+        for work in (feed, listen):
+            threading.Thread(target=run, args=(work,), daemon=True).start()
+
+    def add(self, task: Task) -> None:
         """Have it send a file, with the next `flush`."""
         if not self.indexes:
             self._heard_at = time.monotonic()
-        self.indexes.add(file.number)
-        self._batch.append(file)
+        self.indexes.add(task.entry_index)
+        self._batch.append(task)
 
     def flush(self) -> None:
         """Hand over what was added."""
@@ -3061,32 +3061,20 @@ class Lane:
         """End it, whatever it does."""
         self._process.kill()  # it ignores SIGTERM, as signals are for the main process
 
-    def _feed(
-        self, template: PutTemplate, session: Session, on_end: Callable[[Lane], None]
-    ) -> None:
+    def _feed(self, template: PutTemplate, session: Session) -> None:
         # In a thread: to renew credentials can take long, and so can a pipe that is full.
-        known: Frozen | None = None
-        try:
-            with contextlib.suppress(*request_errors()):  # of the source of the credentials
-                self._pipe.send(template)
-                while True:
-                    files, credentials = self._outbox.get(), session.credentials()
-                    self._pipe.send((credentials if credentials != known else None, files))
-                    known = credentials
-        finally:
-            on_end(self)
+        known: Credentials | None = None
+        self._pipe.send(template)
+        while True:
+            tasks, credentials = self._outbox.get(), session.credentials()
+            self._pipe.send((credentials if credentials != known else None, tasks))
+            known = credentials
 
-    def _listen(
-        self, on_results: Callable[[Lane, list[LaneResult]], None], on_end: Callable[[Lane], None]
-    ) -> None:
-        try:
-            with contextlib.suppress(EOFError, OSError):
-                while True:
-                    results = self._pipe.recv()  # first of all none: it is ready
-                    self.is_ready, self._heard_at = True, time.monotonic()
-                    on_results(self, results)
-        finally:  # a bug too must not make the run wait for ever
-            on_end(self)
+    def _listen(self, on_results: Callable[[Lane, list[LaneResult]], None]) -> None:
+        while True:
+            results = self._pipe.recv()  # first of all none: it is ready
+            self.is_ready, self._heard_at = True, time.monotonic()
+            on_results(self, results)
 
 
 class Lanes:
@@ -3105,9 +3093,9 @@ class Lanes:
         cores = os.cpu_count() or 1
         if hasattr(os, "sched_getaffinity"):
             cores = len(os.sched_getaffinity(0))
-        self._most = min(cores, self.LANES_MAX, options.max_concurrency or cores)
+        self._lanes_max = min(cores, self.LANES_MAX, options.max_concurrency or cores)
         if problem or options.preferred_transfer_client == "classic":
-            self._most = 0
+            self._lanes_max = 0
 
     def __len__(self) -> int:
         return len(self._lanes)
@@ -3126,14 +3114,13 @@ class Lanes:
         pay = small_files // self.FILES_PER_LANE
         if small_files and self._is_asked_for:
             pay = max(pay, 1)
-        while len(self._lanes) < min(pay, self._most):
+        while len(self._lanes) < min(pay, self._lanes_max):
             try:
                 self._lanes.append(Lane())
             except OSError:  # no more processes or pipes: the reliable way needs none
-                self._most = len(self._lanes)
+                self._lanes_max = len(self._lanes)
 
     def drop(self, lane: Lane) -> None:
-        """Take note that a lane has ended."""
         self._lanes.remove(lane)
 
     def _problem(self) -> str | None:
@@ -3173,20 +3160,19 @@ class Way(enum.Enum):
     PARTS = "in parts, by a thread of this process and those of S3Transfer"
 
 
-class Line:
-    """The files that are sent one way: those that wait, and how many are under way."""
+class Backlog:
+    """The files that are to be sent one way: the next that waits, and how many are under way."""
 
     def __init__(self, tasks: Iterator[Task]) -> None:
         self._tasks, self.next = tasks, next(tasks, None)
         self.under_way = 0
 
     def advance(self) -> None:
-        """Go on to the next file."""
         self.next = next(self._tasks, None)
 
 
 class Window:
-    """How many bytes may be under way: what the line, as far as it has shown, moves in a while.
+    """How many bytes may be under way: what the uplink, as far as it has shown, moves in a while.
 
     On a slow uplink few requests then share it, and each moves often enough that neither the
     runtime (after 30 seconds) nor S3 (after about 20) gives it up. Large files are streamed and
@@ -3207,15 +3193,13 @@ class Window:
         return self._under_way + size <= self._bytes
 
     def begin(self, size: int) -> None:
-        """Take note that a file is under way."""
         self._count(size, 1)
 
     def end(self, size: int) -> None:
-        """Take note that a file is no longer under way."""
         self._count(size, -1)
 
     def grow(self, moved: int) -> None:
-        """Take note of how many bytes the line has moved, since the last time, of what ended."""
+        """Take note of how many bytes have been sent with what has ended since the last time."""
         self._moved += moved
         now = time.monotonic()
         seconds = max(now - self._since, 0.001)
@@ -3240,6 +3224,8 @@ class Transfer:
     QUEUED_PER_THREAD = 2  # so that none waits for the next
     LARGE_FILES_AT_ONCE = 2
     ALWAYS_UNDER_WAY = 4  # files, however large they are
+    # A file that changes while it is sent is tried so often, after all others.
+    CHANGED_TRIES = 3
     CHANGED_PAUSE_SECONDS = 2
     # So many files that the server fails to take, one after the other: it takes none.
     FAILED_IN_A_ROW_MAX = 20
@@ -3248,15 +3234,15 @@ class Transfer:
         options = run.options
         self._options, self._state, self._report = options, run.state, run.report
         self._interruption, self._entries, self._lanes = run.interruption, entries, lanes
-        most = Concurrency.of(options, files_max=raise_file_limit())
-        self._concurrency, self._retries = most, Retries(slots=most.requests)
+        self._concurrency = Concurrency(options, files_max=raise_file_limit())
+        self._retries = Retries(slots=self._concurrency.requests)
         self._bandwidth = Bandwidth(options.max_bandwidth) if options.max_bandwidth else None
         self._uploader = Uploader(
-            bucket, options, retries=self._retries, listener=self,
-            bandwidth=self._bandwidth, part_threads=most.part_threads,
+            run, bucket, retries=self._retries, bandwidth=self._bandwidth,
+            part_threads=self._concurrency.part_threads, save_upload=self._save_upload,
         )  # fmt: skip
         self._pools = {
-            Way.THREAD: ThreadPoolExecutor(most.threads),
+            Way.THREAD: ThreadPoolExecutor(self._concurrency.threads),
             Way.PARTS: ThreadPoolExecutor(self.LARGE_FILES_AT_ONCE),
         }
         # What threads and lanes have to say: calls for the main thread.
@@ -3264,14 +3250,14 @@ class Transfer:
         # Decided once: what changes in the entry of a file that is under way, or a lane that ends,
         # must not hand the file out again.
         self._ways = [self._way_of(entry) if entry.is_pending else None for entry in entries]
-        self._lines = {way: Line(self._tasks(way)) for way in Way}
+        self._backlogs = {way: Backlog(self._tasks(way)) for way in Way}
         self._again: deque[tuple[float, Task]] = deque()
-        self._under_way: dict[int, tuple[Line, Task]] = {}
+        self._under_way: dict[int, tuple[Backlog, Task]] = {}
         self._window, self._moved_bytes = Window(), 0
         self._unwritten: list[Entry] = []
         self._uploads_unwritten: list[threading.Event] = []
         self._refused: list[tuple[Task, Result]] = []
-        self._has_accepted, self._failed_in_a_row = False, 0
+        self._failed_in_a_row = 0
         self.stop_message: str | None = None
         if lanes:
             template = PutTemplate.of(bucket, options)
@@ -3288,15 +3274,13 @@ class Transfer:
         self._report.progress.begin(entry for entry in self._entries if entry.is_pending)
         stop_at = math.inf
         while time.monotonic() < stop_at:
-            if not (self._interruption.signum or self.stop_message):
-                if not self._refused:
-                    self._hand_out()
-            elif stop_at == math.inf:
-                stop_at = time.monotonic() + SIGNAL_GRACE_SECONDS
+            is_stopping = bool(self._interruption.signum or self.stop_message)
+            if is_stopping:
+                stop_at = min(stop_at, time.monotonic() + SIGNAL_GRACE_SECONDS)
                 self._retries.stop.set()
-            is_stopping = stop_at < math.inf
-            is_waiting = self._has_next() or self._again or self._refused
-            if not self._under_way and (is_stopping or not is_waiting):
+            elif not self._refused:
+                self._hand_out()
+            if not self._under_way and (is_stopping or not self._is_waiting()):
                 break
             self._take_news()
             for lane in [lane for lane in self._lanes if lane.is_stuck()]:
@@ -3324,17 +3308,20 @@ class Transfer:
             return Way.LANE
         return Way.THREAD
 
+    def _is_waiting(self) -> bool:
+        return bool(self._has_next() or self._again or self._refused)
+
     def _has_next(self) -> bool:
-        return any(line.next for line in self._lines.values())
+        return any(backlog.next for backlog in self._backlogs.values())
 
     def _hand_out(self) -> None:
         if self._lanes:
             self._feed_lanes()
         else:  # or they have all ended
-            self._feed_threads(Way.THREAD, self._lines[Way.LANE])
+            self._feed_threads(Way.THREAD, self._backlogs[Way.LANE])
         for way in (Way.THREAD, Way.PARTS):
-            self._feed_threads(way, self._lines[way])
-        # Files that changed come after all others: their writer may have finished.
+            self._feed_threads(way, self._backlogs[way])
+        # After all others: a writer may have finished, or other processes closed their files.
         while self._again and not self._has_next():
             due, task = self._again[0]
             way = Way.PARTS if self._options.is_multipart(task.size) else Way.THREAD
@@ -3343,15 +3330,15 @@ class Transfer:
             self._again.popleft()
             self._begin_in_thread(way, task)
 
-    def _feed_threads(self, way: Way, line: Line) -> None:
-        while line.next and self._has_room(way, line.next):
-            self._begin_in_thread(way, line.next)
-            line.advance()
+    def _feed_threads(self, way: Way, backlog: Backlog) -> None:
+        while backlog.next and self._has_room(way, backlog.next):
+            self._begin_in_thread(way, backlog.next)
+            backlog.advance()
 
     def _has_room(self, way: Way, task: Task) -> bool:
         """Tell whether a file may be handed to a thread now."""
         if way is Way.PARTS:
-            return self._lines[way].under_way < self.LARGE_FILES_AT_ONCE
+            return self._backlogs[way].under_way < self.LARGE_FILES_AT_ONCE
         return self._fits(task) and not self._is_busy()
 
     def _fits(self, task: Task) -> bool:
@@ -3359,81 +3346,72 @@ class Transfer:
         return is_little or self._window.has_room_for(task.size)
 
     def _is_busy(self) -> bool:
-        queued = self._lines[Way.THREAD].under_way
+        queued = self._backlogs[Way.THREAD].under_way
         return queued >= self._concurrency.threads * self.QUEUED_PER_THREAD
 
     def _begin_in_thread(self, way: Way, task: Task) -> None:
-        self._note_begun(self._lines[way], task)
+        self._note_begun(self._backlogs[way], task)
         future = self._pools[way].submit(self._uploader.upload, task)
         # A bug in the thread is raised again in the main thread, by result().
         future.add_done_callback(
-            lambda done: self._news.put(lambda: self._record(task.number, done.result()))
+            lambda done: self._news.put(lambda: self._record(task.entry_index, done.result()))
         )
 
     def _feed_lanes(self) -> None:
         """Hand small files to the lanes that are ready, as far as there is room."""
-        line, most = self._lines[Way.LANE], self._concurrency.lane_requests
+        backlog, requests_max = self._backlogs[Way.LANE], self._concurrency.lane_requests
         lanes = [lane for lane in self._lanes if lane.is_ready]
         # Trouble is met by the side that knows what to do, before more is looked for.
         if not lanes or self._is_busy():
             return
-        while (task := line.next) and self._fits(task):
-            lane = lanes[0] if len(lanes) == 1 else min(lanes, key=Lane.count)
-            if lane.count() >= most or not self._may_request(line):
+        while (task := backlog.next) and self._fits(task):
+            lane = min(lanes, key=Lane.count)
+            if lane.count() >= requests_max or not self._take_slot(backlog):
                 break
             if self._bandwidth:
                 self._bandwidth.take(task.size)
-            self._note_begun(line, task)
-            lane.add(LaneFile(task.number, task.filepath, task.key))
-            line.advance()
+            self._note_begun(backlog, task)
+            lane.add(task)
+            backlog.advance()
         for lane in lanes:
             lane.flush()
 
-    def _may_request(self, line: Line) -> bool:
-        """Tell whether a lane may make one more request, and count it."""
+    def _take_slot(self, backlog: Backlog) -> bool:
+        """Take leave for one more request of a lane, if it can be had."""
         if self._bandwidth and self._bandwidth.seconds_until_free() > 0:
             return False
         if self._retries.slots is None:
             return True
         requests, kept_for_parts = self._concurrency.requests or 1, 0
-        if self._lines[Way.PARTS].under_way:
+        if self._backlogs[Way.PARTS].under_way:
             kept_for_parts = min(self._concurrency.part_threads, max(1, requests // 2))
-        if line.under_way >= requests - kept_for_parts:
+        if backlog.under_way >= requests - kept_for_parts:
             return False
         return self._retries.slots.acquire(blocking=False)
 
-    def _note_begun(self, line: Line, task: Task) -> None:
-        self._under_way[task.number] = line, task
-        line.under_way += 1
-        if line is not self._lines[Way.PARTS]:
+    def _note_begun(self, backlog: Backlog, task: Task) -> None:
+        self._under_way[task.entry_index] = backlog, task
+        backlog.under_way += 1
+        if backlog is not self._backlogs[Way.PARTS]:
             self._window.begin(task.size)
 
     def _note_ended(self, index: int, *, moved: int) -> Task:
-        line, task = self._under_way.pop(index)
-        line.under_way -= 1
-        if line is not self._lines[Way.PARTS]:
+        backlog, task = self._under_way.pop(index)
+        backlog.under_way -= 1
+        if backlog is not self._backlogs[Way.PARTS]:
             self._window.end(task.size)
             self._moved_bytes += moved
-        self._report.progress.left(index)
+        self._report.progress.not_moving(index)
         return task
 
     # --- What threads and lanes call ---
 
-    def save_upload(self, index: int, result: Result) -> None:
+    def _save_upload(self, index: int, result: Result) -> None:
         """Return when the disk has the id of the new multipart upload."""
         written, known = threading.Event(), replace(result)
         self._news.put(lambda: self._note_upload(index, known, written))
         while not written.wait(0.5):
             self._retries.check_stopped()
-
-    def note_accepted(self) -> None:
-        """Take note that S3 has taken something of this run."""
-        self._has_accepted = True
-
-    def note_moved(self, index: int, size: int, sent_earlier: int) -> None:
-        """Take note of how many bytes of a file have been sent, in all and by an earlier run."""
-        if self._report.progress.is_shown:
-            self._news.put(lambda: self._report.progress.moved(index, size, sent_earlier))
 
     def _tell_results(self, lane: Lane, results: list[LaneResult]) -> None:
         self._news.put(lambda: self._take_results(lane, results))
@@ -3473,7 +3451,6 @@ class Transfer:
         self._uploads_unwritten.clear()
 
     def _note_upload(self, index: int, result: Result, written: threading.Event) -> None:
-        self._has_accepted = True  # starting an upload takes the same permission
         self._note_of_file(self._entries[index], result)
         self._uploads_unwritten.append(written)
 
@@ -3489,81 +3466,76 @@ class Transfer:
         entry.sse = self._options.encryption if result.upload_id else result.sse
 
     def _take_results(self, lane: Lane, results: list[LaneResult]) -> None:
-        if lane in self._lanes:  # else its files are with the reliable way
-            self._record_lane(lane, results)
-
-    def _record_lane(self, lane: Lane, results: list[LaneResult]) -> None:
-        for number, size, mtime_ns, ctime_ns, etag, sse in results:
-            lane.indexes.remove(number)
+        if lane not in self._lanes:  # its files are with the reliable way already
+            return
+        for index, size, mtime_ns, ctime_ns, etag, sse in results:
+            lane.indexes.remove(index)
             if self._retries.slots:
                 self._retries.slots.release()
-            task = self._note_ended(number, moved=size)
             if etag is None:
+                task = self._note_ended(index, moved=0)
                 self._begin_in_thread(Way.THREAD, task._replace(was_in_lane=True))
             else:
                 self._retries.note_life()
-                self._note_uploaded(
-                    self._entries[number],
-                    Result(size=size, mtime_ns=mtime_ns, ctime_ns=ctime_ns, etag=etag, sse=sse),
-                )
+                self._record(index, Result(Outcome.UPLOADED, size, mtime_ns, ctime_ns, etag, sse))
 
     def _drop_lane(self, lane: Lane) -> None:
         """Give the files of a lane that has ended to the reliable way."""
         if lane in self._lanes:
-            self._lanes.drop(lane)
             lane.kill()  # first: what was stuck may go on, and send older bytes last
-            self._record_lane(lane, [LaneResult(index) for index in sorted(lane.indexes)])
-
-    def _note_uploaded(self, entry: Entry, result: Result) -> None:
-        self._note_of_file(entry, result)
-        entry.uploaded = self._has_accepted = True
-        self._failed_in_a_row = 0
-        self._report.uploaded(entry, result.seconds)
+            self._take_results(lane, [LaneResult(index) for index in sorted(lane.indexes)])
+            self._lanes.drop(lane)
 
     def _record(self, index: int, result: Result) -> None:
         """Write down in its entry what became of a file."""
-        entry, outcome = self._entries[index], result.outcome
-        is_uploaded = outcome is Outcome.UPLOADED
-        task = self._note_ended(index, moved=(result.size or 0) if is_uploaded else 0)
+        entry, is_sent = self._entries[index], result.outcome is Outcome.UPLOADED
+        task = self._note_ended(index, moved=(result.size or 0) if is_sent else 0)
         if result.notice:
             self._report.notice(result.notice, entry.filepath)
-        if is_uploaded:
-            self._note_uploaded(entry, result)
-            return
         self._note_of_file(entry, result)
-        if outcome is Outcome.UNCHANGED:
-            entry.uploaded = True
-            self._report.unchanged(entry)
-        elif outcome is Outcome.STOPS_RUN:
-            self.stop_message = self.stop_message or result.error
-        elif outcome is Outcome.REFUSED:
-            self._refused.append((task, result))
-        elif outcome is Outcome.CHANGED and task.tries < CHANGED_TRIES:
-            again = task._replace(
-                tries=task.tries + 1, was_in_lane=False, size=result.size or 0, etag=None,
-                upload_id=result.upload_id, part_size=result.part_size,
-            )  # fmt: skip
-            self._again.append((time.monotonic() + self.CHANGED_PAUSE_SECONDS, again))
-        elif outcome is not Outcome.STOPPED:
-            self._note_failed(entry, result)
+        match result.outcome:
+            case Outcome.UPLOADED:
+                entry.uploaded = True
+                self._uploader.accepted.set()
+                self._failed_in_a_row = 0
+                self._report.uploaded(entry, result.seconds)
+            case Outcome.UNCHANGED:
+                entry.uploaded = True
+                self._report.unchanged(entry)
+            case Outcome.STOPS_RUN:
+                self._stop(result.error)
+            case Outcome.REFUSED:
+                self._refused.append((task, result))
+            case Outcome.TRY_LATER if task.tries < self.CHANGED_TRIES:
+                again = task._replace(
+                    tries=task.tries + 1, was_in_lane=False, size=result.size or 0, etag=None,
+                    upload_id=result.upload_id, part_size=result.part_size,
+                )  # fmt: skip
+                self._again.append((time.monotonic() + self.CHANGED_PAUSE_SECONDS, again))
+            case Outcome.STOPPED:  # its entry stays as it is: not uploaded, without an error
+                pass
+            case _:
+                self._note_failed(entry, result)
 
     def _note_failed(self, entry: Entry, result: Result) -> None:
         entry.error = result.error
         self._report.failed(entry)
         self._failed_in_a_row += result.is_trouble_of_server
         if self._failed_in_a_row >= self.FAILED_IN_A_ROW_MAX:
-            self.stop_message = (
-                self.stop_message or f"one file after the other fails: {entry.error}"
-            )
+            self._stop(f"one file after the other fails: {entry.error}")
+
+    def _stop(self, message: str | None) -> None:
+        """Have the run stop; what is said is the first trouble, not what follows from it."""
+        self.stop_message = self.stop_message or message
 
     def _settle_refused(self) -> None:
         """Decide whether a refusal is of one key or of all; while nothing tells, wait."""
-        if self._has_accepted:
+        if self._uploader.accepted.is_set():
             for task, result in self._refused:
-                self._note_failed(self._entries[task.number], result)
+                self._note_failed(self._entries[task.entry_index], result)
             self._refused.clear()
         elif self._refused and not self._under_way:
-            self.stop_message = self.stop_message or self._refused[0][1].error
+            self._stop(self._refused[0][1].error)
 
     def save(self) -> None:
         """Save the state; when that fails, a run goes on without, for the data's sake."""
