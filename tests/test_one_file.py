@@ -27,7 +27,7 @@ from support.faults import (
 )
 from support.files import IN_MEMORY_BYTES, IN_PARTS, LARGE_BYTES, MIB, md5, some_bytes
 from support.job import Job
-from support.proxy import Action
+from support.proxy import Action, Request
 from support.script import finish, wait_until
 from support.servers import S3Server
 from support.systems import needs_proc, needs_signals
@@ -288,6 +288,23 @@ def test_a_file_that_becomes_a_link_after_the_walk_is_followed_only_where_links_
     job.check_failed(completed, "f", said="it has become a symbolic link; ")
     assert job.objects() == {"good": b"good"}
     assert job.path("f").is_symlink()
+
+
+def test_a_file_that_becomes_a_link_between_parts_has_nothing_else_sent(
+    job: Job, tmp_path: Path
+) -> None:
+    job.write({"f": some_bytes(LARGE_BYTES)})
+    (tmp_path / "secret").write_bytes(some_bytes(LARGE_BYTES, seed=1))
+
+    def link(_: Request) -> None:
+        job.path("f").unlink()
+        job.path("f").symlink_to(tmp_path / "secret")
+
+    job.proxy.add_fault(Fault(call(link), operation="CreateMultipartUpload", times=1))
+    completed = job.run("--no-follow-symlinks", *IN_PARTS)
+    job.check_failed(completed, "f", said="it has become a symbolic link; ")
+    assert job.sent_parts() == []
+    assert job.open_uploads() == []
 
 
 # --- Files that cannot be read to their end --------------------------------------------------
