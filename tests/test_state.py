@@ -223,6 +223,14 @@ def test_it_never_says_uploaded_before_the_server_has(small_job: Job) -> None:
             "a state with all that has been answered",
         )
         assert job.uploaded() == set(files) - held
+        # A save writes all entries down, those that are under way too.
+        uploaded = re.compile(r'"uploadedSuccess": 1, "filename": "([^"]*)"')
+        saved = wait_until(
+            lambda: (keys := uploaded.findall(job.state_path.read_text()))[19:] and keys,
+            60,
+            "a save with all that has been answered",
+        )
+        assert set(saved) == set(files) - held
     finally:
         leave.set()
     assert_clean(finish(process))
