@@ -9,7 +9,7 @@ from typing import NoReturn
 import pytest
 from conftest import NewJob
 from support.checks import assert_clean, assert_stopped
-from support.faults import Fault, answer, drop, drop_after_forward, drop_mid_body, stall
+from support.faults import Fault, answer, delay, drop, drop_after_forward, drop_mid_body, stall
 from support.files import IN_PARTS, LARGE_BYTES, small_files, some_bytes
 from support.job import Job
 from support.proxy import Action, Answer, Exchange, pass_on
@@ -112,6 +112,21 @@ def test_a_server_that_fails_at_every_file_stops_the_run(job: Job) -> None:
     assert "stopped: one file after the other fails: S3 answered InternalError" in completed.stderr
     assert len(job.errors()) < len(files)
     assert job.state() == dict.fromkeys(files, 0)
+
+
+def test_many_keys_at_which_the_server_fails_beside_others_that_it_takes_do_not_stop_the_run(
+    job: Job,
+) -> None:
+    cursed = [f"{number:03}-cursed" for number in range(21)]
+    # The cursed ones are given up after four seconds, while others still arrive.
+    others = [f"{number:03}-good" for number in range(150)]
+    job.make(*cursed, *others)
+    curse = Fault(answer(500, "InternalError"), operation="PutObject", key=lambda k: k in cursed)
+    job.proxy.add_fault(curse)
+    job.proxy.add_fault(Fault(delay(0.15), operation="PutObject"))
+    completed = job.run("--preferred-transfer-client", "classic")
+    job.check_failed(completed, *cursed, said="InternalError")
+    assert job.uploaded() == set(others)
 
 
 @pytest.mark.parametrize("code", ["InvalidAccessKeyId", "SignatureDoesNotMatch"])
