@@ -38,5 +38,5 @@ check() {
 check ruff check
 check ruff format --check
 check mypy s3FileTransfer.py tests
-check pytest -n 4 "$@"
+check pytest -n 4 --dist worksteal "$@"
 exit "$status"

@@ -114,6 +114,7 @@ def test_a_server_that_fails_at_every_file_stops_the_run(job: Job) -> None:
     assert job.state() == dict.fromkeys(files, 0)
 
 
+@pytest.mark.long
 def test_many_keys_at_which_the_server_fails_beside_others_that_it_takes_do_not_stop_the_run(
     job: Job,
 ) -> None:

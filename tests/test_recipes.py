@@ -237,6 +237,11 @@ def batch(_: Path) -> list[Task]:
 
 
 EACH_ENGINE = pytest.mark.parametrize("tasks_of", [slurm, kubernetes, batch])
+# They differ in how a task gets its number, which the first test of each shows.
+AN_ENGINE = pytest.mark.parametrize(
+    "tasks_of",
+    [slurm, *(pytest.param(other, marks=pytest.mark.long) for other in (kubernetes, batch))],
+)
 
 
 def in_folder(words: list[str], machine: Machine) -> list[str]:
@@ -271,7 +276,7 @@ def _paired(noted: list[list[str]]) -> list[list[str]]:
 
 
 @needs_shell
-@EACH_ENGINE
+@AN_ENGINE
 def test_a_task_that_is_killed_and_started_again_sends_the_rest(
     tasks_of: Callable[[Path], list[Task]], machine: Machine, tmp_path: Path
 ) -> None:

@@ -274,7 +274,7 @@ def most_at_once(job: Job, operation: str, pause_seconds: float = 0.2) -> list[i
     return most
 
 
-@pytest.mark.parametrize("asked", [3, 12])
+@pytest.mark.parametrize("asked", [3, pytest.param(12, marks=pytest.mark.long)])
 def test_concurrency_reaches_the_parts_of_large_files(job: Job, asked: int) -> None:
     job.write({"large": some_bytes(12 * PART_BYTES)})
     most = most_at_once(job, "UploadPart", pause_seconds=0.5)
