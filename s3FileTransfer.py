@@ -40,7 +40,7 @@ exit codes:
 #   parts       the same for a large file, in parts that a later run can go on with
 #   lanes       the fast way: processes that try each small file once
 #   transfer    hands out, records, saves
-#   commands    back up, verify, dry run; main
+#   commands    plan and back up, verify, dry run; main
 #
 # The way of a file:
 #
@@ -948,9 +948,11 @@ class Journal:
 
     def begin(self, state_crc32: int) -> None:
         """Remove it: the state that has this CRC32 holds all that it had."""
-        if self._handle:
-            self._handle.close()
-        self._handle, self._state_crc32, self._size = None, state_crc32, 0
+        old, self._handle = self._handle, None
+        self._state_crc32, self._size = state_crc32, 0
+        with contextlib.suppress(OSError):  # to close fails too, on a full network disk
+            if old:
+                old.close()
         with contextlib.suppress(OSError):
             os.unlink(self.path)
 
@@ -3570,7 +3572,8 @@ def find_unchanged(
     """Take as uploaded what is as the state has it: here (size and times), and in the bucket.
 
     Where only its ctime is another, the file is left to be read: its entry gets the ETag that
-    the bucket has, and 0 for a ctime: a run that is ended first leaves it so to the next. https://docs.aws.amazon.com/AmazonS3/latest/API/API_ListObjectsV2.html
+    the bucket has, and 0 for a ctime: a run that is ended first leaves it so to the next.
+    https://docs.aws.amazon.com/AmazonS3/latest/API/API_ListObjectsV2.html
     """
     recorded: dict[str, Entry] = {}
     pending = {entry.filepath: entry for entry in entries if entry.is_pending}
