@@ -3566,6 +3566,18 @@ def count_left(entries: list[Entry]) -> int:
     return sum(not (entry.uploaded or entry.error == NOTHING_TO_SEND) for entry in entries)
 
 
+def recorded_before(pending: Mapping[str, Entry], previous: list[Entry] | None) -> dict[str, Entry]:
+    """Return, by key, what the last state has of the files (given by path) as they are now."""
+    recorded = {}
+    for old in previous or ():
+        entry = pending.get(old.filepath)
+        if entry and old.etag and (old.uploaded or old.ctime_ns == 0):
+            then = old.filename, old.size, old.mtime_ns
+            if then == (entry.filename, entry.size, entry.mtime_ns):
+                recorded[old.filename] = old
+    return recorded
+
+
 def find_unchanged(
     run: Run, bucket: Bucket, entries: list[Entry], previous: list[Entry] | None
 ) -> None:
@@ -3575,16 +3587,9 @@ def find_unchanged(
     the bucket has, and 0 for a ctime: a run that is ended first leaves it so to the next.
     https://docs.aws.amazon.com/AmazonS3/latest/API/API_ListObjectsV2.html
     """
-    recorded: dict[str, Entry] = {}
     pending = {entry.filepath: entry for entry in entries if entry.is_pending}
-    for old in previous or ():
-        entry = pending.get(old.filepath)
-        if entry and old.etag and (old.uploaded or old.ctime_ns == 0):
-            then = old.filename, old.size, old.mtime_ns
-            if then == (entry.filename, entry.size, entry.mtime_ns):
-                recorded[old.filename] = old
     try:
-        for old, listed in bucket.matches(recorded):
+        for old, listed in bucket.matches(recorded_before(pending, previous)):
             entry = pending[old.filepath]
             if (listed["Size"], etag_of(listed)) != (old.size, old.etag):
                 continue
@@ -3628,42 +3633,58 @@ def object_of(run: Run, entry: Entry) -> str:
     return f"{run.report.url(entry.filename)} (of {shown(entry.filepath)})"
 
 
+def compare_objects(
+    run: Run, bucket: Bucket, entries: list[Entry]
+) -> Iterator[tuple[Entry, str, str | None]]:
+    """Yield each uploaded entry, a word for what its object is ("" for as it should be), and why.
+
+    Raises UploadError when the bucket cannot be listed.
+    """
+    unseen = {entry.filename: entry for entry in entries if entry.uploaded}
+    for entry, listed in bucket.matches(dict(unseen)):
+        unseen.pop(entry.filename, None)
+        compare = functools.partial(difference, bucket, entry, listed)
+        try:
+            # Only a comparison with the local file takes long.
+            why = compare() if entry.etag else run.interruption.wait_for(compare)
+            kind = "wrong" if why else ""
+        except (OSError, UploadError) as error:
+            kind, why = "unproven", f"it cannot be compared with the file: {why_unreadable(error)}"
+        yield entry, kind, why
+    for entry in unseen.values():
+        yield entry, "wrong", "it is not in the bucket"
+
+
 def find_wrong(run: Run, bucket: Bucket, entries: list[Entry]) -> Verdict:
     """Mark the uploaded entries that the bucket lacks, or holds otherwise, and say so."""
-    unseen = {entry.filename: entry for entry in entries if entry.uploaded}
-    unproven: list[Entry] = []
-    wrong: list[Entry] = []
+    verdict, wrong = Verdict(left_files=count_left(entries)), []
     try:
-        for entry, listed in bucket.matches(dict(unseen)):
-            unseen.pop(entry.filename, None)
-            compare = functools.partial(difference, bucket, entry, listed)
-            try:
-                # Only a comparison with the local file takes long.
-                wait_for = run.interruption.wait_for
-                entry.error = compare() if entry.etag else wait_for(compare)
-            except (OSError, UploadError) as error:
-                unproven.append(entry)
-                why = f"it cannot be compared with the file: {why_unreadable(error)}"
-                run.report.wrong("unproven", object_of(run, entry), why)
-            if entry.error:
+        for entry, kind, why in compare_objects(run, bucket, entries):
+            if kind == "wrong":
+                entry.error = why
                 wrong.append(entry)
+            elif kind:
+                verdict.unproven_files += 1
+                run.report.wrong(kind, object_of(run, entry), why)
     except UploadError as error:
         raise StopRun(f"cannot list the bucket {bucket.name}: {error}") from error
-    for entry in unseen.values():
-        entry.error = "it is not in the bucket"
-        wrong.append(entry)
-    left = count_left(entries)
     for entry in wrong:
         entry.uploaded, entry.etag = False, None
-    right = [entry for entry in entries if entry.uploaded]
     if wrong or run.state.has_journal():
         run.state.save_or_stop(entries)
     for entry in wrong:
         run.report.wrong("wrong", object_of(run, entry), entry.error)
-    return Verdict(
-        files=len(right) - len(unproven), bytes=sum(entry.size or 0 for entry in right),
-        wrong_files=len(wrong), unproven_files=len(unproven), left_files=left,
-    )  # fmt: skip
+    right = [entry for entry in entries if entry.uploaded]
+    verdict.files, verdict.wrong_files = len(right) - verdict.unproven_files, len(wrong)
+    verdict.bytes = sum(entry.size or 0 for entry in right)
+    return verdict
+
+
+def find_bucket(run: Run) -> Bucket:
+    """Return the bucket of the run, there or not; raise StopRun if that is unclear."""
+    run.report.doing("looking for the bucket")
+    import_boto3()
+    return Bucket(run)
 
 
 def show_plan(run: Run) -> int:
@@ -3672,8 +3693,7 @@ def show_plan(run: Run) -> int:
     check_previous(previous, run.options)
     found: Iterable[Entry] = find_files(run, previous)
     if run.options.skip_unchanged:
-        import_boto3()
-        bucket, found = Bucket(run), list(found)
+        bucket, found = find_bucket(run), list(found)
         if bucket.exists:
             find_unchanged(run, bucket, found, previous)
     for entry in found:
@@ -3698,9 +3718,7 @@ def verify_bucket(run: Run) -> int:
     """Compare the bucket with the state, mark there what is wrong, and return the exit code."""
     entries = run.state.read()
     check_previous(entries, run.options)
-    run.report.doing("looking for the bucket")
-    import_boto3()
-    bucket = Bucket(run)
+    bucket = find_bucket(run)
     if not bucket.exists:
         why = f"there is no bucket {bucket.name}; check --bucketname and --endpoint-url"
         raise StopRun(f"{why}, or create it and send all with --crashrun 1")
@@ -3876,13 +3894,25 @@ def plan(run: Run, bucket: Bucket, previous: list[Entry] | None, lanes: Lanes) -
     return entries
 
 
+def end_of_transfer(run: Run, transfer: Transfer, entries: list[Entry]) -> int:
+    """Say how a transfer went and what to do next; return the exit code."""
+    left = sum(not entry.uploaded for entry in entries) - run.report.failed_files
+    run.report.summary(run.state.path, left=left)
+    if run.interruption.signum:
+        run.report.interrupted(is_saved=run.state.is_saved)
+        return run.interruption.exit_code
+    if transfer.stop_message:
+        run.report.error(f"stopped: {transfer.stop_message}")
+    if transfer.stop_message or not run.state.is_saved:
+        return 2
+    return exit_code_for_files(run, left=left)
+
+
 def back_up(run: Run) -> int:
     """Plan, send and record; return the exit code."""
     previous = run.state.read()
     check_previous(previous, run.options)
-    run.report.doing("looking for the bucket")
-    import_boto3()
-    bucket = Bucket(run)
+    bucket = find_bucket(run)
     if not bucket.exists:
         bucket.create()
         if run.options.crashrun and any(entry.uploaded for entry in previous or ()):
@@ -3904,16 +3934,7 @@ def back_up(run: Run) -> int:
     finally:  # after a bug too: what was sent is not forgotten
         run.report.doing("saving the state")
         transfer.save()
-    left = sum(not entry.uploaded for entry in entries) - run.report.failed_files
-    run.report.summary(run.state.path, left=left)
-    if run.interruption.signum:
-        run.report.interrupted(is_saved=run.state.is_saved)
-        return run.interruption.exit_code
-    if transfer.stop_message:
-        run.report.error(f"stopped: {transfer.stop_message}")
-    if transfer.stop_message or not run.state.is_saved:
-        return 2
-    return exit_code_for_files(run, left=left)
+    return end_of_transfer(run, transfer, entries)
 
 
 def main(argv: list[str] | None = None) -> int:
