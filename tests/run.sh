@@ -37,6 +37,10 @@ check() {
 # All of them, whatever one of them says: a failed check hides no failed test.
 check ruff check
 check ruff format --check
-check mypy s3FileTransfer.py tests
+"$bin/python" -m mypy s3FileTransfer.py tests > "$venv/mypy.log" 2>&1 & # while the tests run
+mypy=$!
 check pytest -n 4 --dist worksteal "$@"
+printf '== mypy s3FileTransfer.py tests\n'
+wait "$mypy" || status=1
+cat "$venv/mypy.log"
 exit "$status"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -314,6 +316,110 @@ def recorded(folder: Path) -> set[str]:
             text = path.read_text(encoding="utf-8")
             found |= set(re.findall(r'"filepath": "([^"]+)", "uploadedSuccess": 1', text))
     return found
+
+
+# --- A week of nights ------------------------------------------------------------------------
+
+
+@dataclass
+class Week:
+    """The nights of a job: `night` and `again` are commands of the README, with variables."""
+
+    machine: Machine
+    prefix: str
+    night: list[Task]
+    again: list[Task]
+    bucket: dict[str, str] = field(default_factory=dict)  # what it must hold: MD5s by key
+
+    def run(self, tasks: list[Task]) -> tuple[set[int], str]:
+        """Run the commands of a night; return their exit codes, and all that they say."""
+        ended = [self.machine.run(words, **variables) for words, variables in tasks]
+        return {code for code, _, _ in ended}, "".join(said + errors for _, said, errors in ended)
+
+    def pass_by(self, *changed: str) -> None:
+        """Have a night pass on which all goes well, and these files, no others, are sent."""
+        since = self.machine.job.seen()
+        codes, said = self.run(self.night)
+        assert codes == {0}, said
+        assert "failed: " not in said
+        self.check(since, *changed)
+
+    def check(self, since: int, *changed: str) -> None:
+        """Check that exactly these files were sent, and that the bucket has what it must."""
+        job = self.machine.job
+        assert job.sent(since) == sorted(self.prefix + key for key in changed)
+        self.bucket |= {self.prefix + key: value for key, value in job.in_folder().items()}
+        assert job.in_bucket() == self.bucket
+
+
+def of_cron(machine: Machine, _: Path) -> Week:
+    machine.note("curl")
+    variables, jobs = crontab(*blocks(NIGHTLY, "crontab"))
+    here = {name: machine.here(value) for name, value in variables.items()}
+    night, morning = ([(["/bin/sh", "-c", command], here)] for _, command in jobs)
+    return Week(machine, "srv/", night, morning)
+
+
+def of_slurm(machine: Machine, folder: Path) -> Week:
+    tasks = [(in_folder(words, machine), variables) for words, variables in slurm(folder)]
+    return Week(machine, "", tasks, tasks)
+
+
+@needs_shell
+@pytest.mark.long
+@pytest.mark.parametrize("week_of", [of_cron, of_slurm])
+def test_seven_nights_of_a_recipe(
+    week_of: Callable[[Machine, Path], Week], machine: Machine, tmp_path: Path
+) -> None:
+    job, week = machine.job, week_of(machine, tmp_path)
+    names = [f"docs/{number:02}" for number in range(20)] + ["photos/a b.jpg", "mnt/film"]
+    job.make(*names)
+    week.pass_by(*names)
+
+    # The second: one is new, one has changed, one is renamed, one is gone.
+    job.make("docs/new")
+    job.path("docs/01").write_bytes(b"changed")
+    job.path("docs/02").rename(job.path("docs/two"))
+    job.path("docs/03").unlink()
+    week.pass_by("docs/new", "docs/01", "docs/two")
+
+    # The third: killed before its files are answered.
+    late = [f"late/{number}" for number in range(8)]
+    job.make(*late)
+    job.proxy.add_fault(Fault(stall(600), operation="PutObject"))
+    for words, variables in week.night:
+        seen = job.seen()
+        process = machine.start(words, **variables)
+        wait_until(functools.partial(job.sent, seen), 60, "an upload")
+        kill(process)
+    job.proxy.clear_faults()
+    since = job.seen()
+    assert week.run(week.again)[0] == {0}
+    week.check(since, *late)
+
+    # The fourth: a file cannot be read until the next morning.
+    job.path("docs/00").unlink()
+    job.path("docs/00").symlink_to("missing")
+    codes, said = week.run(week.night)
+    assert 0 not in codes
+    # What could not be looked at may be a folder, with files of each shard.
+    assert said.count(f"failed: {job.path('docs/00')}: ") == len(week.night)
+    job.path("docs/00").unlink()
+    job.path("docs/00").write_bytes(b"mended")
+    since = job.seen()
+    assert week.run(week.again)[0] == {0}
+    week.check(since, "docs/00")
+
+    # The fifth: a file system below the folder is not mounted; the sixth: it is again.
+    shutil.move(job.path("mnt"), tmp_path / "away")
+    week.pass_by()
+    shutil.move(tmp_path / "away", job.path("mnt"))
+    week.pass_by("mnt/film")
+
+    # The seventh: the bucket has lost an object, and nothing of the folder has changed.
+    job.delete(f"{week.prefix}docs/05")
+    week.pass_by("docs/05")
+    week.pass_by()
 
 
 def test_kubernetes_and_batch_take_their_files() -> None:
