@@ -2844,6 +2844,9 @@ class LaneSender:
 
     def _make_client(self) -> Any:
         io, s3, template = self._runtime.io, self._runtime.s3, self._template
+        # One try: Retries is the one retry loop. 0 would mean the default, which is 5. First of
+        # all: where the runtime is too old, nothing else of it is there yet to be torn down.
+        one_try = s3.S3RetryConfig(max_retries=1)
         loops = io.EventLoopGroup(1)
         modes, tls = s3.S3RequestTlsMode, None
         if template.is_https:
@@ -2862,8 +2865,7 @@ class LaneSender:
             # Decides the number of connections: 250 of them, about as many as requests in flight.
             throughput_target_gbps=100,
             connect_timeout_ms=Session.CONNECT_TIMEOUT_SECONDS * 1000,
-            # One try: Retries is the one retry loop. 0 would mean the default, which is 5.
-            retry_config=s3.S3RetryConfig(max_retries=1),
+            retry_config=one_try,
         )
 
     def run(self) -> None:

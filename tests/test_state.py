@@ -95,7 +95,8 @@ def test_fields_of_a_failed_file(job: Job) -> None:
     }
 
 
-def test_one_entry_a_line(job: Job) -> None:
+def test_one_entry_a_line(rclone_job: Job) -> None:
+    job = rclone_job  # moto takes no name with a line break
     names = ["a.dat", "line\nbreak", 'quo"te', "ä", "back\\slash"]
     if sys.platform == "win32":
         names = [name for name in names if not re.search(WINDOWS_FORBIDS, name)]
