@@ -1343,6 +1343,8 @@ class Walk:
             what, advice = "cannot read it", "check its permissions"
             if os.path.islink(path):
                 what, advice = "its link is broken", "mend it, or leave it out with --exclude"
+            elif isinstance(error, FileNotFoundError):
+                what, advice = "it is not there any more", "restore it, or run without --crashrun"
             entry.error = f"{what}: {reason(error)}; {advice}"
             return entry
         if stat.S_ISDIR(status.st_mode):
@@ -1630,7 +1632,8 @@ MEANINGS = (
     Meaning(Trouble.OF_ALL, "leave out --storage-class, --sse and --expected-bucket-owner",
             "NotImplemented"),
     Meaning(Trouble.OF_ALL, "make room there", "QuotaExceeded XMinioStorageFull"),
-    Meaning(Trouble.REFUSAL, "check the policy (it needs s3:PutObject) and whose bucket it is",
+    Meaning(Trouble.REFUSAL,
+            "check the policy (s3:PutObject; to list, s3:ListBucket) and whose bucket it is",
             "AccessDenied Forbidden 403"),
     Meaning(Trouble.DAMAGED, "the network or the server damages data",
             "BadDigest InvalidDigest XAmzContentSHA256Mismatch XAmzContentChecksumMismatch "
@@ -3917,7 +3920,8 @@ def back_up(run: Run) -> int:
     bucket = find_bucket(run)
     if not bucket.exists:
         bucket.create()
-        if run.options.crashrun and any(entry.uploaded for entry in previous or ()):
+        if any(old.uploaded and not other_job(old, run.options) for old in previous or ()):
+            # A bucket made anew lacks versioning, locks and policies too.
             run.report.error(f"the bucket {bucket.name} was gone: all files are sent again")
         for entry in previous or ():
             entry.uploaded, entry.etag, entry.upload_id = False, None, None
