@@ -167,7 +167,14 @@ def test_crash_run_keeps_a_slash_at_the_start_of_keys(moto_job: Job) -> None:
 
 
 @needs_permissions
-@pytest.mark.parametrize("again", [(), ("--skip-unchanged",), ("--crashrun", "1")], ids=" ".join)
+@pytest.mark.parametrize(
+    "again",
+    [
+        ("--skip-unchanged",),
+        *(pytest.param(again, marks=pytest.mark.long) for again in ((), ("--crashrun", "1"))),
+    ],
+    ids=" ".join,
+)
 def test_what_is_below_an_unreadable_folder_stays_in_the_state(
     job: Job, again: tuple[str, ...]
 ) -> None:
@@ -207,7 +214,9 @@ def uploaded_entries(job: Job) -> dict[str, dict[str, Any]]:
 
 
 @needs_permissions
-@pytest.mark.parametrize("again", ["--skip-unchanged", "--crashrun"])
+@pytest.mark.parametrize(
+    "again", ["--crashrun", pytest.param("--skip-unchanged", marks=pytest.mark.long)]
+)
 def test_what_is_below_an_unreadable_backup_folder_stays_in_the_state(job: Job, again: str) -> None:
     options = (again, "1") if again == "--crashrun" else (again,)
     files = job.make("a.dat", "sub/b.dat")

@@ -350,9 +350,8 @@ class Week:
 
 def of_cron(machine: Machine, _: Path) -> Week:
     machine.note("curl")
-    variables, jobs = crontab(*blocks(NIGHTLY, "crontab"))
+    variables, [(_schedule, command)] = crontab(*blocks(NIGHTLY, "crontab"))
     here = {name: machine.here(value) for name, value in variables.items()}
-    ((_, command),) = jobs
     return Week(machine, "srv/", [(["/bin/sh", "-c", command], here)])
 
 
