@@ -1344,7 +1344,8 @@ class Walk:
             if os.path.islink(path):
                 what, advice = "its link is broken", "mend it, or leave it out with --exclude"
             elif isinstance(error, FileNotFoundError):
-                what, advice = "it is not there any more", "restore it, or run without --crashrun"
+                what = "it is not there any more"
+                advice = "restore it; a run without --crashrun forgets it"
             entry.error = f"{what}: {reason(error)}; {advice}"
             return entry
         if stat.S_ISDIR(status.st_mode):
@@ -2015,16 +2016,17 @@ class SourceFile:
     def __init__(self, path: str, *, follow_symlinks: bool = True) -> None:
         flags = os.O_RDONLY | OPEN_FLAGS | (0 if follow_symlinks else NO_FOLLOW)
         try:
-            self.handle = io.FileIO(os.open(path, flags))
+            descriptor = os.open(path, flags)
         except OSError as error:
             if error.errno == errno.ELOOP and not follow_symlinks:
                 what = "it has become a symbolic link"
                 raise UploadError(f"{what}; leave out --no-follow-symlinks to send it") from error
             raise
-        self.status = os.fstat(self.handle.fileno())
+        self.status = os.fstat(descriptor)
         if not stat.S_ISREG(self.status.st_mode):
-            self.close()
+            os.close(descriptor)
             raise UploadError("it is no longer a regular file")
+        self.handle = io.FileIO(descriptor)
         self.size = self.status.st_size
         self.ctime_ns = ctime_of(self.status)
         if self.ctime_ns is not None and time.time_ns() - self.ctime_ns < self.YOUNG_NS:
@@ -2037,6 +2039,7 @@ class SourceFile:
         self.close()
 
     def close(self) -> None:
+        """Close the file; its status stays."""
         self.handle.close()
 
     def read_all(self) -> bytes:
@@ -2727,7 +2730,10 @@ class PutTemplate(NamedTuple):
 
     @classmethod
     def of(cls, bucket: Bucket, options: Options) -> PutTemplate:
-        """Return that of a bucket: the request that boto3 would send for a put."""
+        """Return that of a bucket: the request that boto3 would send for a put.
+
+        It is signed: raises what the source of the credentials raises.
+        """
         requests = []
 
         # The request is not sent, since this handler answers it.
@@ -3003,7 +3009,6 @@ class Lane:
     def __init__(self) -> None:
         self.indexes: set[int] = set()
         self.is_ready = False
-        self._heard_at = time.monotonic()
         self._batch: list[Task] = []
         self._outbox: queue.SimpleQueue[list[Task]] = queue.SimpleQueue()
         self._pipe, theirs = SPAWN.Pipe()
@@ -3026,6 +3031,7 @@ class Lane:
     ) -> None:  # fmt: skip
         """Let it take files; both functions are called from threads of its own.
 
+        Only from now on is it asked for an answer: the walk may have taken long.
         `on_end` may be called twice, and results of what it had may still come after that.
         """
 
@@ -3037,6 +3043,7 @@ class Lane:
             finally:  # a bug too must not make the run wait for ever
                 on_end(self)
 
+        self._heard_at = time.monotonic()
         feed = functools.partial(self._feed, template, session)
         listen = functools.partial(self._listen, on_results)
         for work in (feed, listen):
@@ -3128,6 +3135,7 @@ class Lanes:
                 self._lanes_max = len(self._lanes)
 
     def drop(self, lane: Lane) -> None:
+        """Have no more to do with a lane that has ended."""
         self._lanes.remove(lane)
 
     def _problem(self) -> str | None:
@@ -3175,6 +3183,7 @@ class Backlog:
         self.under_way = 0
 
     def advance(self) -> None:
+        """Take the next file, or None after the last, as the one that waits."""
         self.next = next(self._tasks, None)
 
 
@@ -3200,9 +3209,11 @@ class Window:
         return self._under_way + size <= self._bytes
 
     def begin(self, size: int) -> None:
+        """Take note that a file of that size, in bytes, is under way."""
         self._count(size, 1)
 
     def end(self, size: int) -> None:
+        """Take note that one of that size no longer is."""
         self._count(size, -1)
 
     def grow(self, moved: int) -> None:
@@ -3267,7 +3278,8 @@ class Transfer:
         self._failed_in_a_row = 0
         self.stop_message: str | None = None
         if lanes:
-            template = PutTemplate.of(bucket, options)
+            make_template = functools.partial(PutTemplate.of, bucket, options)
+            template = run.interruption.wait_for(lambda: Retries().run(make_template))
             for lane in lanes:
                 lane.open(
                     template, bucket.session, on_results=self._tell_results, on_end=self._tell_end

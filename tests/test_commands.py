@@ -322,7 +322,7 @@ def test_a_crash_run_takes_nothing_for_gone(job: Job) -> None:
     assert_failed(completed, [job.path("c.dat")])
     assert "gone" not in completed.stdout + completed.stderr
     # What helps is not to look at its permissions.
-    assert completed.stderr.count("; restore it, or run without --crashrun\n") == 1
+    assert completed.stderr.count("; restore it; a run without --crashrun forgets it\n") == 1
     assert job.state() == {"a.dat": 1, "b.dat": 1, "c.dat": 0}
 
 

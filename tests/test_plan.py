@@ -19,6 +19,7 @@ from support.files import digests, make_files
 from support.inside import clock, run_first
 from support.job import NOBODY, Job
 from support.kills import killing_call
+from support.proxy import Request
 from support.script import Completed, finish, prelude, wait_until
 from support.shards import NAMES, SPLIT_IN_3, keys_of, shards_of
 from support.systems import (
@@ -298,6 +299,18 @@ def test_link_to_itself_fails(job: Job) -> None:
     (job.folder / "self").symlink_to("self")
     assert_failed(job.run(), [job.folder / "self"])
     assert job.state() == {"a.dat": 1, "self": 0}
+
+
+def test_file_that_becomes_a_folder_after_the_walk_fails(job: Job) -> None:
+    job.make("a.dat", "b.dat")
+
+    def become_folder(_: Request) -> None:
+        job.path("b.dat").unlink()
+        job.path("b.dat").mkdir()
+
+    job.proxy.add_fault(Fault(call(become_folder), operation="PutObject", key="a.dat"))
+    completed = job.run("--max-concurrency", "1")
+    job.check_failed(completed, "b.dat", said="it is no longer a regular file")
 
 
 def test_file_that_vanishes_after_the_walk_fails(job: Job) -> None:

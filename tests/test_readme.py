@@ -65,7 +65,8 @@ TESTED = {
         "test_unreadable_file_fails",
     ],
     "the bucket was deleted since the last run": [
-        "test_crash_run_sends_all_again_when_the_bucket_is_gone"
+        "test_crash_run_sends_all_again_when_the_bucket_is_gone",
+        "test_a_bucket_that_is_gone_has_all_sent",
     ],
     "a second run of the same job starts; the state file is damaged": [
         "test_a_second_run_is_refused_until_the_first_is_gone",
@@ -110,6 +111,7 @@ def test_what_a_run_leaves_beside_the_shipped_state_is_no_part_of_the_repository
 TIMES = {
     "what is under way has 8 seconds": "SIGNAL_GRACE_SECONDS = 8",
     "again and again, for a minute": "PATIENCE_SECONDS = 60",
+    "a run's first for 20 s": "FIRST_REQUEST_SECONDS = 18",
 }
 
 

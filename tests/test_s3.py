@@ -267,6 +267,21 @@ def test_credentials_that_cannot_be_renewed_stop_the_run(small_job: Job, tmp_pat
     job.check_state_is_true()
 
 
+@needs_cores
+def test_credentials_that_are_lost_before_the_lanes_begin_are_said_in_a_sentence(
+    small_job: Job, tmp_path: Path
+) -> None:
+    job, path = small_job, tmp_path / "credentials.json"
+    give_credentials(path, "only")
+    env = environment_with_process(job, path)
+    files = small_files(130)
+    job.write(files)
+    job.proxy.add_fault(Fault(call(lambda _: path.unlink()), operation="HeadBucket", times=1))
+    completed = job.run(server=None, env=env)
+    assert_stopped(completed, "check the source of the credentials")
+    assert job.state() == dict.fromkeys(files, 0)
+
+
 # --- The endpoint ----------------------------------------------------------------------------
 
 
