@@ -391,13 +391,15 @@ UNITS |= {"KI": KIB, "MI": MIB, "GI": GIB, "TI": TIB}
 BUCKET_NAME_RULES = "3 to 63 lower-case letters, digits, dots and hyphens"
 
 
-def size_bytes(low: int, high: int, limits: str) -> Callable[[str], int]:
+def size_bytes(
+    low: int, high: int, limits: str, *, like: str = "a size such as 64MiB or 1GB"
+) -> Callable[[str], int]:
     """Return an argparse type for a size of `low` to `high` bytes: 500, 64MiB, 1GB, 1.5G."""
 
     def parse(text: str) -> int:
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?|[KMGT]I)B?", text.strip().upper())
         if not match:
-            raise ArgumentTypeError(f"{text!r} is not a size such as 64MiB or 1GB")
+            raise ArgumentTypeError(f"{text!r} is not {like}")
         if not low <= (size := int(Decimal(match[1]) * UNITS[match[2]])) <= high:
             raise ArgumentTypeError(f"{text} is out of bounds: {limits}")
         return size
@@ -408,7 +410,8 @@ def size_bytes(low: int, high: int, limits: str) -> Callable[[str], int]:
 def rate(text: str) -> int:
     """Return the bytes a second that `text` is: 10MB/s, 500kB (an argparse type)."""
     # At lower rates many connections would be idle for so long that servers close them.
-    return size_bytes(10_000, TIB, "10kB/s to 1TiB/s")(re.sub(r"/s$", "", text.strip()))
+    parse = size_bytes(10_000, TIB, "10kB/s to 1TiB/s", like="a rate such as 10MB/s")
+    return parse(re.sub(r"/s$", "", text.strip()))
 
 
 def shard_name(text: str) -> str:
@@ -682,7 +685,8 @@ class Progress:
             (0, f"{files:,}/{self._total_files:,} files"),
             (4, f"{human_size(size)}/{human_size(total)}"),
             (1, self._percent(files_left, bytes_left)),
-            (3, f"{human_size((moved - moved_before) / seconds)}/s"),
+            # Below 0 after a file that had been resumed has failed.
+            (3, f"{human_size(max(moved - moved_before, 0) / seconds)}/s"),
         ]
         rates = (self._small_left, small - small_before), (bytes_left, moved - moved_before)
         # Small files take their time for each, large ones for their bytes.
@@ -915,6 +919,16 @@ def create_anew(path: str, *, buffering: int = -1) -> IO[bytes]:
     return open(path, "xb", buffering=buffering, opener=open_own)
 
 
+def keep_name(path: str) -> None:
+    """Have a new name last through a power cut; Windows and some file systems cannot."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(os.path.dirname(path), os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def check_regular(path: str, what: str) -> None:
     """Raise StopRun for what is no regular file: a link could lead to anybody's."""
     with contextlib.suppress(OSError):
@@ -966,6 +980,7 @@ class Journal:
         text = "".join(f"{entry.to_json()}\n" for entry in entries)
         if not self._handle:
             self._handle = create_anew(self.path, buffering=0)
+            keep_name(self.path)
         if not self._size:
             text = self._first_line(self._state_crc32) + text
         data = memoryview(text.encode())
@@ -1104,13 +1119,7 @@ class StateFile:
         finally:
             self._saved_at = time.monotonic()
             self._save_seconds = self._saved_at - started
-        # The new name lasts through a power cut then; Windows and some file systems cannot.
-        with contextlib.suppress(OSError):
-            descriptor = os.open(os.path.dirname(self.path), os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+        keep_name(self.path)
         self.journal.begin(crc32)
         self.is_saved = True
 
@@ -1372,7 +1381,7 @@ def is_in_shard(entry: Entry, options: Options) -> bool:
     if is_folder or is_unknown:
         return True
     number, count = map(int, options.shard.split("/"))
-    return zlib.crc32(entry.filename.encode("utf-8", "surrogateescape")) % count == number - 1
+    return zlib.crc32(entry.filename.encode("utf-8", "surrogatepass")) % count == number - 1
 
 
 def find_files(run: Run, previous: list[Entry] | None) -> Iterator[Entry]:
@@ -1687,7 +1696,7 @@ def error_of(error: Exception) -> UploadError:
         what = f"{text}; the network or the server damages data"
         return UploadError(what, code="BadDigest", trouble=Trouble.DAMAGED)
     if isinstance(error, exceptions.ClientError):
-        if error.operation_name.startswith("AssumeRole"):
+        if error.operation_name.startswith(("AssumeRole", "GetRoleCredentials")):
             what = f"{text}; check the source of the credentials"
             return UploadError(what, trouble=Trouble.OF_ALL)
         return error_of_answer(error.response)
@@ -2576,6 +2585,9 @@ class MultipartUpload:
     `result.upload_id` is the upload that a later run can go on with, if any.
     """
 
+    # There is nothing left to go on with: somebody aborted it, or the server lost parts of it.
+    USELESS_UPLOAD = frozenset({"NoSuchUpload", "InvalidPart", "InvalidPartOrder"})
+
     def __init__(self, uploader: Uploader, task: Task, source: SourceFile, result: Result) -> None:
         self._uploader, self._retries = uploader, uploader.retries
         self._task, self._source, self._result = task, source, result
@@ -2601,9 +2613,9 @@ class MultipartUpload:
                 if tries == Retries.DAMAGED_TRIES:
                     raise error_of(error) from error
             except UploadError as error:
-                # Somebody else aborted it: there is nothing left to go on with.
-                if error.code != "NoSuchUpload" or tries == Retries.DAMAGED_TRIES:
+                if error.code not in self.USELESS_UPLOAD or tries == Retries.DAMAGED_TRIES:
                     raise
+                self._uploader.abort(self._task, self._result)
                 self._forget_upload()
 
     def _attempt(self) -> str:
@@ -2673,7 +2685,7 @@ class MultipartUpload:
             on_s3 = self._retries.run(list_parts, may_stop_run=False)
         except UploadError as error:
             may_pass = error.trouble in PASSING or error.trouble is Trouble.OF_ALL
-            if may_pass or error.code == "NoSuchUpload":
+            if (may_pass and error.code != "NotImplemented") or error.code == "NoSuchUpload":
                 raise
         if on_s3 is None:
             self._uploader.abort(self._task, self._result)
@@ -3482,7 +3494,9 @@ class Transfer:
         entry.etag, entry.upload_id, entry.part_size = (
             result.etag, result.upload_id, result.part_size
         )  # fmt: skip
-        entry.sse = self._options.encryption if result.upload_id else result.sse
+        # Of an upload that could not be aborted, only the id is kept beside a sent file.
+        is_to_be_resumed = result.upload_id and result.outcome is not Outcome.UPLOADED
+        entry.sse = self._options.encryption if is_to_be_resumed else result.sse
 
     def _take_results(self, lane: Lane, results: list[LaneResult]) -> None:
         if lane not in self._lanes:  # its files are with the reliable way already
@@ -3527,9 +3541,13 @@ class Transfer:
                 self._refused.append((task, result))
             case Outcome.TRY_LATER if task.tries < self.CHANGED_TRIES:
                 again = task._replace(
-                    tries=task.tries + 1, was_in_lane=False, size=result.size or 0, etag=None,
-                    upload_id=result.upload_id, part_size=result.part_size,
-                )  # fmt: skip
+                    tries=task.tries + 1,
+                    was_in_lane=False,
+                    upload_id=result.upload_id,
+                    part_size=result.part_size,
+                )
+                if result.size is not None:  # it could be opened, and was compared then
+                    again = again._replace(size=result.size, etag=None)
                 self._again.append((time.monotonic() + self.CHANGED_PAUSE_SECONDS, again))
             case Outcome.STOPPED:  # its entry stays as it is: not uploaded, without an error
                 pass
@@ -3602,6 +3620,7 @@ def find_unchanged(
 
     Where only its ctime is another, the file is left to be read: its entry gets the ETag that
     the bucket has, and 0 for a ctime: a run that is ended first leaves it so to the next.
+    Where the bucket may not be listed all is sent; raises StopRun when the server is away.
     https://docs.aws.amazon.com/AmazonS3/latest/API/API_ListObjectsV2.html
     """
     pending = {entry.filepath: entry for entry in entries if entry.is_pending}
@@ -3618,6 +3637,8 @@ def find_unchanged(
                 entry.uploaded, entry.sse = True, old.sse
                 run.report.unchanged(entry)
     except UploadError as error:
+        if error.trouble in SILENT:  # not terabytes again because the network was away
+            raise StopRun(f"cannot list the bucket {bucket.name}: {error}") from error
         run.report.error(f"cannot list the bucket, so what it has is sent again: {error}")
 
 
@@ -3741,6 +3762,9 @@ def verify_bucket(run: Run) -> int:
         raise StopRun(f"{why}, or create it and send all with --crashrun 1")
     verdict = find_wrong(run, bucket, entries or [])
     run.report.verified(run.report.url(""), run.state.path, verdict)
+    if verdict.unproven_files and not (verdict.wrong_files or verdict.left_files):
+        run.report.error("some files could not be compared; see the reasons above")
+        return 1
     return exit_code_for_files(run, left=verdict.left_files)
 
 

@@ -104,6 +104,7 @@ def refused_job(job: Job) -> Job:
         (["--verify", "disk"], ["--verify", "disk", "bucket", "folder"]),
         (["--verify", ""], ["--verify", "bucket", "folder"]),
         (["--max-bandwidth", "-1", "--quiet"], ["--max-bandwidth"]),
+        (["--max-bandwidth", "fast"], ["'fast' is not a rate such as 10MB/s"]),
         *[
             ([f"--max-bandwidth={value}"], ["--max-bandwidth", value.removesuffix("/s")])
             for value in NO_RATES

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from conftest import NewJob
 from support.checks import assert_clean, assert_failed, assert_stopped, lines_with
-from support.faults import Fault, answer, delay, replace_in_answer, set_headers
+from support.faults import Fault, answer, delay, drop, replace_in_answer, set_headers
 from support.files import (
     IN_PARTS,
     LARGE_BYTES,
@@ -436,6 +436,34 @@ def test_what_a_signal_kept_from_being_read_is_read_and_not_sent(
     job.check_all_is_there()
 
 
+# At the first try to read a file there is no descriptor left.
+NO_DESCRIPTOR_AT_FIRST = """
+import errno, os
+real, tried = os.open, set()
+def first_fails(path, *args, **keywords):
+    if os.fspath(path).startswith({folder!r}) and path not in tried:
+        tried.add(path)
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    return real(path, *args, **keywords)
+os.open = first_fails
+"""
+
+
+@needs_permissions
+def test_what_could_not_be_opened_at_first_is_compared_and_not_sent(job: Job) -> None:
+    files = job.back_up("a.dat", "b.dat")
+    for key in files:
+        changed_mode(job.path(key))
+    rewritten(job.path("b.dat"))
+    since = job.seen()
+    flags = prelude(NO_DESCRIPTOR_AT_FIRST.format(folder=f"{job.folder}/"))
+    completed = job.run(SKIP, python_flags=flags)
+    assert_clean(completed)
+    assert unchanged(completed) == 1
+    assert job.sent(since) == ["b.dat"]
+    job.check_all_is_there()
+
+
 @needs_permissions
 def test_under_kms_what_had_its_mode_changed_is_sent(moto_job: Job) -> None:
     job = moto_job
@@ -608,6 +636,31 @@ def test_a_listing_that_goes_in_circles_is_said_and_the_rest_is_sent(moto_job: J
     assert "cannot list the bucket" in completed.stderr
     assert len(pages) == 2
     assert job.sent(since) == ["c"]
+
+
+@pytest.mark.parametrize("action", [answer(503, "SlowDown"), drop()], ids=["busy", "away"])
+def test_a_server_that_is_away_while_it_lists_has_nothing_sent_again(
+    job: Job, action: Action
+) -> None:
+    files = job.back_up("a.dat", "b.dat")
+    job.proxy.add_fault(Fault(action, operation="ListObjectsV2"))
+    since = job.seen()
+    assert_stopped(job.run(SKIP), "cannot list the bucket")
+    assert job.sent(since) == []
+    job.proxy.clear_faults()
+    assert_clean(job.crash_run())
+    assert job.sent(since) == []
+    assert job.state() == dict.fromkeys(files, 1)
+
+
+def test_a_listing_at_which_the_server_always_fails_is_said_and_all_is_sent(job: Job) -> None:
+    job.back_up("a.dat", "b.dat")
+    job.proxy.add_fault(Fault(answer(500, "InternalError"), operation="ListObjectsV2"))
+    since = job.seen()
+    completed = job.run(SKIP)
+    assert completed.returncode == 0
+    assert "cannot list the bucket, so what it has is sent again" in completed.stderr
+    assert job.sent(since) == ["a.dat", "b.dat"]
 
 
 def test_a_listing_that_is_throttled_once_is_asked_for_again(job: Job) -> None:
@@ -1002,6 +1055,9 @@ def test_an_object_whose_file_is_gone_cannot_be_compared(job: Job) -> None:
     (line,) = lines_with(completed.stdout, "b.dat")
     assert line.startswith("unproven: ")
     assert "cannot be compared" in line
+    # A crash run could do nothing about it.
+    (said,) = completed.stderr.splitlines()
+    assert "could not be compared" in said
     assert job.state() == dict.fromkeys(files, 1)
     assert lines_with(completed.stdout, "/a.dat") == []
     assert job.in_bucket() == digests(files)

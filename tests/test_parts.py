@@ -446,18 +446,52 @@ def test_a_file_that_is_small_now_is_sent_in_one_part(job: Job) -> None:
     check_finished_by(job, "--crashrun", "1", parts=[])
 
 
+def test_an_upload_that_cannot_be_aborted_says_nothing_of_the_object(job: Job) -> None:
+    shrink = Fault(call(lambda _: job.write({"large": b"small now"})), part_number=3, times=1)
+    in_parts(job, shrink)
+    job.proxy.add_fault(Fault(answer(403, "AccessDenied"), operation="AbortMultipartUpload"))
+    completed = job.run(*IN_PARTS, "--sse", "AES256")
+    assert completed.returncode == 0
+    ((_key, upload_id, _parts),) = job.open_uploads()
+    assert f"{upload_id} could not be aborted" in completed.stderr
+    job.check_all_is_there()
+    assert "sse" not in job.entry("large")  # its ETag is its MD5
+    completed = job.run("--verify", "folder")
+    assert_clean(completed)
+    assert "by size" not in completed.stdout
+
+
 def test_an_upload_that_somebody_aborted_is_started_afresh(job: Job) -> None:
     upload_id = left_in_parts(job, kept=[1, 2])
     job.server.client().abort_multipart_upload(Bucket=job.bucket, Key="large", UploadId=upload_id)
     check_finished_by(job, "--crashrun", "1", parts=[1, 2, 3])
 
 
-def test_an_upload_whose_parts_may_not_be_listed_is_started_afresh(job: Job) -> None:
+@pytest.mark.parametrize(("status", "code"), [(403, "AccessDenied"), (501, "NotImplemented")])
+def test_an_upload_whose_parts_cannot_be_listed_is_started_afresh(
+    job: Job, status: int, code: str
+) -> None:
     upload_id = left_in_parts(job, kept=[1, 2])
-    job.proxy.add_fault(Fault(answer(403, "AccessDenied"), operation="ListParts"))
+    job.proxy.add_fault(Fault(answer(status, code), operation="ListParts"))
     check_finished_by(job, "--crashrun", "1", parts=[1, 2, 3])
     (abort,) = job.requests("AbortMultipartUpload")
     assert abort.query["uploadId"] == upload_id
+
+
+def test_an_upload_of_which_the_server_has_lost_a_part_is_started_afresh(job: Job) -> None:
+    upload_id = left_in_parts(job, kept=[1, 2])
+    lost = Fault(answer(400, "InvalidPart"), operation="CompleteMultipartUpload", times=1)
+    job.proxy.add_fault(lost)
+    check_finished_by(job, "--crashrun", "1", parts=[1, 2, 3, 3])
+    (abort,) = job.requests("AbortMultipartUpload")
+    assert abort.query["uploadId"] == upload_id
+
+
+def test_an_upload_that_can_never_be_completed_fails_after_three_tries(job: Job) -> None:
+    job.write({"small": b"small"})
+    in_parts(job, Fault(answer(400, "InvalidPart"), operation="CompleteMultipartUpload"))
+    job.check_failed(job.run(*IN_PARTS), "large", said="InvalidPart")
+    assert job.proxy.count("CreateMultipartUpload") == 3
 
 
 def test_other_options_of_the_crash_run_do_not_spoil_the_parts(job: Job) -> None:
@@ -568,7 +602,7 @@ def test_the_start_of_a_large_file_costs_a_line_and_no_save_of_the_whole(
     names = [f"large-{number}" for number in range(4)]
     job.write({name: some_bytes(LARGE_BYTES, seed) for seed, name in enumerate(names)})
     job.write(small_files(10))
-    record = tmp_path / "record"
+    record, folder = tmp_path / "record", job.state_path.parent.name
     flags = prelude(STARTS.format(record=str(record)))
     # In real time the next save comes ten seconds after the last at the soonest.
     assert_clean(job.run(*IN_PARTS, python_flags=flags, real_time=True))
@@ -577,7 +611,10 @@ def test_the_start_of_a_large_file_costs_a_line_and_no_save_of_the_whole(
     assert (
         calls.count(f"replace {job.state_path.name}") == 3
     )  # at the walk, of the plan, at the end
-    assert calls.count(f"fsync {job.state_path.name}.journal") >= 2  # two files are under way
+    journal = f"fsync {job.state_path.name}.journal"
+    assert calls.count(journal) >= 2  # two files are under way
+    # Its name is on the disk before what it says.
+    assert calls[calls.index(journal) - 2 :][:2] == [f"fsync {folder}"] * 2
 
 
 def test_a_normal_run_aborts_the_upload_of_a_file_that_is_gone(job: Job) -> None:

@@ -20,7 +20,7 @@ from support.inside import clock, run_first
 from support.job import NOBODY, Job
 from support.kills import killing_call
 from support.proxy import Request
-from support.script import Completed, finish, prelude, wait_until
+from support.script import Completed, finish, prelude, program, wait_until
 from support.shards import NAMES, SPLIT_IN_3, keys_of, shards_of
 from support.systems import (
     needs_byte_names,
@@ -827,6 +827,16 @@ def test_the_shards_together_are_the_folder(job: Job, count: int) -> None:
     names = [f"{index}/{count}" for index in range(1, count + 1)]
     sent = [key for name in names for key in listed(job.run("--dryrun", "--shard", name))]
     assert sorted(sent) == NAMES
+
+
+def test_names_that_are_no_text_are_of_one_shard_each() -> None:
+    module = program()
+    arguments = ["--bucketname", "bucket", "--backupfolder", ".", "--shard"]
+    shards = [module.parse_arguments([*arguments, f"{index}/2"]) for index in (1, 2)]
+    # As Linux has a byte that is no UTF-8, and as Windows has half of a pair.
+    for name in ("\udcff", "\ud800"):
+        entry = module.Entry(f"/folder/{name}", name, error=module.key_problem(name))
+        assert sum(module.is_in_shard(entry, options) for options in shards) == 1
 
 
 def test_the_split_is_by_crc32_of_the_key_wherever_the_folder_is(job: Job, tmp_path: Path) -> None:

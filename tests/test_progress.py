@@ -302,6 +302,22 @@ def test_a_resumed_file_counts_what_is_there_but_not_in_the_rate(job: Job, show:
     check_lines(check_screen(terminal), summary(job, 1))
 
 
+def test_a_resumed_file_that_fails_takes_nothing_from_the_rate(job: Job, show: Show) -> None:
+    job.write(small_files(20))
+    left_in_parts(job, kept=[1, 2, 3], size=20 * MIB)
+    refuse = Fault(answer(400, "InvalidRequest"), part_number=4)
+    job.proxy.add_fault(refuse)
+    job.proxy.add_fault(Fault(delay(0.3), operation="PutObject"))
+    terminal = show("--crashrun", "1", "--max-concurrency", "4", *IN_PARTS)
+    assert terminal.finish() == 1
+    lines = progress(terminal)
+    assert max(numbers(lines, "failed")) == 1
+    assert all(line["rate"] for line in lines)
+    check_lines(
+        check_screen(terminal), failure(job, "large"), summary(job, 20, failed=1), CRASH_RUN
+    )
+
+
 # --- Other lines beside it -------------------------------------------------------------------
 
 

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import botocore.exceptions
 import pytest
 from conftest import NewJob
 from support.checks import assert_clean, assert_stopped
@@ -22,7 +23,7 @@ from support.faults import Fault, answer, call
 from support.files import IN_PARTS, LARGE_BYTES, small_files, some_bytes
 from support.job import Job
 from support.proxy import Answer, Exchange, Request
-from support.script import Completed
+from support.script import Completed, program
 from support.servers import S3Server
 from support.systems import needs_cores
 
@@ -112,6 +113,16 @@ def test_a_role_that_is_refused_is_said_in_a_sentence(job: Job, tmp_path: Path) 
     job.proxy.add_fault(Fault(answer(403, "AccessDenied")))
     assert_stopped(job.run("--profile", "p", server=None, env=env), "credentials", "AssumeRole")
     assert not job.state_path.exists()
+
+
+@pytest.mark.parametrize("operation", ["AssumeRole", "AssumeRoleWithSAML", "GetRoleCredentials"])
+def test_a_source_of_credentials_that_refuses_is_no_trouble_of_one_file(operation: str) -> None:
+    module = program()
+    module.import_boto3()
+    answer = {"Error": {"Code": "ForbiddenException", "Message": "No access"}}
+    error = module.error_of(botocore.exceptions.ClientError(answer, operation))
+    assert error.trouble is module.Trouble.OF_ALL
+    assert "check the source of the credentials" in str(error)
 
 
 def test_a_credential_process_runs_once_a_run(small_job: Job, tmp_path: Path) -> None:
