@@ -450,7 +450,7 @@ def test_a_low_limit_of_open_files_is_raised(job: Job) -> None:
 WINDOWS = """\
 import errno, fcntl, multiprocessing.popen_spawn_posix, multiprocessing.resource_tracker
 import os, signal, sys, types
-os.environ["BOTO_DISABLE_CRT"] = "true"  # as the script does before it imports boto3
+os.environ["BOTO_DISABLE_CRT"] = "true"  # the script has boto3 do without it
 import awscrt.s3, boto3.s3.transfer
 
 multiprocessing.resource_tracker.ensure_running()

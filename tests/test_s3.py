@@ -119,7 +119,7 @@ def test_a_role_that_is_refused_is_said_in_a_sentence(job: Job, tmp_path: Path) 
 def test_a_source_of_credentials_that_refuses_is_no_trouble_of_one_file(operation: str) -> None:
     module = program()
     module.import_boto3()
-    answer = {"Error": {"Code": "ForbiddenException", "Message": "No access"}}
+    answer: Any = {"Error": {"Code": "ForbiddenException", "Message": "No access"}}
     error = module.error_of(botocore.exceptions.ClientError(answer, operation))
     assert error.trouble is module.Trouble.OF_ALL
     assert "check the source of the credentials" in str(error)
