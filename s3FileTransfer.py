@@ -85,7 +85,7 @@ import zlib
 from argparse import ArgumentTypeError
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn, TextIO, TypeVar
@@ -170,7 +170,7 @@ class Options:
 
     @property
     def encryption(self) -> str | None:
-        """What was asked for, in one text: S3 tells of no open upload how it is encrypted."""
+        """What was asked for, as one text: of an open upload S3 does not tell it."""
         return " ".join(filter(None, (self.sse, self.sse_kms_key_id))) or None
 
     def is_multipart(self, size_bytes: int) -> bool:
@@ -190,7 +190,7 @@ class Options:
 def part_size_for(size: int, wanted: int) -> int:
     """Return the part size in bytes for a file: `wanted`, or what S3's limits make of it.
 
-    An upload that a later run goes on with, or compares, must get the same again.
+    To go on with an upload, or to compare its object, needs the same result again.
     """
     needed = -(-size // PARTS_MAX)
     return min(max(wanted, PART_MIN_BYTES, -(-needed // MIB) * MIB), PART_MAX_BYTES)
@@ -219,14 +219,15 @@ class Entry:
     bucket: str | None = None
     size: int | None = None
     mtime_ns: int | None = None
-    # 0 where it will not tell whether the file changes: it was written just before it was read.
+    # 0: not to be relied on, since the file was written just before it was read.
     ctime_ns: int | None = None
     etag: str | None = None  # while it is pending: of what the bucket has under its key
     shard: str | None = None
     error: str | None = None
     upload_id: str | None = None
     part_size: int | None = None
-    # What was asked for, of an open upload; what S3 answered, of an object whose ETag is no MD5.
+    # Of an open upload: the encryption that was asked for. Of an object: the one that S3 told
+    # of, if its ETag is no MD5.
     sse: str | None = None
 
     @property
@@ -322,7 +323,7 @@ class Result:
 
 
 class Trouble(enum.Enum):
-    """Whom an error meets, and whether it may pass."""
+    """Which files an error is of, and whether to try again may help."""
 
     NO_ANSWER = "passing: the network, or the server is away"
     UNAVAILABLE = "passing: the server has too much to do"
@@ -380,8 +381,8 @@ def one_line(error: object) -> str:
     """Return the text of `error` as one printable line, without a password in an address."""
     # A password may have slashes; what follows a colon and a port is a path, though.
     user = r"(?<=//)[^/\s]*@|[^/@:\s]+:(?!//|\d+/)\S*@|[^/@:\s]+:[^/\s]*@"
-    text = re.sub(user, "", " ".join(str(error).split()))
-    return shown(text) or type(error).__name__
+    words = (w if w.startswith("arn:") else re.sub(user, "", w) for w in str(error).split())
+    return shown(" ".join(words)) or type(error).__name__
 
 
 # --- arguments --------------------------------------------------------------------
@@ -919,7 +920,7 @@ def create_anew(path: str, *, buffering: int = -1) -> IO[bytes]:
     return open(path, "xb", buffering=buffering, opener=open_own)
 
 
-def keep_name(path: str) -> None:
+def fsync_folder_of(path: str) -> None:
     """Have a new name last through a power cut; Windows and some file systems cannot."""
     with contextlib.suppress(OSError):
         descriptor = os.open(os.path.dirname(path), os.O_RDONLY)
@@ -949,7 +950,8 @@ def check_links(path: str, what: str) -> None:
 class Journal:
     """What happened since the last save of the state: an entry a line, the last of a file counts.
 
-    Its first line has the CRC32 of the state that it continues. Over any other it says nothing.
+    Its first line has the CRC32 of the state file that it continues; beside any other it is
+    ignored.
     """
 
     INTERVAL_SECONDS = 1.0
@@ -961,7 +963,7 @@ class Journal:
         self._tried_at = -math.inf
 
     def begin(self, state_crc32: int) -> None:
-        """Remove it: the state that has this CRC32 holds all that it had."""
+        """Delete it: the state file, with this CRC32 now, holds all that it had."""
         old, self._handle = self._handle, None
         self._state_crc32, self._size = state_crc32, 0
         with contextlib.suppress(OSError):  # to close fails too, on a full network disk
@@ -980,7 +982,7 @@ class Journal:
         text = "".join(f"{entry.to_json()}\n" for entry in entries)
         if not self._handle:
             self._handle = create_anew(self.path, buffering=0)
-            keep_name(self.path)
+            fsync_folder_of(self.path)
         if not self._size:
             text = self._first_line(self._state_crc32) + text
         data = memoryview(text.encode())
@@ -1119,7 +1121,7 @@ class StateFile:
         finally:
             self._saved_at = time.monotonic()
             self._save_seconds = self._saved_at - started
-        keep_name(self.path)
+        fsync_folder_of(self.path)
         self.journal.begin(crc32)
         self.is_saved = True
 
@@ -1224,6 +1226,11 @@ def ctime_of(status: os.stat_result) -> int | None:
     return None if sys.platform == "win32" else status.st_ctime_ns
 
 
+def new_entry(options: Options, path: str, key: str, *, error: str | None = None) -> Entry:
+    """Return the entry of a file or folder that this run has found."""
+    return Entry(path, key, bucket=options.bucketname, shard=options.shard, error=error)
+
+
 @dataclass(slots=True)
 class Subfolder:
     """A folder that the walk has found and has yet to enter."""
@@ -1240,9 +1247,8 @@ class Walk:
         options = run.options
         self._options, self._report, self._interruption = options, run.report, run.interruption
         self._root = options.backupfolder
-        self._bucket = sys.intern(options.bucketname)
         self._excludes = globs_matcher(options.exclude)
-        # Such a glob that matches "folder/" matches all below the folder too.
+        # A glob that ends in * and matches "folder/" matches all that is below it, too.
         self._excludes_folder = globs_matcher([g for g in options.exclude if g.endswith("*")])
         self._own_files: dict[Identity, set[str]] = {}
         for own in run.state.own_files():
@@ -1254,7 +1260,7 @@ class Walk:
     def entries(self, previous: list[Entry] | None) -> Iterator[Entry]:
         """Yield the entries of the run: of the whole folder, or in a crash run of the state."""
         if self._options.crashrun:
-            return self._again(previous or [])
+            return self._of_state(previous or [])
         return self._folder(self._root, key_prefix=self._options.prefix)
 
     def _folder(self, path: str, *, key_prefix: str) -> Iterator[Entry]:
@@ -1272,7 +1278,7 @@ class Walk:
             else:
                 yield found
 
-    def _again(self, previous: list[Entry]) -> Iterator[Entry]:
+    def _of_state(self, previous: list[Entry]) -> Iterator[Entry]:
         """Yield the uploaded entries of a state as they are, and find the others anew.
 
         One whose path is a folder (it was unreadable, or is the whole backup folder after
@@ -1281,6 +1287,7 @@ class Walk:
         pending = (entry.filepath for entry in previous if not entry.uploaded)
         pending_folders = tuple(os.path.join(path, "") for path in pending if os.path.isdir(path))
         for entry in previous:
+            self._interruption.check()
             path, key = entry.filepath, entry.filename
             if pending_folders and path.startswith(pending_folders) and path != self._root:
                 continue
@@ -1288,12 +1295,12 @@ class Walk:
                 yield entry
             elif path == self._root:
                 yield from self._folder(path, key_prefix=key)
-            elif not self._excludes_file(path):
+            else:
                 found = self._examine(path, key.removesuffix("/"), is_link=os.path.islink(path))
-                if not isinstance(found, Subfolder):
-                    yield from [found] if found else []
-                elif not self._excludes_all_below(path):
+                if isinstance(found, Subfolder):
                     yield from self._folder(path, key_prefix=found.key_prefix)
+                elif found:
+                    yield found
 
     def _list(self, folder: Subfolder) -> Iterator[Entry | Subfolder]:
         self._interruption.check()
@@ -1305,7 +1312,7 @@ class Walk:
                 names = sorted((child.name, child.is_symlink()) for child in children)
         except OSError as error:
             why = f"cannot read the folder: {reason(error)}; check its permissions"
-            yield self._entry(folder.path, folder.key_prefix, error=why)
+            yield new_entry(self._options, folder.path, folder.key_prefix, error=why)
             return
         identity = identity_of(folder.path, status)
         if identity in folder.ancestors:
@@ -1315,19 +1322,13 @@ class Walk:
         path_prefix = os.path.join(folder.path, "")
         for name, is_link in names:
             self._interruption.check()
-            path = path_prefix + name
-            if name in own_names or self._excludes_file(path):
+            if name in own_names:
                 continue
-            found = self._examine(path, folder.key_prefix + name, is_link=is_link)
+            found = self._examine(path_prefix + name, folder.key_prefix + name, is_link=is_link)
             if isinstance(found, Subfolder):
                 found.ancestors = (*folder.ancestors, identity)
-                if self._excludes_all_below(path):
-                    continue
             if found:
                 yield found
-
-    def _entry(self, path: str, key: str, error: str | None = None) -> Entry:
-        return Entry(path, key, bucket=self._bucket, shard=self._options.shard, error=error)
 
     def _excludes_file(self, path: str) -> bool:
         # As for `aws s3`, a glob leaves out files: what a folder of such a name holds stays.
@@ -1342,10 +1343,13 @@ class Walk:
         return path[len(os.path.join(self._root, "")) :].replace(os.sep, "/")
 
     def _examine(self, path: str, key: str, *, is_link: bool) -> Entry | Subfolder | None:
+        """Return what is at a path, or None for what is left out (and said, unless asked for)."""
+        if self._excludes_file(path):
+            return None
         if is_link and not self._options.follow_symlinks:
             self._report.notice("symbolic link, skipped", path)
             return None
-        entry = self._entry(path, key)
+        entry = new_entry(self._options, path, key)
         try:
             status = os.stat(path)
         except OSError as error:
@@ -1358,7 +1362,7 @@ class Walk:
             entry.error = f"{what}: {reason(error)}; {advice}"
             return entry
         if stat.S_ISDIR(status.st_mode):
-            return Subfolder(path, key + "/")
+            return None if self._excludes_all_below(path) else Subfolder(path, key + "/")
         if not stat.S_ISREG(status.st_mode):
             self._report.notice("socket, FIFO or device, skipped", path)
             return None
@@ -1418,10 +1422,7 @@ def folder_above(path: str, folders: set[str]) -> str | None:
 
 
 def keep_unseen(run: Run, entries: list[Entry], previous: list[Entry] | None) -> None:
-    """Add what was uploaded and cannot be looked at now to the entries; count what is gone.
-
-    The former is below an entry with an error: a folder that cannot be read.
-    """
+    """Keep the uploaded entries below folders that cannot be read now; count what is gone."""
     seen = {entry.filepath for entry in entries} if previous else set()
     unreadable = {entry.filepath for entry in entries if entry.error}
     kept: dict[str, list[Entry]] = {}
@@ -1522,7 +1523,7 @@ def start_error(error: Exception) -> StopRun:
 def send_small_body_at_once(params: Parameters, **_: object) -> None:
     """Spare small puts the `Expect: 100-continue` round trip (a botocore event handler)."""
     if isinstance(params["body"], io.BytesIO):
-        # botocore waits for leave to send what it has to read; bytes leave with the headers.
+        # botocore waits for "100 Continue" before it sends a file; bytes go with the headers.
         params["body"] = params["body"].getvalue()
 
 
@@ -1626,8 +1627,8 @@ class Meaning(NamedTuple):
     codes: str
 
 
-# What is in no line means trouble of the one file. Where a code has a meaning for one request
-# alone (no such upload, a bucket that is there already), who makes the request looks at it.
+# All other codes are trouble of the one file. Those that have a meaning for one request alone (no
+# such upload, a bucket that is there already) are handled where it is made.
 # https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html
 MEANINGS = (
     Meaning(Trouble.OF_ALL, "the session token is not valid or has expired; renew it",
@@ -1766,15 +1767,15 @@ class Retries:
         """Return what `attempt` returns, trying again while the trouble is a passing one.
 
         `damaged_tries` tries were made before. Raises UploadError when this file cannot be
-        sent, StopRun when no file can (an UploadError too with `may_stop_run` false: for what
-        a tight policy may refuse), Stopped when the run is being stopped.
+        sent, StopRun when no file can (UploadError too if `may_stop_run` is false, for requests
+        that a policy may deny), Stopped when the run is being stopped.
         """
         give_up_at, damaged = math.inf, damaged_tries
         pause = self.BACKOFF_FIRST_SECONDS
         while True:
-            self.check_stopped()
             try:
                 with self._slot:
+                    self.check_stopped()  # to wait for the slot may have taken long
                     answer = attempt()
             except request_errors() as raised:
                 error = error_of(raised)
@@ -1829,9 +1830,10 @@ class Bucket:
         """
         self._options, self._report, self._interruption = run.options, run.report, run.interruption
         self.name = run.options.bucketname
-        self.session = Session(run.options)
+        # Its source may be another program, or a server that does not answer.
+        self.session = self._interruption.wait_for(lambda: Session(run.options))
         self.client = self.session.client()
-        look = functools.partial(self._look, self.client, Retries(is_first_request=True))
+        look = functools.partial(self._head, self.client, Retries(is_first_request=True))
         try:
             status, region = self._interruption.wait_for(look, seconds=self.FIRST_REQUEST_SECONDS)
         except NoAnswer as error:
@@ -1844,7 +1846,7 @@ class Bucket:
         if region:
             self.client = self.session.client(region)
 
-    def _look(self, client: S3Client, retries: Retries) -> tuple[int, str | None]:
+    def _head(self, client: S3Client, retries: Retries) -> tuple[int, str | None]:
         """Return the HTTP status that HeadBucket gives, and the region it names."""
 
         def head() -> tuple[int, str | None]:
@@ -1873,18 +1875,18 @@ class Bucket:
         region = self._options.region or DEFAULT_REGION
         location: Parameters = {"CreateBucketConfiguration": {"LocationConstraint": region}}
         client = self.session.client(region)
-        error = self._request(client, {} if region == "us-east-1" else location)
+        error = self._create_in(client, {} if region == "us-east-1" else location)
         may_be_elsewhere = not (self._options.region or is_aws(self.client))
         if error and error.code in self.LOCATION_CODES and may_be_elsewhere:
             client = self.client
-            error = self._request(client, {})
+            error = self._create_in(client, {})
         if error:
             raise StopRun(f"cannot create the bucket {self.name}: {error}") from error
         if self._status_soon(client, seconds=20) == 404:
             raise StopRun(f"the new bucket {self.name} does not appear; try again")
         return client
 
-    def _request(self, client: S3Client, location: Parameters) -> UploadError | None:
+    def _create_in(self, client: S3Client, location: Parameters) -> UploadError | None:
         """Ask for the bucket; return why that fails, or None when it is there."""
         create = functools.partial(client.create_bucket, Bucket=self.name, **location)
         try:
@@ -1902,7 +1904,7 @@ class Bucket:
         """Return what HeadBucket says, once it is not 404 or so much time has passed."""
         deadline, retries = time.monotonic() + seconds, Retries()
         while True:
-            status, _region = self._look(client, retries)
+            status, _region = self._head(client, retries)
             if status != 404 or time.monotonic() > deadline:
                 return status
             time.sleep(0.5)
@@ -2228,7 +2230,7 @@ class Uploader:
 
     def upload(self, task: Task) -> Result:
         """Send one file and return how that ended; the one place that decides that."""
-        # Until the file is found to be another, the bucket has what it had.
+        # The known ETag stays until the file proves to be another.
         result = Result(etag=task.etag, upload_id=task.upload_id, part_size=task.part_size)
         started = time.monotonic()
         try:
@@ -2359,11 +2361,6 @@ class FileInParts:
                 again[number] = self.read(number, source=source)
         return again
 
-    def md5_of_whole(self) -> str:
-        """Return the MD5 of the whole file in hexadecimal digits, read anew."""
-        with self.open() as source:
-            return source.digests(0, self.size).md5.hex()
-
     def check_unchanged(self) -> None:
         """Raise FileChanged unless the file still has the parts that were read."""
         check_unchanged(os.stat(self.path), self._status, self._has_same_parts)
@@ -2444,7 +2441,8 @@ class MultipartProof:
         if self.sse:
             return None
         if re.fullmatch(r"[0-9a-f]{32}", etag):
-            return self._file.md5_of_whole() == etag
+            with self._file.open() as source:
+                return source.digests(0, self._file.size).md5.hex() == etag
         # Another number of parts: the server has put them together in its own way.
         count = len(self._file.digests)
         return False if re.fullmatch(rf"[0-9a-f]{{32}}-{count}", etag) else None
@@ -2729,7 +2727,7 @@ class LaneResult(NamedTuple):
     sse: str | None = None
 
 
-# Headers of a put that are other for each file, or made anew with its signature.
+# Headers of a put that differ from file to file, or are set when it is signed.
 OF_ONE_PUT = frozenset(
     "authorization x-amz-date x-amz-content-sha256 x-amz-security-token expect content-length "
     "content-type content-md5 x-amz-meta-mtime".split()
@@ -2871,8 +2869,8 @@ class LaneSender:
 
     def _make_client(self) -> Any:
         io, s3, template = self._runtime.io, self._runtime.s3, self._template
-        # One try: Retries is the one retry loop. 0 would mean the default, which is 5. First of
-        # all: where the runtime is too old, nothing else of it is there yet to be torn down.
+        # One try: Retries is the one retry loop. 0 would mean the default, which is 5. Made first:
+        # too old a runtime fails here, before anything is there to be torn down.
         one_try = s3.S3RetryConfig(max_retries=1)
         loops = io.EventLoopGroup(1)
         modes, tls = s3.S3RequestTlsMode, None
@@ -3018,8 +3016,8 @@ SPAWN = multiprocessing.get_context("spawn")
 class Lane:
     """A lane as the main process sees it; `indexes` are those of the entries that it has.
 
-    Spawned: a fork would hold the state's lock beyond the death of the main process, which
-    ends the pipe and with it the lane.
+    Spawned: a fork would keep the state's lock after the main process has died. That death
+    closes the pipe, which ends the lane.
     """
 
     STUCK_SECONDS = 120
@@ -3206,7 +3204,7 @@ class Backlog:
 
 
 class Window:
-    """How many bytes may be under way: what the uplink, as far as it has shown, moves in a while.
+    """How many bytes may be under way: as many as the uplink, as measured, sends in `SECONDS`.
 
     On a slow uplink few requests then share it, and each moves often enough that neither the
     runtime (after 30 seconds) nor S3 (after about 20) gives it up. Large files are streamed and
@@ -3261,8 +3259,8 @@ class Transfer:
     LARGE_FILES_AT_ONCE = 2
     ALWAYS_UNDER_WAY = 4  # files, however large they are
     # A file that changes while it is sent is tried so often, after all others.
-    CHANGED_TRIES = 3
-    CHANGED_PAUSE_SECONDS = 2
+    FILE_TRIES = 3
+    TRY_LATER_SECONDS = 2
     # So many files that the server fails to take, one after the other: it takes none.
     FAILED_IN_A_ROW_MAX = 20
 
@@ -3283,11 +3281,10 @@ class Transfer:
         }
         # What threads and lanes have to say: calls for the main thread.
         self._news: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        # Decided once: what changes in the entry of a file that is under way, or a lane that ends,
-        # must not hand the file out again.
+        # Decided once: no later change of an entry, and no end of a lane, hands a file out twice.
         self._ways = [self._way_of(entry) if entry.is_pending else None for entry in entries]
         self._backlogs = {way: Backlog(self._tasks(way)) for way in Way}
-        self._again: deque[tuple[float, Task]] = deque()
+        self._try_later: deque[tuple[float, Task]] = deque()
         self._under_way: dict[int, tuple[Backlog, Task]] = {}
         self._window, self._moved_bytes = Window(), 0
         self._unwritten: list[Entry] = []
@@ -3346,7 +3343,7 @@ class Transfer:
         return Way.THREAD
 
     def _is_waiting(self) -> bool:
-        return bool(self._has_next() or self._again or self._refused)
+        return bool(self._has_next() or self._try_later or self._refused)
 
     def _has_next(self) -> bool:
         return any(backlog.next for backlog in self._backlogs.values())
@@ -3359,12 +3356,12 @@ class Transfer:
         for way in (Way.THREAD, Way.PARTS):
             self._feed_threads(way, self._backlogs[way])
         # After all others: a writer may have finished, or other processes closed their files.
-        while self._again and not self._has_next():
-            due, task = self._again[0]
+        while self._try_later and not self._has_next():
+            due, task = self._try_later[0]
             way = Way.PARTS if self._options.is_multipart(task.size) else Way.THREAD
             if time.monotonic() < due or not self._has_room(way, task):
                 break
-            self._again.popleft()
+            self._try_later.popleft()
             self._begin_in_thread(way, task)
 
     def _feed_threads(self, way: Way, backlog: Backlog) -> None:
@@ -3398,7 +3395,7 @@ class Transfer:
         """Hand small files to the lanes that are ready, as far as there is room."""
         backlog, requests_max = self._backlogs[Way.LANE], self._concurrency.lane_requests
         lanes = [lane for lane in self._lanes if lane.is_ready]
-        # Trouble is met by the side that knows what to do, before more is looked for.
+        # While the threads are busy, perhaps with what lanes have handed back, lanes get no more.
         if not lanes or self._is_busy():
             return
         while (task := backlog.next) and self._fits(task):
@@ -3500,7 +3497,7 @@ class Transfer:
         entry.etag, entry.upload_id, entry.part_size = (
             result.etag, result.upload_id, result.part_size
         )  # fmt: skip
-        # Of an upload that could not be aborted, only the id is kept beside a sent file.
+        # Beside a sent file, only the id of an upload that could not be aborted is kept.
         is_to_be_resumed = result.upload_id and result.outcome is not Outcome.UPLOADED
         entry.sse = self._options.encryption if is_to_be_resumed else result.sse
 
@@ -3545,7 +3542,7 @@ class Transfer:
                 self._stop(result.error)
             case Outcome.REFUSED:
                 self._refused.append((task, result))
-            case Outcome.TRY_LATER if task.tries < self.CHANGED_TRIES:
+            case Outcome.TRY_LATER if task.tries < self.FILE_TRIES:
                 again = task._replace(
                     tries=task.tries + 1,
                     was_in_lane=False,
@@ -3554,7 +3551,7 @@ class Transfer:
                 )
                 if result.size is not None:  # it could be opened, and was compared then
                     again = again._replace(size=result.size, etag=None)
-                self._again.append((time.monotonic() + self.CHANGED_PAUSE_SECONDS, again))
+                self._try_later.append((time.monotonic() + self.TRY_LATER_SECONDS, again))
             case Outcome.STOPPED:  # its entry stays as it is: not uploaded, without an error
                 pass
             case _:
@@ -3608,7 +3605,7 @@ def count_left(entries: list[Entry]) -> int:
 
 
 def recorded_before(pending: Mapping[str, Entry], previous: list[Entry] | None) -> dict[str, Entry]:
-    """Return, by key, what the last state has of the files (given by path) as they are now."""
+    """Return, by key, the last entries of pending files whose key, size and mtime are the same."""
     recorded = {}
     for old in previous or ():
         entry = pending.get(old.filepath)
@@ -3622,10 +3619,10 @@ def recorded_before(pending: Mapping[str, Entry], previous: list[Entry] | None) 
 def find_unchanged(
     run: Run, bucket: Bucket, entries: list[Entry], previous: list[Entry] | None
 ) -> None:
-    """Take as uploaded what is as the state has it: here (size and times), and in the bucket.
+    """Mark as uploaded what matches the state: here (size and times), and in the bucket.
 
-    Where only its ctime is another, the file is left to be read: its entry gets the ETag that
-    the bucket has, and 0 for a ctime: a run that is ended first leaves it so to the next.
+    If only its ctime is another, the file is to be read: its entry gets the bucket's ETag and
+    a ctime of 0, which an interrupted run leaves for the next.
     Where the bucket may not be listed all is sent; raises StopRun when the server is away.
     https://docs.aws.amazon.com/AmazonS3/latest/API/API_ListObjectsV2.html
     """
@@ -3680,7 +3677,7 @@ def object_of(run: Run, entry: Entry) -> str:
 def compare_objects(
     run: Run, bucket: Bucket, entries: list[Entry]
 ) -> Iterator[tuple[Entry, str, str | None]]:
-    """Yield each uploaded entry, a word for what its object is ("" for as it should be), and why.
+    """Yield each uploaded entry, the verdict on its object ("" for a right one), and the reason.
 
     Raises UploadError when the bucket cannot be listed.
     """
@@ -3710,6 +3707,9 @@ def find_wrong(run: Run, bucket: Bucket, entries: list[Entry]) -> Verdict:
             elif kind:
                 verdict.unproven_files += 1
                 run.report.wrong(kind, object_of(run, entry), why)
+            else:
+                verdict.files += 1
+                verdict.bytes += entry.size or 0
     except UploadError as error:
         raise StopRun(f"cannot list the bucket {bucket.name}: {error}") from error
     for entry in wrong:
@@ -3718,9 +3718,7 @@ def find_wrong(run: Run, bucket: Bucket, entries: list[Entry]) -> Verdict:
         run.state.save_or_stop(entries)
     for entry in wrong:
         run.report.wrong("wrong", object_of(run, entry), entry.error)
-    right = [entry for entry in entries if entry.uploaded]
-    verdict.files, verdict.wrong_files = len(right) - verdict.unproven_files, len(wrong)
-    verdict.bytes = sum(entry.size or 0 for entry in right)
+    verdict.wrong_files = len(wrong)
     return verdict
 
 
@@ -3784,22 +3782,17 @@ class FolderCheck:
         self._read_bytes = 0
 
     def run(self, entries: list[Entry]) -> Iterator[tuple[Entry, str, str]]:
-        """Yield each entry, a word for what its file is ("" for as it should be), and why."""
+        """Yield each entry, the verdict on its file ("" for a right one), and the reason."""
         pool, waiting = ThreadPoolExecutor(self.THREADS), iter(entries)
-        under_way = deque(
-            (entry, pool.submit(self._compare, entry))
-            for entry in itertools.islice(waiting, self.AHEAD)
-        )
-        for count in itertools.count():
-            if not under_way:
-                return
-            entry, future = under_way.popleft()
+        under_way: deque[Future[tuple[str, str]]] = deque()
+        for count, entry in enumerate(entries):
+            for later in itertools.islice(waiting, self.AHEAD - len(under_way)):
+                under_way.append(pool.submit(self._compare, later))
+            future = under_way.popleft()
             while not wait([future], timeout=Progress.DRAW_SECONDS).done:
                 self._draw(count, len(entries))
             self._draw(count, len(entries))
             yield entry, *future.result()
-            for later in itertools.islice(waiting, 1):
-                under_way.append((later, pool.submit(self._compare, later)))
 
     def _draw(self, count: int, total: int) -> None:
         self._interruption.check()
@@ -3888,17 +3881,13 @@ def walk(run: Run, bucket: Bucket, previous: list[Entry] | None, lanes: Lanes) -
     options, found = run.options, find_files(run, previous)
     entries = list(itertools.islice(found, 1))
     if entries and not options.crashrun:
-        # What else the state said is of no use to this run, or to a crash run after it.
-        kept = (
-            old
-            for old in previous or ()
-            if old.upload_id
-            or (
-                options.skip_unchanged
-                and (old.uploaded or old.etag)
-                and not other_job(old, options)
-            )
-        )
+
+        def is_of_use(old: Entry) -> bool:
+            is_known = options.skip_unchanged and bool(old.uploaded or old.etag)
+            return bool(old.upload_id or is_known) and not other_job(old, options)
+
+        # All else that the state said is of no use to this run, or to a crash run after it.
+        kept = filter(is_of_use, previous or ())
         run.state.save_or_stop(itertools.chain([folder_entry(options)], kept))
     small_files = 0
     for entry in found:
@@ -3913,13 +3902,7 @@ def walk(run: Run, bucket: Bucket, previous: list[Entry] | None, lanes: Lanes) -
 
 def folder_entry(options: Options, error: str | None = None) -> Entry:
     """Return the entry with which a crash run walks the whole folder."""
-    return Entry(
-        options.backupfolder,
-        options.prefix,
-        bucket=options.bucketname,
-        shard=options.shard,
-        error=error,
-    )
+    return new_entry(options, options.backupfolder, options.prefix, error=error)
 
 
 def plan(run: Run, bucket: Bucket, previous: list[Entry] | None, lanes: Lanes) -> list[Entry]:
@@ -3930,7 +3913,7 @@ def plan(run: Run, bucket: Bucket, previous: list[Entry] | None, lanes: Lanes) -
     if options.skip_unchanged or options.crashrun:
         find_unchanged(run, bucket, entries, previous)
     # Before the state forgets them.
-    uploads = (old for old in previous or () if old.upload_id)
+    uploads = (old for old in previous or () if old.upload_id and not other_job(old, options))
     abort_uploads(run, bucket, carry_uploads(entries, uploads, options.encryption))
     keep_unseen(run, entries, previous)
     run.report.doing("saving the state")

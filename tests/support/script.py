@@ -55,7 +55,7 @@ HASTE = {
     "CONNECT_TIMEOUT_SECONDS = 10": "2",
     "BACKOFF_FIRST_SECONDS = 0.5": "0.05",
     "BACKOFF_MAX_SECONDS = 10": "0.5",
-    "CHANGED_PAUSE_SECONDS = 2": "0.1",
+    "TRY_LATER_SECONDS = 2": "0.1",
     # So that both are met: the journal between two saves, and saves in the middle of a run.
     "SAVE_INTERVAL_SECONDS = 10": "2",
     "SAVE_SHARE = 0.03": "0.5",  # a disk that is busy with other tests makes no save rare
