@@ -1284,8 +1284,13 @@ class Walk:
         One whose path is a folder (it was unreadable, or is the whole backup folder after
         a kill during the walk) is walked again: what is found replaces the entries below it.
         """
+
+        def is_folder(path: str) -> bool:
+            self._interruption.check()  # to look at many files on a network disk takes long
+            return os.path.isdir(path)
+
         pending = (entry.filepath for entry in previous if not entry.uploaded)
-        pending_folders = tuple(os.path.join(path, "") for path in pending if os.path.isdir(path))
+        pending_folders = tuple(os.path.join(path, "") for path in pending if is_folder(path))
         for entry in previous:
             self._interruption.check()
             path, key = entry.filepath, entry.filename

@@ -1063,6 +1063,15 @@ def test_an_object_whose_file_is_gone_cannot_be_compared(job: Job) -> None:
     assert job.in_bucket() == digests(files)
 
 
+def test_the_bytes_of_what_cannot_be_compared_are_not_right(job: Job) -> None:
+    job.back_up("right.dat", "unproven.dat")
+    change_state(job, "unproven.dat", "etag")
+    job.path("unproven.dat").unlink()
+    completed = verify(job)
+    assert completed.returncode == 1
+    assert "1 file right, 18 B; 0 wrong, 1 unproven" in completed.stdout
+
+
 def test_of_a_multipart_object_the_size_is_compared(moto_job: Job) -> None:
     job = moto_job
     size = LARGE_BYTES

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import os
 import re
+import signal
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -25,7 +26,7 @@ from support.faults import (
 )
 from support.files import IN_PARTS, LARGE_BYTES, PART_BYTES, md5, small_files, some_bytes
 from support.job import Job, kill
-from support.kills import killed_in_parts, left_in_parts
+from support.kills import killed_in_parts, killing_call, left_in_parts
 from support.proxy import Action, Answer, Exchange, Request, pass_on
 from support.script import prelude, program, wait_until
 from support.systems import needs_proc
@@ -625,6 +626,22 @@ def test_a_normal_run_aborts_the_upload_of_a_file_that_is_gone(job: Job) -> None
     (abort,) = job.requests("AbortMultipartUpload")
     assert abort.query["uploadId"] == upload_id
     assert job.open_uploads() == []
+    job.check_all_is_there()
+
+
+@pytest.mark.parametrize("again", [(), ("--skip-unchanged",)], ids=["normal", "skip"])
+def test_the_upload_of_another_bucket_is_not_looked_for_in_this_one(
+    job: Job, tmp_path: Path, again: tuple[str, ...]
+) -> None:
+    job.write({"large": some_bytes(LARGE_BYTES)})
+    status = job.path("large").stat()
+    sent = job.pending_entry("large", uploadedSuccess=1, bucket="another", size=status.st_size)
+    sent |= {"mtime_ns": status.st_mtime_ns, "upload_id": "of-another", "part_size": PART_BYTES}
+    job.write_state(sent)
+    env = killing_call(tmp_path / "killing", "replace", count=2)  # after the walk
+    assert job.start(*IN_PARTS, *again, env=env).wait(60) == -signal.SIGKILL
+    assert_clean(job.crash_run(*IN_PARTS))
+    assert job.requests("AbortMultipartUpload", "ListParts") == []
     job.check_all_is_there()
 
 

@@ -372,6 +372,17 @@ def test_the_password_of_an_endpoint_is_not_shown_when_files_fail(job: Job) -> N
     assert [text for text in texts if SECRET in text or "gate-user" in text] == []
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "User: arn:aws:sts::123456789012:assumed-role/backup/alice@example.com is not authorized",
+        "connect to http://127.0.0.1:9000/a@b failed",
+    ],
+)
+def test_what_is_no_password_is_shown(text: str) -> None:
+    assert program().one_line(text) == text
+
+
 @pytest.fixture
 def silent_port() -> Iterator[int]:
     """A port where connections are taken and nothing is ever said."""

@@ -239,6 +239,80 @@ def test_a_signal_during_the_first_request_ends_the_run(job: Job, signum: int, c
     assert not job.state_path.exists()
 
 
+def test_a_signal_while_the_credentials_are_waited_for_ends_the_run(
+    job: Job, tmp_path: Path
+) -> None:
+    job.write({"f": b"f"})
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    (tmp_path / "config").write_text(f"[default]\ncredential_process = cat '{fifo}'\n")
+    env = {"AWS_CONFIG_FILE": str(tmp_path / "config")}
+    process = job.start(server=None, env=env)
+    source: list[int] = []
+
+    def is_asked() -> bool:  # only what somebody reads can be opened so
+        with contextlib.suppress(OSError):
+            source.append(os.open(fifo, os.O_WRONLY | os.O_NONBLOCK))
+        return bool(source)
+
+    wait_until(is_asked, 20, "the program that has the credentials")
+    try:
+        completed = ended_by(process, signal.SIGTERM)
+    finally:
+        os.close(source[0])
+    assert (completed.returncode, completed.stdout) == (143, "")
+    assert len(completed.stderr.splitlines()) == 1
+    assert not job.state_path.exists()
+
+
+# The run gets a signal when it looks at its fifth file, and writes down each.
+SIGNAL_AT_STAT = """
+import os, signal
+real, calls = os.stat, 0
+def counted(path, *args, **keywords):
+    global calls
+    if isinstance(path, str) and path.startswith({folder!r}):
+        calls += 1
+        with open({record!r}, "a") as record:
+            print(path, file=record)
+        if calls == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+    return real(path, *args, **keywords)
+os.stat = counted
+"""
+
+
+def test_a_signal_while_a_crash_run_looks_at_its_files_ends_it(job: Job, tmp_path: Path) -> None:
+    files, record = small_files(50), tmp_path / "record"
+    job.write(files)
+    state = job.write_state(*(job.pending_entry(key) for key in files))
+    folder = f"{job.folder}{os.sep}"
+    flags = prelude(SIGNAL_AT_STAT.format(folder=folder, record=str(record)))
+    completed = job.crash_run(python_flags=flags)
+    assert completed.returncode == 143
+    assert len(set(record.read_text().splitlines())) < 10
+    assert job.state_path.read_bytes() == state
+    assert job.puts() == []
+
+
+def test_what_waits_for_its_turn_is_not_sent_after_a_signal() -> None:
+    module, sent = program(), []
+    module.import_boto3()
+    retries = module.Retries(slots=1)
+
+    class Slot:
+        def __enter__(self) -> None:
+            retries.stop.set()  # while it waits
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    retries._slot = Slot()
+    with pytest.raises(module.Stopped):
+        retries.run(lambda: sent.append("a request"))
+    assert sent == []
+
+
 # --- What is recorded ------------------------------------------------------------------------
 
 
