@@ -3609,6 +3609,11 @@ def count_left(entries: list[Entry]) -> int:
     return sum(not (entry.uploaded or entry.error == NOTHING_TO_SEND) for entry in entries)
 
 
+def pending_by_path(entries: list[Entry]) -> dict[str, Entry]:
+    """Return the entries that are to be sent, by the paths of their files."""
+    return {entry.filepath: entry for entry in entries if entry.is_pending}
+
+
 def recorded_before(pending: Mapping[str, Entry], previous: list[Entry] | None) -> dict[str, Entry]:
     """Return, by key, the last entries of pending files whose key, size and mtime are the same."""
     recorded = {}
@@ -3631,7 +3636,7 @@ def find_unchanged(
     Where the bucket may not be listed all is sent; raises StopRun when the server is away.
     https://docs.aws.amazon.com/AmazonS3/latest/API/API_ListObjectsV2.html
     """
-    pending = {entry.filepath: entry for entry in entries if entry.is_pending}
+    pending = pending_by_path(entries)
     try:
         for old, listed in bucket.matches(recorded_before(pending, previous)):
             entry = pending[old.filepath]
@@ -3738,12 +3743,14 @@ def show_plan(run: Run) -> int:
     """List what a run would send and return the exit code; nothing is changed."""
     previous = run.state.read()
     check_previous(previous, run.options)
-    found: Iterable[Entry] = find_files(run, previous)
-    if run.options.skip_unchanged:
-        bucket, found = find_bucket(run), list(found)
-        if bucket.exists:
-            find_unchanged(run, bucket, found, previous)
-    for entry in found:
+    entries: Iterable[Entry] = find_files(run, previous)
+    if run.options.skip_unchanged or run.options.crashrun:
+        entries = list(entries)
+        if recorded_before(pending_by_path(entries), previous):
+            bucket = find_bucket(run)
+            if bucket.exists:
+                find_unchanged(run, bucket, entries, previous)
+    for entry in entries:
         if entry.error:
             run.report.failed(entry)
         elif not entry.uploaded:

@@ -1554,6 +1554,19 @@ def test_exclude_and_prefix_hold_in_a_folder_that_a_crash_run_walks(job: Job) ->
     assert job.state() == dict.fromkeys(SENT, 1)
 
 
+def test_a_dry_run_of_a_crash_run_lists_nothing_that_the_bucket_has(job: Job) -> None:
+    job.back_up("a.dat", "b.dat")
+    job.make("c.dat")
+    # As a run with --skip-unchanged leaves it that is killed during its walk.
+    folder = job.pending_entry("", filepath=str(job.folder), bucket=job.bucket)
+    job.write_state(folder, *job.entries())
+    completed = job.crash_run("--dryrun")
+    assert completed.returncode == 0
+    assert re.findall("would upload: .*/(.*) ->", completed.stdout) == ["c.dat"]
+    assert_clean(job.crash_run())
+    assert job.sent() == ["c.dat"]
+
+
 def test_a_dry_run_of_a_crash_run_lists_what_it_would_send(job: Job) -> None:
     job.make("a.dat", "b.dat", "c.dat", "d.tmp")
     missing = ["daily/b.dat", "daily/c.dat", "daily/d.tmp"]
