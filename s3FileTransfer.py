@@ -3884,43 +3884,47 @@ def abort_uploads(run: Run, bucket: Bucket, abandoned: list[Entry]) -> None:
             run.report.notice(problem, old.filepath)
 
 
-def walk(run: Run, bucket: Bucket, previous: list[Entry] | None, lanes: Lanes) -> list[Entry]:
-    """Return the entries that this run finds; the lanes get ready meanwhile.
-
-    A crash run after a kill in the middle of this finds the folder itself in the state, and
-    walks it.
-    """
-    options, found = run.options, find_files(run, previous)
-    entries = list(itertools.islice(found, 1))
-    if entries and not options.crashrun:
-
-        def is_of_use(old: Entry) -> bool:
-            is_known = options.skip_unchanged and bool(old.uploaded or old.etag)
-            return bool(old.upload_id or is_known) and not other_job(old, options)
-
-        # All else that the state said is of no use to this run, or to a crash run after it.
-        kept = filter(is_of_use, previous or ())
-        run.state.save_or_stop(itertools.chain([folder_entry(options)], kept))
-    small_files = 0
-    for entry in found:
-        entries.append(entry)
-        small_files += lanes.takes(entry)
-        # What is unchanged is not known yet.
-        if not (small_files % Lanes.FILES_PER_LANE or options.skip_unchanged):
-            lanes.start_for(small_files)
-    run.report.end_of_notices()
-    return entries
-
-
 def folder_entry(options: Options, error: str | None = None) -> Entry:
     """Return the entry with which a crash run walks the whole folder."""
     return new_entry(options, options.backupfolder, options.prefix, error=error)
 
 
+def save_begin_of_walk(run: Run, previous: list[Entry] | None) -> None:
+    """Save the folder itself as still to be sent: after a kill in the walk, a crash run walks it.
+
+    Of the last state stays what is of use to this run, or to that one.
+    """
+    options = run.options
+
+    def is_of_use(old: Entry) -> bool:
+        is_known = options.skip_unchanged and bool(old.uploaded or old.etag)
+        return bool(old.upload_id or is_known) and not other_job(old, options)
+
+    kept = filter(is_of_use, previous or ())
+    run.state.save_or_stop(itertools.chain([folder_entry(options)], kept))
+
+
+def walk(run: Run, previous: list[Entry] | None, lanes: Lanes) -> list[Entry]:
+    """Return the entries that this run finds; the lanes get ready meanwhile."""
+    found = find_files(run, previous)
+    entries = list(itertools.islice(found, 1))
+    if entries and not run.options.crashrun:
+        save_begin_of_walk(run, previous)
+    small_files = 0
+    for entry in found:
+        entries.append(entry)
+        small_files += lanes.takes(entry)
+        # What is unchanged is not known yet.
+        if not (small_files % Lanes.FILES_PER_LANE or run.options.skip_unchanged):
+            lanes.start_for(small_files)
+    run.report.end_of_notices()
+    return entries
+
+
 def plan(run: Run, bucket: Bucket, previous: list[Entry] | None, lanes: Lanes) -> list[Entry]:
     """Return the entries of the run, saved; those with an error are told."""
     options = run.options
-    entries = walk(run, bucket, previous, lanes)
+    entries = walk(run, previous, lanes)
     # A crash run has such files too, after an incremental run was killed during its walk.
     if options.skip_unchanged or options.crashrun:
         find_unchanged(run, bucket, entries, previous)
