@@ -2519,7 +2519,8 @@ class PartsClient:
         number, size = PartNumber, len(Body)
         # Not Body itself, which breaks off in the middle once another part has failed.
         with self._file.open() as source:
-            digests = self._file.read(number, source=source)
+            # Known before it is sent: what is refused may have changed meanwhile.
+            digests = self._file.digests[number] = self._file.read(number, source=source)
             listed = self._on_s3.get(number)
             if listed and listed.get("Size") == size and digests.are_of(listed):
                 etag = listed["ETag"]
@@ -2531,7 +2532,7 @@ class PartsClient:
                 if self._file.has_crc32:
                     parameters["ChecksumCRC32"] = base64_of(digests.crc32)
                 etag = self._send(source.handle, size, digests=digests, parameters=parameters)
-        self._file.digests[number], self._etags[number] = digests, etag
+        self._etags[number] = etag
         return {"ETag": etag}
 
     def _send(

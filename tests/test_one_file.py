@@ -201,6 +201,12 @@ def rewrite_longer(path: Path) -> None:
     path.write_bytes(os.urandom(path.stat().st_size + 10))
 
 
+def rewrite_start_and_append(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.write(os.urandom(8))
+    append(path)
+
+
 def shrink(path: Path) -> None:
     os.truncate(path, path.stat().st_size - 1)
 
@@ -227,7 +233,7 @@ def test_a_file_that_grows_in_the_middle_of_its_body_is_sent_as_long_as_it_was(j
     assert job.in_bucket() == at_first
 
 
-@pytest.mark.parametrize("change", [rewrite, rewrite_longer, shrink])
+@pytest.mark.parametrize("change", [rewrite, rewrite_longer, rewrite_start_and_append, shrink])
 def test_a_file_that_changes_once_is_sent_again(job: Job, change: Callable[[Path], None]) -> None:
     changing(job, change, times=1)
     assert_clean(job.run(*AS_WAYS))
