@@ -780,7 +780,8 @@ class Report:
         """Say how many notices were not listed."""
         for kind, count in self._notices.items():
             if not self._options.verbose and count > self.NOTICES_OF_A_KIND:
-                self._notify(f"{kind}: {count - self.NOTICES_OF_A_KIND:,} more")
+                more = f"{count - self.NOTICES_OF_A_KIND:,} more"
+                self._notify(f"{kind}: {more} (--verbose names them)")
 
     def _notify(self, text: str) -> None:
         if not self._options.quiet:
@@ -838,6 +839,8 @@ class Report:
         """Say on stdout how the run went; `left` files were neither sent nor failed."""
         if self.failed_files > self.FAILURES_ON_A_SCREEN:
             for why, count in self._reasons.most_common(self.REASONS_MAX):
+                if count == 1:
+                    break
                 self._print(f"{count:,} of the {self.failed_files:,} failures: {why}", sys.stderr)
         if self._options.quiet:
             return
@@ -903,6 +906,7 @@ def lock_handle(handle: IO[str]) -> None:
         fcntl.flock(handle.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # As bytes, and without hanging at a FIFO; systems lack some of the flags.
 OPEN_FLAGS = getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
 NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
@@ -1064,7 +1068,8 @@ class StateFile:
             )
         except OSError as error:
             why = f"cannot write beside the state file {shown(self.path)}: {reason(error)}"
-            raise StopRun(f"{why}; choose another place with --statefile") from error
+            advice = "make its folder first, or " if isinstance(error, FileNotFoundError) else ""
+            raise StopRun(f"{why}; {advice}choose another place with --statefile") from error
         try:
             lock_handle(handle)
         except OSError as error:
@@ -1096,7 +1101,8 @@ class StateFile:
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise StopRun(f"cannot read {shown(self.path)}: {reason(error)}") from error
+            why = f"cannot read the state file {shown(self.path)}: {reason(error)}"
+            raise StopRun(f"{why}; run as its owner, or choose another --statefile") from error
         except (ValueError, RecursionError) as error:
             why = f"the state file {shown(self.path)} is damaged: {one_line(error)}"
             raise StopRun(f"{why}; move it away, or choose another --statefile") from error
@@ -1131,7 +1137,8 @@ class StateFile:
             self.save(entries)
         except OSError as error:
             why = f"cannot save the state file {shown(self.path)}: {reason(error)}"
-            raise StopRun(f"{why}; make room, or choose another place with --statefile") from error
+            advice = "make room" if error.errno in NO_ROOM else "check its permissions"
+            raise StopRun(f"{why}; {advice}, or choose another place with --statefile") from error
 
     def _write(self, entries: Iterable[Entry]) -> int:
         """Write the temporary file, and return the CRC32 of what it holds."""
@@ -1178,9 +1185,9 @@ def check_previous(previous: list[Entry] | None, options: Options) -> None:
     if needs_state and previous is None:
         why = f"{needs_state} needs the state file of an earlier run, and there is none"
         raise StopRun(f"{why}; run without {needs_state.split()[0]}, or name it with --statefile")
-    if options.crashrun and not previous:
-        path = shown(os.path.realpath(options.statefile))
-        raise StopRun(f"the state file {path} lists nothing; run without --crashrun")
+    if needs_state and not previous:
+        why = f"the state file {shown(os.path.realpath(options.statefile))} lists nothing"
+        raise StopRun(f"{why}; run without {needs_state.split()[0]}")
     for entry in previous or ():
         if entry.uploaded and not needs_state:
             continue
@@ -1482,8 +1489,8 @@ def import_boto3() -> None:
         import botocore.utils
         import s3transfer.utils
     except ImportError as error:
-        what = "boto3 is not installed; run: python3 -m pip install 'boto3[crt]'"
-        raise StopRun(what) from error
+        how = "in a virtual environment, run: python3 -m pip install 'boto3[crt]'"
+        raise StopRun(f"boto3 is not installed; {how}") from error
     finally:
         del sys.modules["awscrt"]
         if runtime:
@@ -3634,7 +3641,7 @@ def find_unchanged(
 
     If only its ctime is another, the file is to be read: its entry gets the bucket's ETag and
     a ctime of 0, which an interrupted run leaves for the next.
-    Where the bucket may not be listed all is sent; raises StopRun when the server is away.
+    Where the bucket may not be listed all is sent; raises StopRun for what every file would meet.
     https://docs.aws.amazon.com/AmazonS3/latest/API/API_ListObjectsV2.html
     """
     pending = pending_by_path(entries)
@@ -3651,7 +3658,9 @@ def find_unchanged(
                 entry.uploaded, entry.sse = True, old.sse
                 run.report.unchanged(entry)
     except UploadError as error:
-        if error.trouble in SILENT:  # not terabytes again because the network was away
+        # Not terabytes again because the network was away, or the credentials were wrong.
+        is_of_run = error.trouble in SILENT or error.trouble is Trouble.OF_ALL
+        if is_of_run and error.code != "NotImplemented":
             raise StopRun(f"cannot list the bucket {bucket.name}: {error}") from error
         run.report.error(f"cannot list the bucket, so what it has is sent again: {error}")
 
@@ -3764,7 +3773,8 @@ def show_plan(run: Run) -> int:
 def exit_code_for_files(run: Run, *, left: int = 0) -> int:
     """Return 1, and say what to do about it, if some files are not in the bucket; else 0."""
     if run.report.failed_files or left:
-        run.report.error("some files are not in the bucket; send them with --crashrun 1")
+        what = "some files are not in the bucket; mend what is named above"
+        run.report.error(f"{what}, then send them with --crashrun 1")
         return 1
     return 0
 
@@ -3843,7 +3853,8 @@ class FolderCheck:
         if etag is None:
             return "size", ""
         if etag != entry.etag:
-            return "different", f"its ETag would be {etag} and not {shown(entry.etag or '')}"
+            why = f"its ETag would be {etag} and not {shown(entry.etag or '')}"
+            return "different", f"it has other bytes: {why}"
         return "", ""
 
 
@@ -3869,7 +3880,9 @@ def verify_folder(run: Run) -> int:
         path, key = shown(check.path_of(entry)), shown(entry.filename)
         run.report.wrong(kind, f"{path} (of {key})", why)
     run.report.verified(shown(run.options.backupfolder), run.state.path, verdict)
-    if run.report.failed_files:
+    if run.report.failed_files and not verdict.files:
+        run.report.error("no file is as the state has it; check --backupfolder and --prefix")
+    elif run.report.failed_files:
         run.report.error("some files are not as the state has them; restore them again")
     elif verdict.left_files:
         run.report.error("some files are in no backup; send them with --crashrun 1")
@@ -3959,6 +3972,8 @@ def back_up(run: Run) -> int:
     """Plan, send and record; return the exit code."""
     previous = run.state.read()
     check_previous(previous, run.options)
+    if previous and (job := other_job(previous[0], run.options)):
+        run.report.notice("the state file was of another job, and is replaced", job)
     bucket = find_bucket(run)
     if not bucket.exists:
         bucket.create()

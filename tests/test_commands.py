@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from conftest import NewJob
-from support.checks import assert_clean, assert_failed, assert_stopped, lines_with
+from support.checks import assert_clean, assert_failed, assert_replaced, assert_stopped, lines_with
 from support.faults import Fault, answer, delay, drop, replace_in_answer, set_headers
 from support.files import (
     IN_PARTS,
@@ -331,7 +331,7 @@ def test_what_is_gone_of_another_job_is_not_counted(job: Job, tmp_path: Path) ->
     job.path("b.dat").unlink()
     make_files(tmp_path / "elsewhere", {"a.dat": b"a"})
     completed = job.run("--backupfolder", tmp_path / "elsewhere")
-    assert_clean(completed)
+    assert_replaced(completed, "another folder")
     assert gone(completed) == 0
 
 
@@ -559,7 +559,9 @@ def test_a_state_of_another_bucket_proves_nothing_here(job: Job) -> None:
     job.back_up("a.dat", "b.dat")
     other = replace(job, bucket=f"{job.bucket[:50]}-other")
     other.create_bucket()
-    assert sent_by(other) == ["a.dat", "b.dat"]
+    since = other.seen()
+    assert_replaced(other.run(SKIP), f"bucket {job.bucket}")
+    assert other.sent(since) == ["a.dat", "b.dat"]
     other.check_all_is_there()
     assert {entry["bucket"] for entry in job.entries()} == {other.bucket}
     job.server.remove_bucket(other.bucket)
@@ -653,9 +655,30 @@ def test_a_server_that_is_away_while_it_lists_has_nothing_sent_again(
     assert job.state() == dict.fromkeys(files, 1)
 
 
-def test_a_listing_at_which_the_server_always_fails_is_said_and_all_is_sent(job: Job) -> None:
+@pytest.mark.parametrize(
+    ("status", "code"),
+    [(403, "InvalidAccessKeyId"), (403, "SignatureDoesNotMatch"), (400, "ExpiredToken")],
+)
+def test_wrong_credentials_of_one_night_have_nothing_sent_again(
+    job: Job, status: int, code: str
+) -> None:
+    files = job.back_up("a.dat", "b.dat")
+    for operation in ("ListObjectsV2", "PutObject"):
+        job.proxy.add_fault(Fault(answer(status, code), operation=operation))
+    since = job.seen()
+    assert_stopped(job.run(SKIP), code)
+    job.proxy.clear_faults()
+    assert_clean(job.run(SKIP))
+    assert job.sent(since) == []
+    assert job.state() == dict.fromkeys(files, 1)
+
+
+@pytest.mark.parametrize(("status", "code"), [(500, "InternalError"), (501, "NotImplemented")])
+def test_a_listing_at_which_the_server_always_fails_is_said_and_all_is_sent(
+    job: Job, status: int, code: str
+) -> None:
     job.back_up("a.dat", "b.dat")
-    job.proxy.add_fault(Fault(answer(500, "InternalError"), operation="ListObjectsV2"))
+    job.proxy.add_fault(Fault(answer(status, code), operation="ListObjectsV2"))
     since = job.seen()
     completed = job.run(SKIP)
     assert completed.returncode == 0
@@ -878,11 +901,13 @@ def test_the_prefix_is_in_the_state(job: Job) -> None:
     assert_right(job, files=1)
 
 
-def test_a_run_that_had_nothing_to_send_is_right(job: Job) -> None:
+@pytest.mark.parametrize("where", ["bucket", "folder"])
+def test_verify_of_an_empty_list_is_refused(job: Job, where: str) -> None:
     job.folder.mkdir()
     job.state_path.write_text("[]\n")
-    assert_right(job, files=0)
-    assert job.requests("ListObjectsV2") == []
+    words = f"the state file {job.state_path} lists nothing; run without --verify"
+    assert_stopped(job.run("--verify", where), words)
+    assert job.proxy.requests == []
 
 
 def test_encrypted_objects_are_right(moto_job: Job) -> None:
@@ -1260,10 +1285,10 @@ def test_what_is_missing_or_different_in_a_copy_is_named(each_job: Job, copy: Pa
     parts = md5((copy / "parts").read_bytes()) if is_whole else multipart_etag(copy / "parts")
     assert sorted(lines) == sorted(
         [
-            f"different: {copy}/flipped (of flipped): its ETag would be {flipped} and not "
-            f"{etags['flipped']}\n",
-            f"different: {copy}/parts (of parts): its ETag would be {parts} and not "
-            f"{etags['parts']}\n",
+            f"different: {copy}/flipped (of flipped): it has other bytes: its ETag would be "
+            f"{flipped} and not {etags['flipped']}\n",
+            f"different: {copy}/parts (of parts): it has other bytes: its ETag would be "
+            f"{parts} and not {etags['parts']}\n",
             f"different: {copy}/shorter (of shorter): it has 5 bytes and not 16\n",
             f"missing: {copy}/missing (of missing)\n",
             f"missing: {copy}/sub/missing (of sub/missing)\n",
@@ -1291,6 +1316,10 @@ def test_a_copy_of_what_has_a_prefix(job: Job, copy: Path) -> None:
     (copy.parent / "whole").mkdir()
     copy.rename(copy.parent / "whole" / "daily")
     assert_clean(verify_folder(job, copy.parent / "whole"))
+    completed = verify_folder(job, copy.parent / "whole", "--prefix", "daily/")
+    assert completed.returncode == 1
+    (said,) = completed.stderr.splitlines()
+    assert "check --backupfolder and --prefix" in said
 
 
 def test_what_was_not_sent_is_counted_in_a_copy(job: Job, copy: Path) -> None:

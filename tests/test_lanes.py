@@ -84,6 +84,7 @@ def test_many_files_are_spread_over_lanes_and_few_need_none(job: Job) -> None:
     for count, lanes in ((MANY, 2), (10, 0)):
         files = small_files(count)
         job.folder = job.folder.with_name(f"{count} files")
+        job.state_path = job.state_path.with_name(f"{count}.json")
         job.write(files)
         since = len(job.puts())
         process = job.start()

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from conftest import NewJob
-from support.checks import assert_clean, assert_failed, assert_stopped, lines_with
+from support.checks import assert_clean, assert_failed, assert_replaced, assert_stopped, lines_with
 from support.faults import Fault, answer, call, delay, stall
 from support.files import WINDOWS_FORBIDS, digests, small_files
 from support.inside import clock, run_first
@@ -697,8 +697,9 @@ def test_a_crash_run_of_another_job_is_refused(job: Job, other: Any) -> None:
 def test_another_job_that_is_done_may_be_replaced(job: Job, other: Any) -> None:
     job.make("a.dat")
     job.write_state({**other(job), "uploadedSuccess": 1})
-    assert_clean(job.run())
+    assert_replaced(job.run(), "")
     assert job.state() == {"a.dat": 1}
+    assert_clean(job.run())
 
 
 @pytest.mark.parametrize(
@@ -748,7 +749,7 @@ def test_a_shard_that_is_done_may_be_replaced_but_not_gone_on_with(
     job.make(*NAMES)
     assert_clean(job.run("--shard", "1/2"))
     assert_refused(job, *other, "--crashrun", "1", words=("shard 1/2", "--statefile"))
-    assert_clean(job.run(*other))
+    assert_replaced(job.run(*other), "shard 1/2")
     expected = keys_of(other[1], NAMES) if other else NAMES
     assert job.state() == dict.fromkeys(expected, 1)
     assert {entry.get("shard") for entry in job.entries()} == {other[1] if other else None}
@@ -934,7 +935,7 @@ def test_unreadable_state_is_refused(job: Job) -> None:
     job.make("a.dat")
     state = job.write_state()
     job.state_path.chmod(0)
-    assert_stopped(job.run(user=NOBODY), str(job.state_path))
+    assert_stopped(job.run(user=NOBODY), str(job.state_path), "permission denied", "owner")
     assert job.proxy.requests == []
     job.state_path.chmod(0o600)
     assert job.state_path.read_bytes() == state
@@ -962,7 +963,8 @@ def file_size_limit(size_bytes: int) -> list[str]:
 @pytest.mark.parametrize("size_bytes", [0, 100])  # no room for the lock's text, or for an entry
 def test_full_disk_keeps_the_old_state(job: Job, old_state: bytes, size_bytes: int) -> None:
     since = job.seen()
-    assert_stopped(job.run(python_flags=file_size_limit(size_bytes)), str(job.state_path))
+    completed = job.run(python_flags=file_size_limit(size_bytes))
+    assert_stopped(completed, str(job.state_path), "make room")
     assert job.state_path.read_bytes() == old_state
     assert job.puts(since) == []
     assert not Path(f"{job.state_path}.tmp").exists()
@@ -1093,12 +1095,19 @@ def test_an_interrupted_run_does_not_say_that_it_saved_what_it_could_not(job: Jo
 
 
 @needs_permissions
-@pytest.mark.parametrize("name", ["locked/state.json", "missing/state.json", "a.dat/state.json"])
-def test_folder_of_the_state_that_cannot_be_written(job: Job, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("locked/state.json", "choose"),
+        ("missing/state.json", "make its folder first"),
+        ("a.dat/state.json", "choose"),
+    ],
+)
+def test_folder_of_the_state_that_cannot_be_written(job: Job, name: str, advice: str) -> None:
     job.make("a.dat")
     (job.folder / "locked").mkdir(mode=0o555)
     completed = job.run("--statefile", job.folder / name, user=NOBODY)
-    assert_stopped(completed, str(job.folder / name), "--statefile")
+    assert_stopped(completed, str(job.folder / name), advice, "--statefile")
     assert job.proxy.requests == []
 
 

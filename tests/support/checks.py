@@ -19,6 +19,13 @@ def assert_clean(completed: Completed) -> None:
     assert completed.stdout.count("\n") == 1
 
 
+def assert_replaced(completed: Completed, job: str) -> None:
+    """Check that a run ended well, and said that the state file was of that job before."""
+    assert completed.returncode == 0, completed
+    (said,) = completed.stderr.splitlines()
+    assert said.startswith(f"notice: the state file was of another job, and is replaced: {job}")
+
+
 def assert_stopped(completed: Completed, *words: str) -> None:
     """Check that a run ended with exit code 2 and one sentence, no more, that has these words."""
     assert completed.returncode == 2, completed
