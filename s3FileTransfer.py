@@ -3772,11 +3772,14 @@ def show_plan(run: Run) -> int:
 
 def exit_code_for_files(run: Run, *, left: int = 0) -> int:
     """Return 1, and say what to do about it, if some files are not in the bucket; else 0."""
-    if run.report.failed_files or left:
-        what = "some files are not in the bucket; mend what is named above"
-        run.report.error(f"{what}, then send them with --crashrun 1")
-        return 1
-    return 0
+    advice = None
+    if run.report.failed_files:
+        advice = "mend what is named above, then use --crashrun 1"
+    elif left:
+        advice = "send them with --crashrun 1"
+    if advice:
+        run.report.error(f"some files are not in the bucket; {advice}")
+    return 1 if advice else 0
 
 
 def verify_bucket(run: Run) -> int:

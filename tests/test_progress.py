@@ -162,7 +162,7 @@ def failure(job: Job, key: str, why: str = ".+") -> str:
 
 
 CRASH_RUN = "s3FileTransfer: some files are not in the bucket; mend what is named above, "
-CRASH_RUN += "then send them with --crashrun 1"
+CRASH_RUN += "then use --crashrun 1"
 INTERRUPTED = "s3FileTransfer: interrupted; the state is saved, send the rest with --crashrun 1"
 
 
