@@ -3975,8 +3975,6 @@ def back_up(run: Run) -> int:
     """Plan, send and record; return the exit code."""
     previous = run.state.read()
     check_previous(previous, run.options)
-    if previous and (job := other_job(previous[0], run.options)):
-        run.report.notice("the state file was of another job, and is replaced", job)
     bucket = find_bucket(run)
     if not bucket.exists:
         bucket.create()
@@ -3985,6 +3983,8 @@ def back_up(run: Run) -> int:
             run.report.error(f"the bucket {bucket.name} was gone: all files are sent again")
         for entry in previous or ():
             entry.uploaded, entry.etag, entry.upload_id = False, None, None
+    if previous and (job := other_job(previous[0], run.options)):
+        run.report.notice("the state file was of another job, and is replaced", job)
     lanes = Lanes(bucket, run.options)
     entries = plan(run, bucket, previous, lanes)
     del previous  # of a million files: half a gigabyte
