@@ -3716,7 +3716,7 @@ def compare_objects(
         yield entry, "wrong", "it is not in the bucket"
 
 
-def find_wrong(run: Run, bucket: Bucket, entries: list[Entry]) -> Verdict:
+def find_wrong_objects(run: Run, bucket: Bucket, entries: list[Entry]) -> Verdict:
     """Mark the uploaded entries that the bucket lacks, or holds otherwise, and say so."""
     verdict, wrong = Verdict(left_files=count_left(entries)), []
     try:
@@ -3749,10 +3749,16 @@ def find_bucket(run: Run) -> Bucket:
     return Bucket(run)
 
 
-def show_plan(run: Run) -> int:
-    """List what a run would send and return the exit code; nothing is changed."""
+def read_previous(run: Run) -> list[Entry] | None:
+    """Return what the last run left; raise StopRun if this one may not go on from it."""
     previous = run.state.read()
     check_previous(previous, run.options)
+    return previous
+
+
+def show_plan(run: Run) -> int:
+    """List what a run would send and return the exit code; nothing is changed."""
+    previous = read_previous(run)
     entries: Iterable[Entry] = find_files(run, previous)
     if run.options.skip_unchanged or run.options.crashrun:
         entries = list(entries)
@@ -3784,13 +3790,12 @@ def exit_code_for_files(run: Run, *, left: int = 0) -> int:
 
 def verify_bucket(run: Run) -> int:
     """Compare the bucket with the state, mark there what is wrong, and return the exit code."""
-    entries = run.state.read()
-    check_previous(entries, run.options)
+    entries = read_previous(run)
     bucket = find_bucket(run)
     if not bucket.exists:
         why = f"there is no bucket {bucket.name}; check --bucketname and --endpoint-url"
         raise StopRun(f"{why}, or create it and send all with --crashrun 1")
-    verdict = find_wrong(run, bucket, entries or [])
+    verdict = find_wrong_objects(run, bucket, entries or [])
     run.report.verified(run.report.url(""), run.state.path, verdict)
     if verdict.unproven_files and not (verdict.wrong_files or verdict.left_files):
         run.report.error("some files could not be compared; see the reasons above")
@@ -3861,18 +3866,18 @@ class FolderCheck:
         return "", ""
 
 
-def verify_folder(run: Run) -> int:
-    """Compare a folder with the state, name what is wrong, and return the exit code."""
-    previous = run.state.read()
-    check_previous(previous, run.options)
-    entries = [entry for entry in previous or () if entry.uploaded]
-    for entry in entries:
+def find_wrong_files(run: Run, entries: list[Entry]) -> Verdict:
+    """Compare the files of the folder with the uploaded entries, and name what is wrong.
+
+    Raises StopRun when the --prefix is not that of the entries.
+    """
+    uploaded = [entry for entry in entries if entry.uploaded]
+    for entry in uploaded:
         if not entry.filename.startswith(run.options.prefix):
             why = f"the state has the key {shown(entry.filename)}, which lacks that --prefix"
             raise StopRun(f"{why}; give the --prefix of the run that sent it")
-    verdict = Verdict(left_files=count_left(previous or []))
-    check = FolderCheck(run)
-    for entry, kind, why in check.run(entries):
+    verdict, check = Verdict(left_files=count_left(entries)), FolderCheck(run)
+    for entry, kind, why in check.run(uploaded):
         if kind in ("", "size"):
             verdict.files += 1
             verdict.bytes += entry.size or 0
@@ -3882,6 +3887,12 @@ def verify_folder(run: Run) -> int:
         verdict.wrong_files += kind != "unproven"
         path, key = shown(check.path_of(entry)), shown(entry.filename)
         run.report.wrong(kind, f"{path} (of {key})", why)
+    return verdict
+
+
+def verify_folder(run: Run) -> int:
+    """Compare a folder with the state, name what is wrong, and return the exit code."""
+    verdict = find_wrong_files(run, read_previous(run) or [])
     run.report.verified(shown(run.options.backupfolder), run.state.path, verdict)
     if run.report.failed_files and not verdict.files:
         run.report.error("no file is as the state has it; check --backupfolder and --prefix")
@@ -3971,18 +3982,22 @@ def end_of_transfer(run: Run, transfer: Transfer, entries: list[Entry]) -> int:
     return exit_code_for_files(run, left=left)
 
 
+def create_bucket(run: Run, bucket: Bucket, previous: list[Entry] | None) -> None:
+    """Create the bucket, and mark what the last run left as not uploaded."""
+    bucket.create()
+    if any(old.uploaded and not other_job(old, run.options) for old in previous or ()):
+        # A bucket made anew lacks versioning, locks and policies too.
+        run.report.error(f"the bucket {bucket.name} was gone: all files are sent again")
+    for old in previous or ():
+        old.uploaded, old.etag, old.upload_id = False, None, None
+
+
 def back_up(run: Run) -> int:
     """Plan, send and record; return the exit code."""
-    previous = run.state.read()
-    check_previous(previous, run.options)
+    previous = read_previous(run)
     bucket = find_bucket(run)
     if not bucket.exists:
-        bucket.create()
-        if any(old.uploaded and not other_job(old, run.options) for old in previous or ()):
-            # A bucket made anew lacks versioning, locks and policies too.
-            run.report.error(f"the bucket {bucket.name} was gone: all files are sent again")
-        for entry in previous or ():
-            entry.uploaded, entry.etag, entry.upload_id = False, None, None
+        create_bucket(run, bucket, previous)
     if previous and (job := other_job(previous[0], run.options)):
         run.report.notice("the state file was of another job, and is replaced", job)
     lanes = Lanes(bucket, run.options)
