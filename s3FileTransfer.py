@@ -353,6 +353,11 @@ class UploadError(Exception):
         super().__init__(message)
         self.code, self.trouble = code, trouble
 
+    @property
+    def is_of_all_requests(self) -> bool:
+        """Whether no request of the run can succeed; NotImplemented is said of one kind of them."""
+        return self.trouble is Trouble.OF_ALL and self.code != "NotImplemented"
+
 
 class FileChanged(UploadError):
     """The file changed while it was read or sent."""
@@ -2701,8 +2706,8 @@ class MultipartUpload:
         try:
             on_s3 = self._retries.run(list_parts, may_stop_run=False)
         except UploadError as error:
-            may_pass = error.trouble in PASSING or error.trouble is Trouble.OF_ALL
-            if (may_pass and error.code != "NotImplemented") or error.code == "NoSuchUpload":
+            is_unknown = error.trouble in PASSING or error.is_of_all_requests
+            if is_unknown or error.code == "NoSuchUpload":
                 raise
         if on_s3 is None:
             self._uploader.abort(self._task, self._result)
@@ -3659,8 +3664,7 @@ def find_unchanged(
                 run.report.unchanged(entry)
     except UploadError as error:
         # Not terabytes again because the network was away, or the credentials were wrong.
-        is_of_run = error.trouble in SILENT or error.trouble is Trouble.OF_ALL
-        if is_of_run and error.code != "NotImplemented":
+        if error.trouble in SILENT or error.is_of_all_requests:
             raise StopRun(f"cannot list the bucket {bucket.name}: {error}") from error
         run.report.error(f"cannot list the bucket, so what it has is sent again: {error}")
 
@@ -3776,18 +3780,6 @@ def show_plan(run: Run) -> int:
     return 1 if run.report.failed_files else 0
 
 
-def exit_code_for_files(run: Run, *, left: int = 0) -> int:
-    """Return 1, and say what to do about it, if some files are not in the bucket; else 0."""
-    advice = None
-    if run.report.failed_files:
-        advice = "mend what is named above, then use --crashrun 1"
-    elif left:
-        advice = "send them with --crashrun 1"
-    if advice:
-        run.report.error(f"some files are not in the bucket; {advice}")
-    return 1 if advice else 0
-
-
 def verify_bucket(run: Run) -> int:
     """Compare the bucket with the state, mark there what is wrong, and return the exit code."""
     entries = read_previous(run)
@@ -3797,10 +3789,11 @@ def verify_bucket(run: Run) -> int:
         raise StopRun(f"{why}, or create it and send all with --crashrun 1")
     verdict = find_wrong_objects(run, bucket, entries or [])
     run.report.verified(run.report.url(""), run.state.path, verdict)
-    if verdict.unproven_files and not (verdict.wrong_files or verdict.left_files):
+    if verdict.wrong_files or verdict.left_files:
+        run.report.error("some files are not in the bucket; send them with --crashrun 1")
+    elif verdict.unproven_files:
         run.report.error("some files could not be compared; see the reasons above")
-        return 1
-    return exit_code_for_files(run, left=verdict.left_files)
+    return 1 if run.report.failed_files or verdict.left_files else 0
 
 
 class FolderCheck:
@@ -3979,7 +3972,11 @@ def end_of_transfer(run: Run, transfer: Transfer, entries: list[Entry]) -> int:
         run.report.error(f"stopped: {transfer.stop_message}")
     if transfer.stop_message or not run.state.is_saved:
         return 2
-    return exit_code_for_files(run, left=left)
+    if run.report.failed_files or left:
+        what = "some files are not in the bucket; mend what is named above"
+        run.report.error(f"{what}, then use --crashrun 1")
+        return 1
+    return 0
 
 
 def create_bucket(run: Run, bucket: Bucket, previous: list[Entry] | None) -> None:

@@ -262,12 +262,8 @@ def test_lanes_sign_with_credentials_as_they_are_renewed(moto_job: Job, tmp_path
 
 def test_credentials_that_cannot_be_renewed_stop_the_run(small_job: Job, tmp_path: Path) -> None:
     job, path = small_job, tmp_path / "credentials.json"
-    expires = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(minutes=2)
-    said = {"Version": 1, "AccessKeyId": "key", "SecretAccessKey": SECRET}
-    path.write_text(json.dumps({**said, "Expiration": expires.isoformat()}))
-    (tmp_path / "config").write_text(f"[default]\ncredential_process = cat '{path}'\n")
-    env = environment_without(job.endpoint, *KEYS, "AWS_CONFIG_FILE")
-    env["AWS_CONFIG_FILE"] = str(tmp_path / "config")
+    give_credentials(path, "only")
+    env = environment_with_process(job, path)
     job.write(small_files(60))
     lose = Fault(call(lambda _: path.unlink()), operation="PutObject", after=20, times=1)
     job.proxy.add_fault(lose)
