@@ -173,6 +173,11 @@ class Options:
         """What was asked for, as one text: of an open upload S3 does not tell it."""
         return " ".join(filter(None, (self.sse, self.sse_kms_key_id))) or None
 
+    @property
+    def no_links_below(self) -> str | None:
+        """The folder below which no symbolic link is followed; None: all are."""
+        return None if self.follow_symlinks else self.backupfolder
+
     def is_multipart(self, size_bytes: int) -> bool:
         """Decide how a file is sent: in parts, or else in one."""
         return size_bytes >= self.multipart_threshold
@@ -373,6 +378,24 @@ class DigestMismatch(Exception):
 def reason(error: OSError) -> str:
     """Return the operating system's words for `error`, without path and number."""
     return (error.strerror or str(error) or type(error).__name__).lower()
+
+
+# What to do about a path that cannot be read; for all other reasons, to check the disk.
+ADVICE = dict.fromkeys((errno.EACCES, errno.EPERM), "check its permissions")
+ADVICE |= dict.fromkeys((errno.EMFILE, errno.ENFILE), "raise the limit of open files (ulimit -n)")
+ADVICE |= {errno.ENAMETOOLONG: "shorten its path", errno.ELOOP: "mend its link"}
+ADVICE |= {errno.EAGAIN: "close it in the program that has a lease on it"}
+NOT_THERE = (FileNotFoundError, NotADirectoryError)
+
+
+def read_error(error: OSError | UploadError) -> UploadError:
+    """Return what to say of a file or folder that cannot be read."""
+    if isinstance(error, UploadError):
+        return error
+    what, advice = "cannot read it", ADVICE.get(error.errno or 0, "check the disk")
+    if isinstance(error, NOT_THERE):
+        what, advice = "it has vanished", "restore it; a run without --crashrun forgets it"
+    return UploadError(f"{what}: {reason(error)}; {advice}")
 
 
 def shown(text: str) -> str:
@@ -1224,6 +1247,66 @@ def globs_matcher(globs: list[str]) -> Callable[[str], object]:
     return re.compile("|".join(map(fnmatch.translate, globs)) or r"(?!)").match
 
 
+# Windows lacks what it takes to open a path name by name: there, each is looked at before.
+OPENS_BY_NAME = NO_FOLLOW and os.open in os.supports_dir_fd and os.scandir in os.supports_fd
+FOLDER = getattr(os, "O_DIRECTORY", 0)
+ENTER = FOLDER | getattr(os, "O_PATH", 0)  # what is only passed through need not be readable
+
+
+def folders_above(path: str) -> Iterator[str]:
+    """Yield the folders that a path is below, by its names, the innermost first."""
+    while (folder := os.path.dirname(path)) != path:
+        yield folder
+        path = folder
+
+
+def check_no_links(top: str | None, path: str) -> None:
+    """Raise UploadError for a symbolic link between a folder (None: any may be) and a path."""
+    for place in (path, *folders_above(path)) if top else ():
+        if place == top:
+            return
+        if os.path.islink(place):
+            what = "it" if place == path else "a folder above it"
+            advice = "leave out --no-follow-symlinks to send it"
+            raise UploadError(f"{what} has become a symbolic link; {advice}")
+
+
+def open_below(top: str | None, path: str, flags: int) -> int:
+    """Open what is at a path, following no link below the folder `top`, if there is one.
+
+    Raises OSError, or UploadError for a link.
+    """
+    if top is None or not OPENS_BY_NAME:
+        check_no_links(top, path)
+        return os.open(path, flags | (NO_FOLLOW if top else 0))
+    folder = os.open(top, ENTER)
+    try:
+        *names, last = path[len(os.path.join(top, "")) :].split(os.sep)
+        for name in names:
+            above, folder = folder, os.open(name, ENTER | NO_FOLLOW, dir_fd=folder)
+            os.close(above)
+        return os.open(last or ".", flags | NO_FOLLOW, dir_fd=folder)
+    except OSError:
+        check_no_links(top, path)
+        raise
+    finally:
+        os.close(folder)
+
+
+@contextlib.contextmanager
+def listable(top: str | None, path: str) -> Iterator[int | str]:
+    """Give what `os.stat` and `os.scandir` take of a folder; raises what `open_below` raises."""
+    if top is None or not OPENS_BY_NAME:
+        check_no_links(top, path)
+        yield path
+        return
+    folder = open_below(top, path, FOLDER)
+    try:
+        yield folder
+    finally:
+        os.close(folder)
+
+
 # What tells a folder from all others.
 Identity = tuple[int, int] | tuple[str]
 
@@ -1231,6 +1314,16 @@ Identity = tuple[int, int] | tuple[str]
 def identity_of(path: str, status: os.stat_result) -> Identity:
     """Return the identity of a folder; some file systems (FUSE on Windows) number all of them 0."""
     return (status.st_dev, status.st_ino) if status.st_ino else (os.path.realpath(path),)
+
+
+def identities_above(path: str) -> set[Identity]:
+    """Return the identities of the folders that a path is below, by its names and in truth."""
+    found = set[Identity]()
+    real = os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
+    for folder in {*folders_above(path), *folders_above(real)}:
+        with contextlib.suppress(OSError):
+            found.add(identity_of(folder, os.stat(folder)))
+    return found
 
 
 def ctime_of(status: os.stat_result) -> int | None:
@@ -1249,6 +1342,7 @@ class Subfolder:
 
     path: str
     key_prefix: str
+    is_link: bool = False
     ancestors: tuple[Identity, ...] = ()
 
 
@@ -1273,14 +1367,14 @@ class Walk:
         """Yield the entries of the run: of the whole folder, or in a crash run of the state."""
         if self._options.crashrun:
             return self._of_state(previous or [])
-        return self._folder(self._root, key_prefix=self._options.prefix)
+        return self._folder(Subfolder(self._root, self._options.prefix))
 
-    def _folder(self, path: str, *, key_prefix: str) -> Iterator[Entry]:
-        """Yield an entry for every file below `path`, and one with an `error` for the rest.
+    def _folder(self, folder: Subfolder) -> Iterator[Entry]:
+        """Yield an entry for every file below a folder, and one with an `error` for the rest.
 
         The `filename` of an unreadable folder is the prefix of the keys below it.
         """
-        open_folders = [self._list(Subfolder(path, key_prefix))]
+        open_folders = [self._list(folder)]
         while open_folders:
             found = next(open_folders[-1], None)
             if found is None:
@@ -1311,29 +1405,30 @@ class Walk:
             if entry.uploaded:
                 yield entry
             elif path == self._root:
-                yield from self._folder(path, key_prefix=key)
+                yield from self._folder(Subfolder(path, key))
             else:
                 found = self._examine(path, key.removesuffix("/"), is_link=os.path.islink(path))
                 if isinstance(found, Subfolder):
-                    yield from self._folder(path, key_prefix=found.key_prefix)
+                    yield from self._folder(found)
                 elif found:
                     yield found
 
     def _list(self, folder: Subfolder) -> Iterator[Entry | Subfolder]:
         self._interruption.check()
         try:
-            status = os.stat(folder.path)
-            # Names and not DirEntry objects, which cache a stat result each: too much
-            # memory for a folder of a million files.
-            with os.scandir(folder.path) as children:
-                names = sorted((child.name, child.is_symlink()) for child in children)
-        except OSError as error:
-            why = f"cannot read the folder: {reason(error)}; check its permissions"
+            with listable(self._options.no_links_below, folder.path) as place:
+                identity = identity_of(folder.path, os.stat(place))
+                is_loop = folder.is_link and identity in identities_above(folder.path)
+                if is_loop or identity in folder.ancestors:
+                    self._report.notice("link to a folder above it, not followed", folder.path)
+                    return
+                # Names and not DirEntry objects, which cache a stat result each: too much
+                # memory for a folder of a million files.
+                with os.scandir(place) as children:
+                    names = sorted((child.name, child.is_symlink()) for child in children)
+        except (OSError, UploadError) as error:
+            why = str(read_error(error))
             yield new_entry(self._options, folder.path, folder.key_prefix, error=why)
-            return
-        identity = identity_of(folder.path, status)
-        if identity in folder.ancestors:
-            self._report.notice("link to a folder above it, not followed", folder.path)
             return
         own_names = self._own_files.get(identity, set())
         path_prefix = os.path.join(folder.path, "")
@@ -1368,18 +1463,18 @@ class Walk:
             return None
         entry = new_entry(self._options, path, key)
         try:
+            if self._options.crashrun:  # a walk has come through no links to what it looks at
+                check_no_links(self._options.no_links_below, path)
             status = os.stat(path)
-        except OSError as error:
-            what, advice = "cannot read it", "check its permissions"
-            if os.path.islink(path):
+        except (OSError, UploadError) as error:
+            entry.error = str(read_error(error))
+            if isinstance(error, NOT_THERE) and os.path.islink(path):
                 what, advice = "its link is broken", "mend it, or leave it out with --exclude"
-            elif isinstance(error, FileNotFoundError):
-                what = "it is not there any more"
-                advice = "restore it; a run without --crashrun forgets it"
-            entry.error = f"{what}: {reason(error)}; {advice}"
+                entry.error = f"{what}: {reason(error)}; {advice}"
             return entry
         if stat.S_ISDIR(status.st_mode):
-            return None if self._excludes_all_below(path) else Subfolder(path, key + "/")
+            is_left_out = self._excludes_all_below(path)
+            return None if is_left_out else Subfolder(path, key + "/", is_link=is_link)
         if not stat.S_ISREG(status.st_mode):
             self._report.notice("socket, FIFO or device, skipped", path)
             return None
@@ -1429,15 +1524,6 @@ def find_files(run: Run, previous: list[Entry] | None) -> Iterator[Entry]:
     run.report.error(f"there is nothing to send in {shown(root)}; is its disk mounted?")
 
 
-def folder_above(path: str, folders: set[str]) -> str | None:
-    """Return the one of the folders that the path is below, the innermost of several."""
-    while (folder := os.path.dirname(path)) != path:
-        if folder in folders:
-            return folder
-        path = folder
-    return None
-
-
 def keep_unseen(run: Run, entries: list[Entry], previous: list[Entry] | None) -> None:
     """Keep the uploaded entries below folders that cannot be read now; count what is gone."""
     seen = {entry.filepath for entry in entries} if previous else set()
@@ -1446,7 +1532,7 @@ def keep_unseen(run: Run, entries: list[Entry], previous: list[Entry] | None) ->
     for old in previous or ():
         if old.filepath in seen or not old.uploaded or other_job(old, run.options):
             continue
-        if folder := folder_above(old.filepath, unreadable):
+        if folder := next(filter(unreadable.__contains__, folders_above(old.filepath)), None):
             kept.setdefault(folder, []).append(old)
         elif not (run.options.crashrun or os.path.lexists(old.filepath)):
             run.report.gone(old)
@@ -2027,39 +2113,34 @@ def etag_of_parts(md5s: list[bytes]) -> str:
 def check_unchanged(
     after: os.stat_result, before: os.stat_result, has_same_start: Callable[[], bool]
 ) -> None:
-    """Raise FileChanged unless the file is the same, or has only grown at its end."""
-    is_same_file = after.st_ino == before.st_ino
-    if is_same_file and after.st_size > before.st_size:
-        is_same_file = has_same_start()
-    elif (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
-        is_same_file = False
-    if not is_same_file:
+    """Raise FileChanged unless an open file has the same bytes, or has only grown at its end.
+
+    Its times tell whether it was written to; ctime too, since mtime can be put back.
+    """
+    was, now = ((s.st_size, s.st_mtime_ns, ctime_of(s)) for s in (before, after))
+    if now[0] < was[0] or (now != was and not has_same_start()):
         raise FileChanged
 
 
 class SourceFile:
     """An open regular file, and its status when it was opened; a context manager.
 
-    Raises OSError, or UploadError for what is no regular file (a FIFO never hangs).
+    Raises OSError, or UploadError for what is no regular file (a FIFO never hangs), or is
+    reached through a link below `no_links_below`.
     """
 
     # The clocks of file systems tick so seldom that a later change may have the same time.
     YOUNG_NS = 2 * 10**9
     READ_BYTES = MIB
 
-    def __init__(self, path: str, *, follow_symlinks: bool = True) -> None:
-        flags = os.O_RDONLY | OPEN_FLAGS | (0 if follow_symlinks else NO_FOLLOW)
-        try:
-            descriptor = os.open(path, flags)
-        except OSError as error:
-            if error.errno == errno.ELOOP and not follow_symlinks:
-                what = "it has become a symbolic link"
-                raise UploadError(f"{what}; leave out --no-follow-symlinks to send it") from error
-            raise
+    def __init__(self, path: str, *, no_links_below: str | None) -> None:
+        descriptor = open_below(no_links_below, path, os.O_RDONLY | OPEN_FLAGS)
         self.status = os.fstat(descriptor)
         if not stat.S_ISREG(self.status.st_mode):
             os.close(descriptor)
             raise UploadError("it is no longer a regular file")
+        if sys.platform != "win32":
+            os.set_blocking(descriptor, True)
         self.handle = io.FileIO(descriptor)
         self.size = self.status.st_size
         self.ctime_ns = ctime_of(self.status)
@@ -2185,12 +2266,6 @@ def why_unreadable(error: OSError | UploadError) -> str:
     return reason(error) if isinstance(error, OSError) else str(error)
 
 
-def read_error(error: OSError) -> UploadError:
-    """Return what to say of a file that cannot be read."""
-    advice = "its permissions" if isinstance(error, PermissionError) else "the disk"
-    return UploadError(f"cannot read it: {reason(error)}; check {advice}")
-
-
 class LargeReads:
     """A body of `size` bytes for boto3 that is read in large pieces, or as bandwidth allows.
 
@@ -2229,8 +2304,9 @@ class LargeReads:
 class Uploader:
     """The reliable way: sends one file per calling thread, and proves that S3 has its bytes."""
 
-    # Other processes may use up what this one can open: that passes.
-    OUT_OF_FILES = (errno.EMFILE, errno.ENFILE)
+    # Other processes may use up what this one can open, or have a lease on a file (Samba, nfsd),
+    # which they are asked to give up when it is opened: that passes.
+    CANNOT_OPEN_NOW = (errno.EMFILE, errno.ENFILE, errno.EAGAIN)
 
     def __init__(
         self, run: Run, bucket: Bucket, *, retries: Retries, bandwidth: Bandwidth | None,
@@ -2263,10 +2339,8 @@ class Uploader:
             result.outcome, result.error = Outcome.STOPS_RUN, str(error)
         except Stopped:
             result.outcome = Outcome.STOPPED
-        except FileNotFoundError:
-            result.error = "it vanished before it was sent; restore it"
         except OSError as error:
-            if error.errno in self.OUT_OF_FILES:
+            if error.errno in self.CANNOT_OPEN_NOW:
                 result.outcome = Outcome.TRY_LATER
             result.error = str(read_error(error))
         result.seconds = time.monotonic() - started
@@ -2274,7 +2348,7 @@ class Uploader:
 
     def _send(self, task: Task, result: Result) -> Outcome:
         self.retries.check_stopped()
-        with SourceFile(task.filepath, follow_symlinks=self.options.follow_symlinks) as source:
+        with SourceFile(task.filepath, no_links_below=self.options.no_links_below) as source:
             result.size, result.mtime_ns = source.size, source.status.st_mtime_ns
             result.ctime_ns = 0 if task.etag else source.ctime_ns
             if task.etag:  # the bucket has it, perhaps with the same bytes
@@ -2357,14 +2431,23 @@ class FileInParts:
         self.digests: dict[int, Digests] = {}
         self.has_crc32 = False
         self._status, self._retries = source.status, uploader.retries
-        self._follow_symlinks = uploader.options.follow_symlinks
+        self._no_links_below = uploader.options.no_links_below
 
     def open(self) -> SourceFile:
-        """Open the file once more; raises what `SourceFile` raises."""
-        return SourceFile(self.path, follow_symlinks=self._follow_symlinks)
+        """Open the file once more; raises OSError, or FileChanged if its path has another now."""
+        try:
+            source = SourceFile(self.path, no_links_below=self._no_links_below)
+        except UploadError as error:  # not even a file
+            raise FileChanged from error
+        now, was = source.status, self._status
+        if (now.st_dev, now.st_ino) != (was.st_dev, was.st_ino):
+            source.close()
+            raise FileChanged
+        return source
 
     def read(self, number: int, *, source: SourceFile) -> Digests:
         """Return the digests of the part with that number (from 1), of the open file."""
+        self._retries.check_stopped()
         start = (number - 1) * self.part_size
         length = min(self.part_size, self.size - start)
         return source.digests(start, length, with_crc32=self.has_crc32)
@@ -2374,17 +2457,18 @@ class FileInParts:
         again = {}
         with self.open() as source:
             for number in range(1, -(-self.size // self.part_size) + 1):
-                self._retries.check_stopped()
                 again[number] = self.read(number, source=source)
         return again
 
     def check_unchanged(self) -> None:
         """Raise FileChanged unless the file still has the parts that were read."""
-        check_unchanged(os.stat(self.path), self._status, self._has_same_parts)
+        with self.open() as source:
 
-    def _has_same_parts(self) -> bool:
-        again = self.read_again()
-        return all(digests.md5 == again[number].md5 for number, digests in self.digests.items())
+            def has_same_parts() -> bool:
+                known = self.digests.items()
+                return all(self.read(n, source=source).md5 == part.md5 for n, part in known)
+
+            check_unchanged(source.status, self._status, has_same_parts)
 
     def expected_etag(self) -> str:
         """Return the ETag that S3 gives to the object, if its ETags are MD5s."""
@@ -2527,7 +2611,6 @@ class PartsClient:
 
     def upload_part(self, *, PartNumber: int, Body: Any, **parameters: Any) -> Parameters:
         """Send one part and prove it, unless S3 has the same bytes under its number."""
-        self._retries.check_stopped()
         number, size = PartNumber, len(Body)
         # Not Body itself, which breaks off in the middle once another part has failed.
         with self._file.open() as source:
@@ -2760,7 +2843,7 @@ class PutTemplate(NamedTuple):
     path: str  # the key follows
     headers: list[tuple[str, str]]
     ca_path: str
-    follow_symlinks: bool
+    no_links_below: str | None
 
     @classmethod
     def of(cls, bucket: Bucket, options: Options) -> PutTemplate:
@@ -2797,7 +2880,7 @@ class PutTemplate(NamedTuple):
             path=url.path.removesuffix("KEY"),
             headers=headers,
             ca_path=bucket.session.ca_path(),
-            follow_symlinks=options.follow_symlinks,
+            no_links_below=options.no_links_below,
         )
 
 
@@ -2949,7 +3032,7 @@ class LaneSender:
     def _begin(self, task: Task) -> None:
         source, started = None, time.monotonic()
         try:
-            source = SourceFile(task.filepath, follow_symlinks=self._template.follow_symlinks)
+            source = SourceFile(task.filepath, no_links_below=self._template.no_links_below)
             if source.size > self.FILE_MAX_BYTES:
                 raise UploadError("it has grown since the walk")
             data = source.read_all()
@@ -3278,6 +3361,8 @@ class Transfer:
     ALWAYS_UNDER_WAY = 4  # files, however large they are
     # A file that changes while it is sent is tried so often, after all others.
     FILE_TRIES = 3
+    # One that cannot be opened, longer than a kernel leaves a file to who has a lease (45 s).
+    OPEN_TRIES = 25
     TRY_LATER_SECONDS = 2
     # So many files that the server fails to take, one after the other: it takes none.
     FAILED_IN_A_ROW_MAX = 20
@@ -3547,6 +3632,7 @@ class Transfer:
         if result.notice:
             self._report.notice(result.notice, entry.filepath)
         self._note_of_file(entry, result)
+        tries_max = self.OPEN_TRIES if result.size is None else self.FILE_TRIES
         match result.outcome:
             case Outcome.UPLOADED:
                 entry.uploaded = True
@@ -3560,7 +3646,7 @@ class Transfer:
                 self._stop(result.error)
             case Outcome.REFUSED:
                 self._refused.append((task, result))
-            case Outcome.TRY_LATER if task.tries < self.FILE_TRIES:
+            case Outcome.TRY_LATER if task.tries < tries_max:
                 again = task._replace(
                     tries=task.tries + 1,
                     was_in_lane=False,
@@ -3669,7 +3755,7 @@ def find_unchanged(
         run.report.error(f"cannot list the bucket, so what it has is sent again: {error}")
 
 
-def difference(bucket: Bucket, entry: Entry, listed: ObjectTypeDef) -> str | None:
+def difference(run: Run, bucket: Bucket, entry: Entry, listed: ObjectTypeDef) -> str | None:
     """Return what is wrong with the object that a listing found, or None.
 
     Without an ETag in the state, it is compared with the local file: raises OSError or
@@ -3681,7 +3767,7 @@ def difference(bucket: Bucket, entry: Entry, listed: ObjectTypeDef) -> str | Non
     if entry.etag:
         is_same = etag in ("", entry.etag)  # some listings have no ETags
         return None if is_same else f"its ETag there is {shown(etag)} and not {shown(entry.etag)}"
-    with SourceFile(entry.filepath) as source:
+    with SourceFile(entry.filepath, no_links_below=run.options.no_links_below) as source:
         if source.size != size:
             return f"it has {size:,} bytes there and {source.size:,} here"
         # Of a multipart ETag the part size is not known, and the size has to do.
@@ -3708,7 +3794,7 @@ def compare_objects(
     unseen = {entry.filename: entry for entry in entries if entry.uploaded}
     for entry, listed in bucket.matches(dict(unseen)):
         unseen.pop(entry.filename, None)
-        compare = functools.partial(difference, bucket, entry, listed)
+        compare = functools.partial(difference, run, bucket, entry, listed)
         try:
             # Only a comparison with the local file takes long.
             why = compare() if entry.etag else run.interruption.wait_for(compare)
@@ -3837,9 +3923,9 @@ class FolderCheck:
         if "\0" in path or not is_within(os.path.normpath(path), self._options.backupfolder):
             return "unproven", "its key is no path below the folder"
         try:
-            with SourceFile(path) as source:
+            with SourceFile(path, no_links_below=self._options.no_links_below) as source:
                 return self._compare_open(entry, source)
-        except (FileNotFoundError, NotADirectoryError):
+        except NOT_THERE:
             return "missing", ""
         except (OSError, UploadError) as error:
             return "unproven", f"cannot read it: {why_unreadable(error)}"
