@@ -1317,10 +1317,11 @@ def identity_of(path: str, status: os.stat_result) -> Identity:
 
 
 def identities_above(path: str) -> set[Identity]:
-    """Return the identities of the folders that a path is below, by its names and in truth."""
-    found = set[Identity]()
-    real = os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
-    for folder in {*folders_above(path), *folders_above(real)}:
+    """Return the identities of the folders that a path is below, and its links lead to below."""
+    folders, found = set(folders_above(path)), set[Identity]()
+    for link in filter(os.path.islink, tuple(folders)):
+        folders.update(folders_above(os.path.realpath(link)))
+    for folder in folders:
         with contextlib.suppress(OSError):
             found.add(identity_of(folder, os.stat(folder)))
     return found

@@ -6,6 +6,8 @@ import base64
 import errno
 import os
 import signal
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -25,12 +27,13 @@ from support.faults import (
     slow,
     wrong_etag,
 )
-from support.files import IN_MEMORY_BYTES, IN_PARTS, LARGE_BYTES, MIB, md5, some_bytes
+from support.files import IN_MEMORY_BYTES, IN_PARTS, LARGE_BYTES, MIB, make_files, md5, some_bytes
+from support.inside import WITHOUT_DIR_FD, run_first
 from support.job import Job
 from support.proxy import Action, Request
-from support.script import finish, wait_until
+from support.script import finish, prelude, wait_until
 from support.servers import S3Server
-from support.systems import needs_proc, needs_signals
+from support.systems import needs_ctime, needs_leases, needs_proc, needs_signals
 
 BODY = b"some bytes of a file"
 FOREIGN_ETAG = '"0123456789abcdef0123456789abcdef"'
@@ -197,6 +200,16 @@ def rewrite(path: Path) -> None:
     path.write_bytes(os.urandom(path.stat().st_size))
 
 
+def rewrite_with_old_time(path: Path) -> None:
+    status = path.stat()
+    rewrite(path)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def touch(path: Path) -> None:
+    os.utime(path, ns=(0, 0))
+
+
 def rewrite_longer(path: Path) -> None:
     path.write_bytes(os.urandom(path.stat().st_size + 10))
 
@@ -233,7 +246,23 @@ def test_a_file_that_grows_in_the_middle_of_its_body_is_sent_as_long_as_it_was(j
     assert job.in_bucket() == at_first
 
 
-@pytest.mark.parametrize("change", [rewrite, rewrite_longer, rewrite_start_and_append, shrink])
+def test_a_file_whose_time_alone_changes_is_sent_once(job: Job) -> None:
+    changing(job, touch)
+    assert_clean(job.run(*AS_WAYS))
+    job.check_all_is_there()
+    assert job.sent() == sorted([*SIZES_OF_WAYS, "good"])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        rewrite,
+        pytest.param(rewrite_with_old_time, marks=needs_ctime),
+        rewrite_longer,
+        rewrite_start_and_append,
+        shrink,
+    ],
+)
 def test_a_file_that_changes_once_is_sent_again(job: Job, change: Callable[[Path], None]) -> None:
     changing(job, change, times=1)
     assert_clean(job.run(*AS_WAYS))
@@ -262,7 +291,7 @@ def replace(old, new):
     with open(new) as state:
         is_planned = {path!r} in state.read()
     if is_planned and not os.path.islink({path!r}):
-        os.unlink({path!r})
+        os.rename({path!r}, {away!r})
         os.symlink({target!r}, {path!r})
 os.replace = replace
 """
@@ -274,6 +303,13 @@ AS_LINKS = {
 }
 
 
+def link_after_plan(folder: Path, path: Path, target: Path, *codes: str) -> dict[str, str]:
+    """The environment of a run in which a file or folder becomes a link after the walk."""
+    away = folder / "away"
+    code = LINK_AFTER_PLAN.format(path=str(path), away=str(away), target=str(target))
+    return run_first(folder / "first", code, *codes)
+
+
 @pytest.mark.parametrize("follows", [False, True], ids=["no-follow", "follow"])
 @pytest.mark.parametrize("way", AS_LINKS)
 def test_a_file_that_becomes_a_link_after_the_walk_is_followed_only_where_links_are(
@@ -283,9 +319,7 @@ def test_a_file_that_becomes_a_link_after_the_walk_is_followed_only_where_links_
     job.write({"f": some_bytes(size), "good": b"good"})
     secret = some_bytes(size, seed=1)
     (tmp_path / "secret").write_bytes(secret)
-    code = LINK_AFTER_PLAN.format(path=str(job.path("f")), target=str(tmp_path / "secret"))
-    (tmp_path / "sitecustomize.py").write_text(code)
-    env = {"PYTHONPATH": str(tmp_path)}
+    env = link_after_plan(tmp_path, job.path("f"), tmp_path / "secret")
     if follows:
         assert_clean(job.run(*options, env=env))
         assert job.objects() == {"f": secret, "good": b"good"}
@@ -294,6 +328,34 @@ def test_a_file_that_becomes_a_link_after_the_walk_is_followed_only_where_links_
     job.check_failed(completed, "f", said="it has become a symbolic link; ")
     assert job.objects() == {"good": b"good"}
     assert job.path("f").is_symlink()
+
+
+BY_NAME = [pytest.param(way, "", id=way) for way in AS_LINKS]
+LOOKED_AT = [pytest.param(way, WITHOUT_DIR_FD, id=f"{way}-looked-at") for way in ("thread", "lane")]
+
+
+@pytest.mark.parametrize(("way", "system"), [*BY_NAME, *LOOKED_AT])
+def test_a_folder_that_becomes_a_link_after_the_walk_is_not_followed(
+    job: Job, tmp_path: Path, way: str, system: str
+) -> None:
+    size, options = AS_LINKS[way]
+    job.write({"d/e/f": some_bytes(size), "good": b"good"})
+    make_files(tmp_path / "secret", {"e/f": some_bytes(size, seed=1)})
+    env = link_after_plan(tmp_path, job.path("d"), tmp_path / "secret", system)
+    completed = job.run("--no-follow-symlinks", *options, env=env)
+    job.check_failed(completed, "d/e/f", said="a folder above it has become a symbolic link; ")
+    assert job.objects() == {"good": b"good"}
+
+
+@pytest.mark.parametrize("system", ["", WITHOUT_DIR_FD], ids=["by-name", "looked-at"])
+def test_without_links_all_ways_open_what_is_deep_below(
+    job: Job, tmp_path: Path, system: str
+) -> None:
+    sizes = {f"a/b/{way}/c/f": size for way, size in SIZES_OF_WAYS.items()}
+    job.write({key: some_bytes(size) for key, size in sizes.items()} | {"good": b"good"})
+    env = run_first(tmp_path / "first", system)
+    assert_clean(job.run("--no-follow-symlinks", *AS_WAYS, env=env))
+    job.check_all_is_there()
 
 
 def test_a_file_that_becomes_a_link_between_parts_has_nothing_else_sent(
@@ -311,6 +373,75 @@ def test_a_file_that_becomes_a_link_between_parts_has_nothing_else_sent(
     job.check_failed(completed, "f", said="it has become a symbolic link; ")
     assert job.sent_parts() == []
     assert job.open_uploads() == []
+
+
+# --- Files that other processes have leases on -----------------------------------------------
+
+# As Samba and nfsd do: it gives the lease up when the system asks it to.
+HOLDER = """\
+import fcntl, os, signal, sys
+file = os.open(sys.argv[1], os.O_RDWR)
+def give_up(*_):
+    fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    print("asked", flush=True)
+signal.signal(signal.SIGIO, give_up)
+fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+print("held", flush=True)
+while True:
+    signal.pause()
+"""
+
+
+@needs_leases
+@pytest.mark.parametrize("way", AS_LINKS)
+def test_a_file_with_a_lease_is_sent_once_the_lease_is_given_up(job: Job, way: str) -> None:
+    size, options = AS_LINKS[way]
+    job.write({"f": some_bytes(size), "good": b"good"})
+    command = [sys.executable, "-c", HOLDER, str(job.path("f"))]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout
+        assert holder.stdout.readline() == "held\n"
+        completed = job.run(*options)
+        holder.kill()
+        assert holder.stdout.read() == "asked\n"
+    assert_clean(completed)
+    job.check_all_is_there()
+
+
+LEASE = """\
+import errno, io, os
+real, left = os.open, {count}
+
+def open_file(path, *args, **keywords):
+    global left
+    if os.fspath(path) == {path!r} and left:
+        left -= 1
+        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+    return real(path, *args, **keywords)
+
+class FileIO(io.FileIO):
+    def read(self, *args):
+        return super().read(*args) if os.get_blocking(self.fileno()) else None
+
+os.open, io.FileIO = open_file, FileIO
+"""
+
+
+@needs_leases
+def test_a_lease_that_lasts_is_waited_for_and_the_file_read_blocking(job: Job) -> None:
+    job.write({"f": BODY, "good": b"good"})
+    flags = prelude(LEASE.format(count=10, path=str(job.path("f"))))
+    assert_clean(job.run(python_flags=flags))
+    job.check_all_is_there()
+    assert job.puts() == ["good", "f"]
+
+
+@needs_leases
+def test_a_lease_that_is_never_given_up_fails_its_file_alone(job: Job) -> None:
+    job.write({"f": BODY, "good": b"good"})
+    flags = prelude(LEASE.format(count=1000, path=str(job.path("f"))))
+    why = f"{os.strerror(errno.EAGAIN).lower()}; close it in the program that has a lease on it"
+    job.check_failed(job.run(python_flags=flags), "f", said=why)
 
 
 # --- Files that cannot be read to their end --------------------------------------------------

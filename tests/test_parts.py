@@ -380,6 +380,88 @@ def test_an_object_that_cannot_be_looked_at_for_a_while_is_not_taken_as_proven(j
     job.check_all_is_there()
 
 
+# --- One object, one file --------------------------------------------------------------------
+
+# Two files have the same number, each on a device of its own.
+ON_OTHER_DEVICES = """
+import os
+
+def other(look):
+    def look_otherwise(*args, **keywords):
+        status = look(*args, **keywords)
+        names = "st_atime st_mtime st_ctime st_atime_ns st_mtime_ns st_ctime_ns".split()
+        numbers = [status.st_mode, 7, status.st_ino, *status[3:10]]
+        return os.stat_result(numbers, {name: getattr(status, name) for name in names})
+    return look_otherwise
+
+os.stat, os.lstat, os.fstat = map(other, (os.stat, os.lstat, os.fstat))
+"""
+
+
+class Versions:
+    """A link that leads to one of two files of the same size and time."""
+
+    def __init__(self, job: Job, folder: Path) -> None:
+        self._link, self._folder = job.path("large"), folder
+        self.bodies = {name: some_bytes(LARGE_BYTES, seed) for seed, name in enumerate("12")}
+        for name, body in self.bodies.items():
+            (folder / name).write_bytes(body)
+            os.utime(folder / name, ns=(0, 1_600_000_000_000_000_000))
+        job.folder.mkdir()
+        self.turn("1")
+
+    def turn(self, name: str) -> None:
+        """Have the link lead to that file."""
+        new = self._folder / "new"
+        new.symlink_to(self._folder / name)
+        new.replace(self._link)
+
+    def turning(self, name: str) -> Action:
+        """Have it turned to that file by a request, before it is forwarded."""
+        return call(lambda _: self.turn(name))
+
+
+@pytest.mark.parametrize("code", ["", ON_OTHER_DEVICES], ids=["one-device", "two-devices"])
+def test_all_parts_are_of_one_file_when_a_link_is_turned_between_them(
+    job: Job, tmp_path: Path, code: str
+) -> None:
+    versions = Versions(job, tmp_path)
+    for number, name in ((1, "2"), (2, "1")):
+        job.proxy.add_fault(Fault(versions.turning(name), part_number=number, times=1))
+    assert_clean(job.run(*IN_PARTS, "--max-concurrency", "1", python_flags=prelude(code)))
+    assert job.in_bucket() == {"large": md5(versions.bodies["1"])}
+    assert job.open_uploads() == []
+
+
+def test_the_proof_is_of_the_file_that_was_sent_when_a_link_is_turned_before_it(
+    job: Job, tmp_path: Path
+) -> None:
+    versions = Versions(job, tmp_path)
+    job.proxy.add_fault(without_etag())
+    etag = set_headers({"ETag": f'"{md5(versions.bodies["2"])}"'})
+
+    def turn_and_answer(exchange: Exchange) -> None:
+        versions.turn("2")
+        etag(exchange)
+
+    job.proxy.add_fault(Fault(turn_and_answer, operation="HeadObject"))
+    assert_clean(job.run(*IN_PARTS))
+    assert job.in_bucket() == {"large": md5(versions.bodies["2"])}
+
+
+def test_a_link_that_is_turned_between_two_runs_gives_an_object_of_one_file(
+    job: Job, tmp_path: Path
+) -> None:
+    versions = Versions(job, tmp_path)
+    killed_in_parts(job, kept=[1])  # which writes version 1 through the link
+    os.utime(tmp_path / "1", ns=(0, 1_600_000_000_000_000_000))
+    job.write_state({**job.entry("large"), "mtime_ns": 1_600_000_000_000_000_000})
+    versions.turn("2")
+    check_finished_by(job, "--crashrun", "1", parts=[1, 2, 3])
+    assert job.in_bucket() == {"large": md5(versions.bodies["2"])}
+    assert job.requests("AbortMultipartUpload") == []
+
+
 # --- A multipart upload that was cut off -----------------------------------------------------
 
 

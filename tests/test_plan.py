@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
@@ -9,6 +10,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import pytest
 from support.checks import assert_clean, assert_failed, assert_stopped, lines_with
 from support.faults import Fault, call, delay
 from support.files import digests, make_files
-from support.inside import clock, run_first
+from support.inside import WITHOUT_DIR_FD, clock, run_first
 from support.job import NOBODY, Job
 from support.kills import killing_call
 from support.proxy import Request
@@ -301,6 +303,57 @@ def test_link_to_itself_fails(job: Job) -> None:
     assert job.state() == {"a.dat": 1, "self": 0}
 
 
+# What the calls with which the walk looks, and with which files are opened, do for such names.
+TROUBLE = """
+import errno, os
+def failing(real):
+    def call(path, *args, **keywords):
+        name = os.path.basename(path) if isinstance(path, str) else ""
+        if name.startswith(real.__name__ + "-"):
+            number = getattr(errno, name.partition("-")[2])
+            raise OSError(number, os.strerror(number), path)
+        return real(path, *args, **keywords)
+    return call
+os.stat, os.open, os.scandir = map(failing, (os.stat, os.open, os.scandir))
+"""
+ADVICE = {
+    "EACCES": "check its permissions",
+    "EPERM": "check its permissions",
+    "EIO": "check the disk",
+    "ESTALE": "check the disk",
+    "ENAMETOOLONG": "shorten its path",
+    "ELOOP": "mend its link",
+}
+
+
+def test_what_cannot_be_read_comes_with_advice_that_fits(job: Job) -> None:
+    names = [f"{call}-{code}" for call in ("stat", "open", "scandir") for code in ADVICE]
+    job.make(*(f"{name}/a" if "scandir" in name else name for name in names))
+    completed = job.run(python_flags=prelude(TROUBLE))
+    assert_failed(completed, [job.folder / name for name in names])
+    for key, error in job.errors().items():
+        code = key.rstrip("/").partition("-")[2]
+        said = os.strerror(getattr(errno, code)).lower()
+        assert error == f"cannot read it: {said}; {ADVICE[code]}"
+
+
+@needs_long_paths
+def test_a_path_too_long_for_the_system_is_to_be_shortened(job: Job) -> None:
+    job.make("a.dat")
+    name, folder = "x" * 250, str(job.folder)
+    above = os.open(folder, os.O_RDONLY)
+    while len(folder) < 4096:  # Linux takes no longer path, but any by its last name
+        folder = f"{folder}/{name}"
+        os.mkdir(name, dir_fd=above)
+        below = os.open(name, os.O_RDONLY, dir_fd=above)
+        os.close(above)
+        above = below
+    os.close(above)
+    completed = job.run()
+    assert_failed(completed, [folder])
+    assert completed.stderr.splitlines()[0].endswith("; shorten its path")
+
+
 def test_file_that_becomes_a_folder_after_the_walk_fails(job: Job) -> None:
     job.make("a.dat", "b.dat")
 
@@ -367,6 +420,89 @@ def test_links_between_two_folders_end(job: Job, tmp_path: Path) -> None:
     completed = job.run(timeout=HUNG_SECONDS)
     assert completed.returncode == 0
     assert set(job.state()) == {"a.dat", "one/one.dat", "one/link/two.dat"}
+
+
+NOT_FOLLOWED = "link to a folder above it, not followed"
+
+
+# By their real names, and by those that the command line gives.
+@pytest.mark.parametrize("target", ["a/b", "a", ".", "x"])
+def test_link_to_what_is_above_the_backup_folder_is_a_notice(
+    job: Job, tmp_path: Path, target: str
+) -> None:
+    job = replace(job, folder=tmp_path / "a/b/backup")
+    files = job.make("a.dat", "sub/b.dat")
+    make_files(tmp_path, {"a/b/secret/key.pem": b"", "x/key.pem": b"", "outside/c.dat": b"c"})
+    (tmp_path / "x/link").symlink_to(job.folder)
+    job.path("outside").symlink_to(tmp_path / "outside")
+    for link in ("up", "sub/up", "outside/up"):
+        job.path(link).symlink_to(tmp_path / target)
+    completed = job.run("--backupfolder", tmp_path / "x/link", timeout=HUNG_SECONDS)
+    assert completed.returncode == 0
+    assert len(lines_with(completed.stderr, NOT_FOLLOWED)) == 3
+    assert job.objects() == {**files, "outside/c.dat": b"c"}
+
+
+@pytest.mark.parametrize("target", ["backup", "backup/sub", ".", "one"])
+def test_crash_run_does_not_follow_a_link_to_what_is_above(
+    job: Job, tmp_path: Path, target: str
+) -> None:
+    files = job.back_up("a.dat", "sub/b.dat")
+    make_files(tmp_path, {"one/one.dat": b"", "two/two.dat": b""})
+    job.path("sub/one").symlink_to(tmp_path / "one")
+    (tmp_path / "one/two").symlink_to(tmp_path / "two")
+    (tmp_path / "two/alias").symlink_to(tmp_path / target)
+    # It was broken, or unreadable, when the last run came to it.
+    job.write_state(*job.entries(), job.pending_entry("sub/one/two/alias"))
+    for options in (("--dryrun",), ()):
+        completed = job.crash_run(*options, timeout=HUNG_SECONDS)
+        assert completed.returncode == 0
+        assert len(lines_with(completed.stderr, NOT_FOLLOWED)) == 1
+        assert "would upload" not in completed.stdout
+    assert job.puts() == []
+    assert job.state() == dict.fromkeys(files, 1)
+
+
+SWAPPED = """
+import os
+real = os.stat
+def stat(path, *args, **keywords):
+    status = real(path, *args, **keywords)
+    if path == {folder!r} and not os.path.islink(path):
+        os.rename(path, {away!r})
+        os.symlink({target!r}, path)
+    return status
+os.stat = stat
+"""
+
+
+@pytest.mark.parametrize("system", ["", WITHOUT_DIR_FD], ids=["by-name", "looked-at"])
+def test_a_folder_that_becomes_a_link_in_the_walk_is_not_followed(
+    job: Job, tmp_path: Path, system: str
+) -> None:
+    job.make("a.dat", "d/e/b.dat")
+    make_files(tmp_path / "secret", {"key.pem": b"secret"})
+    places = {"folder": job.path("d/e"), "away": tmp_path / "away", "target": tmp_path / "secret"}
+    code = SWAPPED.format(**{name: str(path) for name, path in places.items()})
+    completed = job.run("--no-follow-symlinks", python_flags=prelude(f"{system}\n{code}"))
+    job.check_failed(completed, "d/e/", said="it has become a symbolic link; ")
+    assert job.objects() == {"a.dat": b"bytes of a.dat"}
+
+
+def test_crash_run_does_not_follow_a_folder_that_has_become_a_link(
+    job: Job, tmp_path: Path
+) -> None:
+    job.make("a.dat", "d/e/b.dat", "d/unreadable/c.dat")
+    job.write_state(*map(job.pending_entry, ("a.dat", "d/e/b.dat", "d/unreadable")))
+    job.path("d").rename(tmp_path / "away")
+    make_files(tmp_path / "secret", {"e/b.dat": b"secret", "unreadable/key.pem": b"secret"})
+    job.path("d").symlink_to(tmp_path / "secret")
+    completed = job.crash_run("--no-follow-symlinks", "--dryrun")
+    assert len(lines_with(completed.stdout, "would upload")) == 1
+    completed = job.crash_run("--no-follow-symlinks")
+    said = "a folder above it has become a symbolic link; "
+    job.check_failed(completed, "d/e/b.dat", "d/unreadable", said=said)
+    assert job.objects() == {"a.dat": b"bytes of a.dat"}
 
 
 def test_no_follow_symlinks_skips_every_link_with_a_notice(job: Job, tmp_path: Path) -> None:

@@ -24,6 +24,9 @@ def record(event, args):
 sys.addaudithook(record)
 """
 
+# As on Windows: a path cannot be opened name by name.
+WITHOUT_DIR_FD = "import os; os.supports_dir_fd.clear()"
+
 # To the script, files made up to now are older than the two seconds in which a file may change
 # without another time.
 LATER_SECONDS = 1000
