@@ -443,6 +443,23 @@ def test_link_to_what_is_above_the_backup_folder_is_a_notice(
     assert job.objects() == {**files, "outside/c.dat": b"c"}
 
 
+# As after `mount --bind`: a folder is that other one.
+BOUND = """
+import os
+real = os.stat
+os.stat = lambda path, *args, **keywords: real(
+    {other!r} if path == {folder!r} else path, *args, **keywords
+)
+"""
+
+
+def test_what_is_above_is_sent_where_it_is_mounted_below(job: Job, tmp_path: Path) -> None:
+    files = job.make("a.dat", "mounted/b.dat")
+    flags = prelude(BOUND.format(folder=str(job.path("mounted")), other=str(tmp_path)))
+    assert_clean(job.run(python_flags=flags))
+    assert job.in_bucket() == digests(files)
+
+
 @pytest.mark.parametrize("target", ["backup", "backup/sub", ".", "one"])
 def test_crash_run_does_not_follow_a_link_to_what_is_above(
     job: Job, tmp_path: Path, target: str
