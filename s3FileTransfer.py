@@ -76,6 +76,7 @@ import random
 import re
 import signal
 import stat
+import string
 import sys
 import threading
 import time
@@ -945,15 +946,8 @@ def open_own(path: str, flags: int) -> int:
     return os.open(path, flags | OPEN_FLAGS | NO_FOLLOW, 0o600)
 
 
-def create_anew(path: str, *, buffering: int = -1) -> IO[bytes]:
-    """Create a file in place of what is there."""
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
-    return open(path, "xb", buffering=buffering, opener=open_own)
-
-
 def fsync_folder_of(path: str) -> None:
-    """Have a new name last through a power cut; Windows and some file systems cannot."""
+    """Have a new name, or the end of one, last through a power cut; some systems cannot."""
     with contextlib.suppress(OSError):
         descriptor = os.open(os.path.dirname(path), os.O_RDONLY)
         try:
@@ -967,6 +961,39 @@ def check_regular(path: str, what: str) -> None:
     with contextlib.suppress(OSError):
         if not stat.S_ISREG(os.lstat(path).st_mode):
             raise StopRun(f"the {what} {shown(path)} is no regular file; move it away")
+
+
+def not_ours(path: str, what: str) -> StopRun:
+    """Return what to say of another's file that has the name of one of the program's own."""
+    why = f"{shown(path)} is no {what} of this program, and is left as it is"
+    return StopRun(f"{why}; move it away, or choose another --statefile")
+
+
+def has_own(path: str, what: str, *starts: bytes) -> bool:
+    """Tell whether a file of the program's own is there; raise StopRun for another's.
+
+    Ours begin with one of `starts`; a kill or a power cut leaves less of it, or zeros.
+    """
+    if not os.path.lexists(path):
+        return False
+    check_regular(path, what)
+    with contextlib.suppress(OSError), open(path, "rb", opener=open_own) as handle:
+        head = handle.read(100).lstrip(b"\0")
+        if any(head[: len(start)] == start[: len(head)] for start in starts):
+            return True
+    raise not_ours(path, what)
+
+
+def check_writers(path: str, what: str, new: os.stat_result) -> None:
+    """Raise StopRun for what another user has, or can write: root would do as they say in it.
+
+    `new` is of a private file beside it: on some file systems all have another owner or mode.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        status = os.lstat(path)
+        if status.st_uid not in (0, new.st_uid) or status.st_mode & ~new.st_mode & 0o022:
+            why = f"another user can write the {what} {shown(path)}, which root would act on"
+            raise StopRun(f"{why}; look at it, then chown it to root and chmod it to 600")
 
 
 def check_links(path: str, what: str) -> None:
@@ -986,6 +1013,7 @@ class Journal:
     ignored.
     """
 
+    STARTS = (b'{"crc32": ', b'{"filepath": ')  # the latter where a power cut has torn the head
     INTERVAL_SECONDS = 1.0
 
     def __init__(self, path: str) -> None:
@@ -996,13 +1024,28 @@ class Journal:
 
     def begin(self, state_crc32: int) -> None:
         """Delete it: the state file, with this CRC32 now, holds all that it had."""
-        old, self._handle = self._handle, None
-        self._state_crc32, self._size = state_crc32, 0
+        self._state_crc32 = state_crc32
+        with contextlib.suppress(OSError):  # it is of another state, and ignored
+            self.remove()
+
+    def remove(self) -> None:
+        """Delete it, to stay deleted through a power cut; raises OSError."""
+        old, self._handle, self._size = self._handle, None, 0
         with contextlib.suppress(OSError):  # to close fails too, on a full network disk
             if old:
                 old.close()
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(FileNotFoundError):
             os.unlink(self.path)
+            fsync_folder_of(self.path)
+
+    def is_of(self, state_crc32: int) -> bool:
+        """Tell whether it would be read over a state file with this CRC32; raises OSError."""
+        with (
+            contextlib.suppress(FileNotFoundError),
+            open(self.path, encoding="utf-8", errors="replace", opener=open_own) as lines,
+        ):
+            return lines.readline() == self._first_line(state_crc32)
+        return False
 
     def is_due(self) -> bool:
         """Tell whether the last entries were added long enough ago."""
@@ -1013,7 +1056,7 @@ class Journal:
         self._tried_at = time.monotonic()
         text = "".join(f"{entry.to_json()}\n" for entry in entries)
         if not self._handle:
-            self._handle = create_anew(self.path, buffering=0)
+            self._handle = open(self.path, "xb", buffering=0, opener=open_own)  # noqa: SIM115
             fsync_folder_of(self.path)
         if not self._size:
             text = self._first_line(self._state_crc32) + text
@@ -1098,6 +1141,9 @@ class StateFile:
             why = f"cannot write beside the state file {shown(self.path)}: {reason(error)}"
             advice = "make its folder first, or " if isinstance(error, FileNotFoundError) else ""
             raise StopRun(f"{why}; {advice}choose another place with --statefile") from error
+        handle.seek(0)
+        if handle.read(20).strip("\0" + string.digits):  # ours has the number of a process
+            raise not_ours(self._lock_path, "lock")
         try:
             lock_handle(handle)
         except OSError as error:
@@ -1113,12 +1159,33 @@ class StateFile:
                 handle.truncate(0)
                 handle.write(str(os.getpid()))
                 handle.flush()
+        if has_own(self._temporary, "temporary file", b'[\n{"filepath": '):
+            with contextlib.suppress(OSError):
+                os.unlink(self._temporary)  # a killed run has left it
+        if hasattr(os, "geteuid") and os.geteuid() == 0:
+            self._check_writers()
+
+    def _check_writers(self) -> None:
+        with contextlib.suppress(OSError):  # which is met when the state is saved
+            with open(self._temporary, "xb", opener=open_own) as handle:
+                new = os.fstat(handle.fileno())
+            os.unlink(self._temporary)
+            check_writers(self.path, "state file", new)
+            check_writers(self.journal.path, "journal", new)
+
+    def _check_lock(self) -> None:
+        """Raise StopRun when the lock was deleted, and another run may have taken a new one."""
         with contextlib.suppress(OSError):
-            os.unlink(self._temporary)  # a killed run may have left it
+            if self._lock:
+                held, there = os.fstat(self._lock.fileno()), os.lstat(self._lock_path)
+                if os.path.samestat(held, there):
+                    return
+        why = f"the lock {shown(self._lock_path)} was deleted, so that another run may have begun"
+        raise StopRun(f"{why}; when none is left, send the rest with --crashrun 1")
 
     def read(self) -> list[Entry] | None:
         """Return the entries, or None without a state; raise StopRun for a damaged one."""
-        check_regular(self.journal.path, "journal")
+        has_own(self.journal.path, "journal", *Journal.STARTS)
         try:
             with open(self.path, "rb") as handle:
                 text = handle.read().decode("utf-8-sig")
@@ -1143,10 +1210,20 @@ class StateFile:
         return os.path.exists(self.journal.path)
 
     def save(self, entries: Iterable[Entry]) -> None:
-        """Replace the state file, all or nothing; raise OSError when that fails."""
+        """Replace the state file, all or nothing; raise OSError when that fails.
+
+        Raises StopRun when the lock is gone.
+        """
         started, self.is_saved = time.monotonic(), False
+        self._check_lock()
         try:
             crc32 = self._write(entries)
+            # Wherever a kill or a power cut ends the run, the old state with its journal is there
+            # until os.replace, and the new one alone from then on, since a journal with another
+            # CRC32 is ignored. Where both have the same, the old state without a journal is the
+            # new one already (or, once in four billion such saves, lags behind it).
+            if self.journal.is_of(crc32):
+                self.journal.remove()
             os.replace(self._temporary, self.path)
         except OSError:
             with contextlib.suppress(OSError):
@@ -1170,7 +1247,7 @@ class StateFile:
 
     def _write(self, entries: Iterable[Entry]) -> int:
         """Write the temporary file, and return the CRC32 of what it holds."""
-        with create_anew(self._temporary) as handle:
+        with open(self._temporary, "xb", opener=open_own) as handle:
             if hasattr(os, "fchmod") and os.path.exists(self.path):
                 os.fchmod(handle.fileno(), stat.S_IMODE(os.stat(self.path).st_mode))
             lines, before, crc32 = map(Entry.to_json, entries), "[\n", 0
@@ -3695,6 +3772,8 @@ class Transfer:
                 self._unwritten.clear()
             if could_save:
                 self._report.error(f"cannot save {shown(self._state.path)}: {reason(error)}")
+        except StopRun as error:  # another run may have it: nothing more is written
+            self._stop(str(error))
 
 
 # --- commands ---------------------------------------------------------------------
