@@ -13,9 +13,9 @@ crash, sends what the state file marks as not uploaded.
 
 The state file is a JSON list with one entry a line: filepath (absolute),
 uploadedSuccess (0 or 1), filename (the object's key) and, where known, bucket,
-size, mtime_ns, ctime_ns, etag, shard, error, part_size, sse and, of an open
-multipart upload, upload_id. What happens between two saves of it is appended
-to STATEFILE.journal.
+endpoint, size, mtime_ns, ctime_ns, etag, shard, error, part_size, sse and, of an
+open multipart upload, upload_id. What happens between two saves of it is
+appended to STATEFILE.journal.
 
 exit codes:
   0    everything that should be in the bucket is there
@@ -223,6 +223,7 @@ class Entry:
     filename: str
     uploaded: bool = False
     bucket: str | None = None
+    endpoint: str | None = None  # see `endpoint_of`
     size: int | None = None
     mtime_ns: int | None = None
     # 0: not to be relied on, since the file was written just before it was read.
@@ -253,7 +254,7 @@ class Entry:
         for name, value in known.items():
             if type(value) is not OPTIONAL_FIELDS[name]:
                 raise ValueError(f"an entry's {name} is not valid")
-        for name in {"bucket", "shard"} & known.keys():
+        for name in {"bucket", "endpoint", "shard"} & known.keys():
             known[name] = sys.intern(known[name])
         if done:
             known.pop("error", None)
@@ -277,8 +278,9 @@ class Entry:
 
 READABLE_JSON = json.JSONEncoder(ensure_ascii=False)
 # Of Entry, in the order in which the state file has them.
-OPTIONAL_FIELDS = {"bucket": str, "size": int, "mtime_ns": int, "ctime_ns": int, "etag": str}
-OPTIONAL_FIELDS |= {"shard": str, "error": str, "upload_id": str, "part_size": int, "sse": str}
+OPTIONAL_FIELDS = {"bucket": str, "endpoint": str, "size": int, "mtime_ns": int, "ctime_ns": int}
+OPTIONAL_FIELDS |= {"etag": str, "shard": str, "error": str, "upload_id": str}
+OPTIONAL_FIELDS |= {"part_size": int, "sse": str}
 
 
 class Task(NamedTuple):
@@ -984,18 +986,6 @@ def has_own(path: str, what: str, *starts: bytes) -> bool:
     raise not_ours(path, what)
 
 
-def check_writers(path: str, what: str, new: os.stat_result) -> None:
-    """Raise StopRun for what another user has, or can write: root would do as they say in it.
-
-    `new` is of a private file beside it: on some file systems all have another owner or mode.
-    """
-    with contextlib.suppress(FileNotFoundError):
-        status = os.lstat(path)
-        if status.st_uid not in (0, new.st_uid) or status.st_mode & ~new.st_mode & 0o022:
-            why = f"another user can write the {what} {shown(path)}, which root would act on"
-            raise StopRun(f"{why}; look at it, then chown it to root and chmod it to 600")
-
-
 def check_links(path: str, what: str) -> None:
     """Raise StopRun for a link of another user, which could lead root to any file of the system."""
     while os.path.islink(path):
@@ -1166,12 +1156,19 @@ class StateFile:
             self._check_writers()
 
     def _check_writers(self) -> None:
-        with contextlib.suppress(OSError):  # which is met when the state is saved
+        """Raise StopRun where root would act on what another user owns, or can write.
+
+        On some file systems all files have the same odd owner or mode: a new one tells.
+        """
+        with contextlib.suppress(OSError):  # no state yet; a full disk is met when it is saved
             with open(self._temporary, "xb", opener=open_own) as handle:
                 new = os.fstat(handle.fileno())
             os.unlink(self._temporary)
-            check_writers(self.path, "state file", new)
-            check_writers(self.journal.path, "journal", new)
+            for path in (self.path, self.journal.path):
+                status = os.lstat(path)
+                if status.st_uid not in (0, new.st_uid) or status.st_mode & ~new.st_mode & 0o022:
+                    why = f"another user can write {shown(path)}, which root would act on"
+                    raise StopRun(f"{why}; look at it, then: chown root, chmod go-w")
 
     def _check_lock(self) -> None:
         """Raise StopRun when the lock was deleted, and another run may have taken a new one."""
@@ -1267,15 +1264,29 @@ class StateFile:
         return time.monotonic() - self._saved_at >= pause
 
 
+@dataclass(frozen=True)
+class Run:
+    """What all parts of a run work with."""
+
+    options: Options
+    state: StateFile
+    report: Report
+    interruption: Interruption
+    endpoint: str | None = None  # once the bucket is found; see `endpoint_of`
+
+
 def is_within(path: str, folder: str) -> bool:
     """Tell whether `path` is `folder` or below it."""
     return path == folder or path.startswith(os.path.join(folder, ""))
 
 
-def other_job(entry: Entry, options: Options) -> str | None:
+def other_job(entry: Entry, run: Run) -> str | None:
     """Return what to call the job that an entry is of, or None when it is this run's."""
+    options = run.options
     if entry.bucket not in (None, options.bucketname):
         return f"bucket {shown(entry.bucket or '')}"
+    if run.endpoint and entry.endpoint not in (None, run.endpoint):
+        return f"endpoint {shown(entry.endpoint or '')}"
     if entry.shard != options.shard:
         return f"shard {shown(entry.shard)}" if entry.shard else "the whole folder, no shard"
     # A restored copy may lie anywhere.
@@ -1284,8 +1295,9 @@ def other_job(entry: Entry, options: Options) -> str | None:
     return None
 
 
-def check_previous(previous: list[Entry] | None, options: Options) -> None:
+def check_previous(previous: list[Entry] | None, run: Run) -> None:
     """Raise StopRun for a run that would bury another job's failures, and name the ways out."""
+    options = run.options
     needs_state = "--crashrun 1" if options.crashrun else "--verify" if options.verify else None
     if needs_state and previous is None:
         why = f"{needs_state} needs the state file of an earlier run, and there is none"
@@ -1296,7 +1308,7 @@ def check_previous(previous: list[Entry] | None, options: Options) -> None:
     for entry in previous or ():
         if entry.uploaded and not needs_state:
             continue
-        if (job := other_job(entry, options)) is None:
+        if (job := other_job(entry, run)) is None:
             continue
         if needs_state:
             what = f"the state file is of {job}"
@@ -1304,16 +1316,6 @@ def check_previous(previous: list[Entry] | None, options: Options) -> None:
         what = f"the state file lists files not yet uploaded, of {job}"
         ways_out = "finish that job with --crashrun 1, or give this one its own --statefile"
         raise StopRun(f"{what}; {ways_out}")
-
-
-@dataclass(frozen=True)
-class Run:
-    """What all parts of a run work with."""
-
-    options: Options
-    state: StateFile
-    report: Report
-    interruption: Interruption
 
 
 # --- plan -------------------------------------------------------------------------
@@ -1409,9 +1411,10 @@ def ctime_of(status: os.stat_result) -> int | None:
     return None if sys.platform == "win32" else status.st_ctime_ns
 
 
-def new_entry(options: Options, path: str, key: str, *, error: str | None = None) -> Entry:
+def new_entry(run: Run, path: str, key: str, *, error: str | None = None) -> Entry:
     """Return the entry of a file or folder that this run has found."""
-    return Entry(path, key, bucket=options.bucketname, shard=options.shard, error=error)
+    bucket, shard = run.options.bucketname, run.options.shard
+    return Entry(path, key, bucket=bucket, endpoint=run.endpoint, shard=shard, error=error)
 
 
 @dataclass(slots=True)
@@ -1428,8 +1431,8 @@ class Walk:
     """Finds what is to be sent, in sorted order, and says what cannot be."""
 
     def __init__(self, run: Run) -> None:
-        options = run.options
-        self._options, self._report, self._interruption = options, run.report, run.interruption
+        self._run, self._options, options = run, run.options, run.options
+        self._report, self._interruption = run.report, run.interruption
         self._root = options.backupfolder
         self._excludes = globs_matcher(options.exclude)
         # A glob that ends in * and matches "folder/" matches all that is below it, too.
@@ -1506,7 +1509,7 @@ class Walk:
                     names = sorted((child.name, child.is_symlink()) for child in children)
         except (OSError, UploadError) as error:
             why = str(read_error(error))
-            yield new_entry(self._options, folder.path, folder.key_prefix, error=why)
+            yield new_entry(self._run, folder.path, folder.key_prefix, error=why)
             return
         own_names = self._own_files.get(identity, set())
         path_prefix = os.path.join(folder.path, "")
@@ -1539,7 +1542,7 @@ class Walk:
         if is_link and not self._options.follow_symlinks:
             self._report.notice("symbolic link, skipped", path)
             return None
-        entry = new_entry(self._options, path, key)
+        entry = new_entry(self._run, path, key)
         try:
             if self._options.crashrun:  # a walk has come through no links to what it looks at
                 check_no_links(self._options.no_links_below, path)
@@ -1602,13 +1605,13 @@ def find_files(run: Run, previous: list[Entry] | None) -> Iterator[Entry]:
     run.report.error(f"there is nothing to send in {shown(root)}; is its disk mounted?")
 
 
-def keep_unseen(run: Run, entries: list[Entry], previous: list[Entry] | None) -> None:
-    """Keep the uploaded entries below folders that cannot be read now; count what is gone."""
+def keep_unseen(run: Run, entries: list[Entry], previous: list[Entry] | None) -> list[Entry]:
+    """Keep, and return, the uploaded entries below what cannot be read now; count what is gone."""
     seen = {entry.filepath for entry in entries} if previous else set()
     unreadable = {entry.filepath for entry in entries if entry.error}
     kept: dict[str, list[Entry]] = {}
     for old in previous or ():
-        if old.filepath in seen or not old.uploaded or other_job(old, run.options):
+        if old.filepath in seen or not old.uploaded or other_job(old, run):
             continue
         if folder := next(filter(unreadable.__contains__, folders_above(old.filepath)), None):
             kept.setdefault(folder, []).append(old)
@@ -1616,6 +1619,7 @@ def keep_unseen(run: Run, entries: list[Entry], previous: list[Entry] | None) ->
             run.report.gone(old)
     if kept:
         entries[:] = [e for entry in entries for e in (entry, *kept.get(entry.filepath, ()))]
+    return [*itertools.chain.from_iterable(kept.values())]
 
 
 def carry_uploads(
@@ -1798,6 +1802,12 @@ class Session:
 def is_aws(client: S3Client) -> bool:
     """Tell whether the client's server is AWS itself and not a compatible one."""
     return ".amazonaws." in client.meta.endpoint_url.split("/")[2]
+
+
+def endpoint_of(client: S3Client) -> str:
+    """Return what the state calls the client's server: no region of AWS, no user, no password."""
+    host = client.meta.endpoint_url.rpartition("@")[2].rpartition("//")[2].rstrip("/")
+    return host[host.index("amazonaws.") :] if is_aws(client) else host
 
 
 class Meaning(NamedTuple):
@@ -3912,17 +3922,23 @@ def find_wrong_objects(run: Run, bucket: Bucket, entries: list[Entry]) -> Verdic
     return verdict
 
 
-def find_bucket(run: Run) -> Bucket:
-    """Return the bucket of the run, there or not; raise StopRun if that is unclear."""
+def find_bucket(run: Run, previous: list[Entry] | None) -> tuple[Run, Bucket]:
+    """Return the run, which knows its endpoint now, and its bucket, there or not.
+
+    Raises StopRun if that is unclear, or the state is of another endpoint's bucket.
+    """
     run.report.doing("looking for the bucket")
     import_boto3()
-    return Bucket(run)
+    bucket = Bucket(run)
+    run = replace(run, endpoint=endpoint_of(bucket.client))
+    check_previous(previous, run)
+    return run, bucket
 
 
 def read_previous(run: Run) -> list[Entry] | None:
     """Return what the last run left; raise StopRun if this one may not go on from it."""
     previous = run.state.read()
-    check_previous(previous, run.options)
+    check_previous(previous, run)
     return previous
 
 
@@ -3933,7 +3949,7 @@ def show_plan(run: Run) -> int:
     if run.options.skip_unchanged or run.options.crashrun:
         entries = list(entries)
         if recorded_before(pending_by_path(entries), previous):
-            bucket = find_bucket(run)
+            run, bucket = find_bucket(run, previous)
             if bucket.exists:
                 find_unchanged(run, bucket, entries, previous)
     for entry in entries:
@@ -3949,7 +3965,7 @@ def show_plan(run: Run) -> int:
 def verify_bucket(run: Run) -> int:
     """Compare the bucket with the state, mark there what is wrong, and return the exit code."""
     entries = read_previous(run)
-    bucket = find_bucket(run)
+    run, bucket = find_bucket(run, entries)
     if not bucket.exists:
         why = f"there is no bucket {bucket.name}; check --bucketname and --endpoint-url"
         raise StopRun(f"{why}, or create it and send all with --crashrun 1")
@@ -4071,9 +4087,9 @@ def abort_uploads(run: Run, bucket: Bucket, abandoned: list[Entry]) -> None:
             run.report.notice(problem, old.filepath)
 
 
-def folder_entry(options: Options, error: str | None = None) -> Entry:
+def folder_entry(run: Run, error: str | None = None) -> Entry:
     """Return the entry with which a crash run walks the whole folder."""
-    return new_entry(options, options.backupfolder, options.prefix, error=error)
+    return new_entry(run, run.options.backupfolder, run.options.prefix, error=error)
 
 
 def save_begin_of_walk(run: Run, previous: list[Entry] | None) -> None:
@@ -4081,14 +4097,13 @@ def save_begin_of_walk(run: Run, previous: list[Entry] | None) -> None:
 
     Of the last state stays what is of use to this run, or to that one.
     """
-    options = run.options
 
     def is_of_use(old: Entry) -> bool:
-        is_known = options.skip_unchanged and bool(old.uploaded or old.etag)
-        return bool(old.upload_id or is_known) and not other_job(old, options)
+        is_known = run.options.skip_unchanged and bool(old.uploaded or old.etag)
+        return bool(old.upload_id or is_known) and not other_job(old, run)
 
     kept = filter(is_of_use, previous or ())
-    run.state.save_or_stop(itertools.chain([folder_entry(options)], kept))
+    run.state.save_or_stop(itertools.chain([folder_entry(run)], kept))
 
 
 def walk(run: Run, previous: list[Entry] | None, lanes: Lanes) -> list[Entry]:
@@ -4116,11 +4131,13 @@ def plan(run: Run, bucket: Bucket, previous: list[Entry] | None, lanes: Lanes) -
     if options.skip_unchanged or options.crashrun:
         find_unchanged(run, bucket, entries, previous)
     # Before the state forgets them.
-    uploads = (old for old in previous or () if old.upload_id and not other_job(old, options))
+    uploads = (old for old in previous or () if old.upload_id and not other_job(old, run))
     abort_uploads(run, bucket, carry_uploads(entries, uploads, options.encryption))
-    keep_unseen(run, entries, previous)
+    kept = keep_unseen(run, entries, previous)
+    if not options.crashrun:
+        check_trusted(run, bucket, kept)
     run.report.doing("saving the state")
-    run.state.save_or_stop(entries or [folder_entry(options, NOTHING_TO_SEND)])
+    run.state.save_or_stop(entries or [folder_entry(run, NOTHING_TO_SEND)])
     for entry in entries:
         if entry.error:
             run.report.failed(entry)
@@ -4146,22 +4163,52 @@ def end_of_transfer(run: Run, transfer: Transfer, entries: list[Entry]) -> int:
 
 
 def create_bucket(run: Run, bucket: Bucket, previous: list[Entry] | None) -> None:
-    """Create the bucket, and mark what the last run left as not uploaded."""
+    """Create the bucket; before that, no state on the disk says that it holds anything."""
+    was_sent = [old for old in previous or () if old.uploaded and not other_job(old, run)]
+    for old in was_sent:
+        old.uploaded = False
+    if was_sent:
+        run.state.save_or_stop(previous or ())
     bucket.create()
-    if any(old.uploaded and not other_job(old, run.options) for old in previous or ()):
+    if was_sent:
         # A bucket made anew lacks versioning, locks and policies too.
         run.report.error(f"the bucket {bucket.name} was gone: all files are sent again")
     for old in previous or ():
-        old.uploaded, old.etag, old.upload_id = False, None, None
+        old.etag, old.upload_id = None, None
+
+
+def check_trusted(run: Run, bucket: Bucket, uploaded: list[Entry]) -> None:
+    """Mark as not uploaded what the bucket lacks: others may have made it anew.
+
+    The first, the middle and the last are looked up; where one is missing, all are compared with
+    the listing. Where the bucket may not be listed, it is taken to have them.
+    """
+    some = {old.filename: old for old in uploaded[:: max(1, len(uploaded) // 2)] + uploaded[-1:]}
+    try:
+        if all(any(bucket.matches({key: old})) for key, old in some.items()):
+            return
+        wrong = [old for old, kind, _ in compare_objects(run, bucket, uploaded) if kind == "wrong"]
+    except UploadError as error:
+        if error.trouble is not Trouble.REFUSAL and error.code != "NotImplemented":
+            raise StopRun(f"cannot list the bucket {bucket.name}: {error}") from error
+        what = "the bucket cannot be listed, and is taken to have what was sent before"
+        run.report.notice(what, run.report.url(""))
+        return
+    for old in wrong:
+        old.uploaded, old.etag = False, None
+    what = f"the bucket {bucket.name} lacks what it had (was it made anew?), so all was compared"
+    run.report.error(f"{what}: {len(wrong):,} of {len(uploaded):,} files are sent again")
 
 
 def back_up(run: Run) -> int:
     """Plan, send and record; return the exit code."""
     previous = read_previous(run)
-    bucket = find_bucket(run)
+    run, bucket = find_bucket(run, previous)
     if not bucket.exists:
         create_bucket(run, bucket, previous)
-    if previous and (job := other_job(previous[0], run.options)):
+    elif run.options.crashrun:
+        check_trusted(run, bucket, [old for old in previous or () if old.uploaded])
+    if previous and (job := other_job(previous[0], run)):
         run.report.notice("the state file was of another job, and is replaced", job)
     lanes = Lanes(bucket, run.options)
     entries = plan(run, bucket, previous, lanes)
