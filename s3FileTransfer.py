@@ -13,8 +13,8 @@ crash, sends what the state file marks as not uploaded.
 
 The state file is a JSON list with one entry a line: filepath (absolute),
 uploadedSuccess (0 or 1), filename (the object's key) and, where known, bucket,
-endpoint, size, mtime_ns, ctime_ns, etag, shard, error, part_size, sse and, of an
-open multipart upload, upload_id. What happens between two saves of it is
+endpoint, size, mtime_ns, ctime_ns, etag, shard, error, part_size, sse and, of
+an open multipart upload, upload_id. What happens between two saves of it is
 appended to STATEFILE.journal.
 
 exit codes:
@@ -1152,14 +1152,14 @@ class StateFile:
         if has_own(self._temporary, "temporary file", b'[\n{"filepath": '):
             with contextlib.suppress(OSError):
                 os.unlink(self._temporary)  # a killed run has left it
-        if hasattr(os, "geteuid") and os.geteuid() == 0:
-            self._check_writers()
 
     def _check_writers(self) -> None:
         """Raise StopRun where root would act on what another user owns, or can write.
 
         On some file systems all files have the same odd owner or mode: a new one tells.
         """
+        if not hasattr(os, "geteuid") or os.geteuid() != 0:
+            return
         with contextlib.suppress(OSError):  # no state yet; a full disk is met when it is saved
             with open(self._temporary, "xb", opener=open_own) as handle:
                 new = os.fstat(handle.fileno())
@@ -1183,6 +1183,8 @@ class StateFile:
     def read(self) -> list[Entry] | None:
         """Return the entries, or None without a state; raise StopRun for a damaged one."""
         has_own(self.journal.path, "journal", *Journal.STARTS)
+        if self._lock:  # else nothing comes of it
+            self._check_writers()
         try:
             with open(self.path, "rb") as handle:
                 text = handle.read().decode("utf-8-sig")

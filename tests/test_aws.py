@@ -96,6 +96,16 @@ def test_all_of_a_folder_arrives_with_the_checksums_that_s3_wants(aws: Aws) -> N
         assert [name for name in put.headers if "checksum" in name.lower()] == []
 
 
+def test_aws_is_one_server_in_all_regions(aws: Aws) -> None:
+    job = aws.job
+    aws.create_bucket("ap-south-1")
+    job.make("a.dat")
+    assert_clean(job.run())
+    assert job.entry("a.dat")["endpoint"] == "amazonaws.com"
+    assert_clean(job.crash_run("--region", "us-east-1"))
+    assert job.sent() == ["a.dat"]
+
+
 def test_a_bucket_with_a_dot_is_named_in_the_path(aws: Aws) -> None:
     job = aws.job
     job.bucket = f"{job.bucket[:40]}.with.dots"

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import NewJob
 from support.aws import signing_region
-from support.checks import assert_clean, assert_stopped
-from support.faults import Fault, answer
+from support.checks import assert_clean, assert_replaced, assert_stopped
+from support.faults import Fault, answer, call
 from support.files import IN_PARTS, LARGE_BYTES, some_bytes
-from support.job import Job
+from support.job import NOBODY, Job, with_state
 from support.proxy import Action, Exchange, error_answer, pass_on
-from support.script import finish
+from support.script import finish, prelude
 from support.servers import S3Server
+from support.systems import needs_permissions
 
 
 @pytest.fixture
@@ -160,6 +164,203 @@ def test_runs_that_create_the_bucket_at_the_same_time_all_use_it(job: Job) -> No
         assert_clean(finish(process))
     assert arrived.hits == 3
     assert job.in_bucket() == job.in_folder()
+
+
+# --- Made anew -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def lost(job: Job) -> Job:
+    """A job whose bucket is gone, with all that it sent there."""
+    job.create_bucket()
+    job.back_up(*(f"{number}" for number in range(7)))
+    job.server.remove_bucket(job.bucket)
+    return job
+
+
+def test_a_run_that_creates_the_bucket_and_stops_leaves_no_lie(lost: Job) -> None:
+    away = lost.folder.with_name("away")
+    shutil.move(lost.folder, away)
+    lost.folder.mkdir()
+    assert lost.run().returncode == 2
+    assert lost.objects() == {}
+    lost.folder.rmdir()
+    shutil.move(away, lost.folder)
+    assert_clean(lost.crash_run())
+    lost.check_all_is_there()
+
+
+@pytest.mark.parametrize("again", [(), ("--crashrun", "1"), ("--skip-unchanged",)], ids=" ".join)
+def test_what_the_bucket_held_is_taken_back_before_it_is_created(
+    lost: Job, again: tuple[str, ...]
+) -> None:
+    files, seen = lost.in_folder(), list[object]()
+    look = call(lambda _: seen.append(json.loads(lost.state_path.read_text())))
+    lost.proxy.add_fault(Fault(look, operation="CreateBucket"))
+    assert lost.run(*again).returncode == 0
+    (entries,) = seen
+    assert isinstance(entries, list)
+    said = {entry["filename"]: entry["uploadedSuccess"] for entry in entries}
+    assert said == dict.fromkeys(files, 0)
+    lost.check_all_is_there()
+
+
+CANNOT_SAVE = """
+import os
+def replace(*args):
+    raise OSError(28, "No space left on device")
+os.replace = replace
+"""
+
+
+def test_no_bucket_is_created_where_the_state_cannot_say_so(lost: Job) -> None:
+    assert_stopped(lost.crash_run(python_flags=prelude(CANNOT_SAVE)), "cannot save", "make room")
+    assert lost.requests("CreateBucket") == []
+
+
+def neighbour(job: Job) -> Job:
+    """Another job that shares the bucket, with a folder of its own."""
+    return replace(with_state(job, "neighbour.json"), folder=job.folder.with_name("neighbour"))
+
+
+def test_a_bucket_that_another_job_made_anew_is_not_believed_full(job: Job) -> None:
+    job.create_bucket()
+    other = neighbour(job)
+    job.back_up("a.dat", "sub/b.dat")
+    other.back_up("c.dat")
+    job.server.remove_bucket(job.bucket)
+    assert other.crash_run().returncode == 0
+    assert set(job.in_bucket()) == {"c.dat"}
+    completed = job.crash_run()
+    assert completed.returncode == 0
+    (said,) = completed.stderr.splitlines()
+    assert f"the bucket {job.bucket} lacks what it had" in said
+    assert "all was compared: 2 of 2 files are sent again" in said
+    job.check_state_is_true()
+    assert job.state() == {"a.dat": 1, "sub/b.dat": 1}
+
+
+@pytest.mark.parametrize("missing", ["0", "3", "6"], ids=["first", "middle", "last"])
+def test_where_one_object_is_missing_all_are_compared(lost: Job, missing: str) -> None:
+    job = lost
+    job.create_bucket()
+    for key in set(job.in_folder()) - {missing, "5"}:
+        job.put(key, job.path(key).read_bytes())
+    job.put("5", b"of another")
+    completed = job.crash_run()
+    assert completed.returncode == 0
+    assert "2 of 7 files are sent again" in completed.stderr
+    assert job.sent() == sorted({missing, "5"})
+    job.check_all_is_there()
+
+
+def test_what_is_there_is_looked_up_with_three_requests(job: Job) -> None:
+    job.create_bucket()
+    job.back_up(*(f"{number:03}" for number in range(100)))
+    assert_clean(job.crash_run())
+    asked = [request.query["prefix"] for request in job.requests("ListObjectsV2")]
+    assert asked == ["000", "050", "099"]
+
+
+def test_where_listing_is_refused_the_bucket_is_believed_and_that_is_said(lost: Job) -> None:
+    lost.create_bucket()
+    lost.proxy.add_fault(Fault(answer(403, "AccessDenied"), operation="ListObjectsV2"))
+    before = lost.entries()
+    completed = lost.crash_run()
+    assert completed.returncode == 0
+    (said,) = completed.stderr.splitlines()
+    assert said.startswith("notice: the bucket cannot be listed")
+    assert lost.sent() == []
+    assert lost.entries() == before
+
+
+def test_where_listing_fails_otherwise_nothing_is_believed(lost: Job) -> None:
+    lost.create_bucket()
+    lost.proxy.add_fault(Fault(answer(400, "InvalidToken"), operation="ListObjectsV2"))
+    before = lost.state_path.read_bytes()
+    assert_stopped(lost.crash_run(), "cannot list the bucket", "InvalidToken")
+    assert lost.state_path.read_bytes() == before
+
+
+@needs_permissions
+def test_what_lies_below_an_unreadable_folder_is_looked_up_before_it_is_kept(job: Job) -> None:
+    job.create_bucket()
+    job.back_up("a.dat", "sub/b.dat")
+    job.state_path.unlink()
+    assert_clean(job.run(user=NOBODY))
+    job.server.remove_bucket(job.bucket)
+    job.create_bucket()  # as another job would
+    job.path("sub").chmod(0)
+    completed = job.run(user=NOBODY)
+    job.path("sub").chmod(0o755)
+    assert completed.returncode == 1
+    assert "1 of 1 files are sent again" in completed.stderr
+    assert job.uploaded() == {"a.dat"}
+    job.check_state_is_true()
+    assert_clean(job.crash_run(user=NOBODY))
+    job.check_all_is_there()
+
+
+# --- Of which server -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_jobs(new_job: NewJob, rclone_server: S3Server, moto_server: S3Server) -> tuple[Job, Job]:
+    """The same job on two servers, each with a bucket of that name; one state."""
+    return new_job(rclone_server), new_job(moto_server)
+
+
+@pytest.mark.parametrize("again", [("--crashrun", "1"), ("--verify",)], ids=" ".join)
+def test_a_bucket_of_another_server_is_another_one(
+    two_jobs: tuple[Job, Job], again: tuple[str, ...]
+) -> None:
+    job, other = two_jobs
+    job.make("a.dat")
+    assert_clean(job.run())
+    before = job.state_path.read_bytes()
+    words = (f"the state file is of endpoint {job.endpoint_name}", "--statefile")
+    assert_stopped(other.run(*again), *words)
+    assert other.sent() == []
+    assert job.state_path.read_bytes() == before
+
+
+def test_a_job_on_another_server_may_be_replaced_once_it_is_done(two_jobs: tuple[Job, Job]) -> None:
+    job, other = two_jobs
+    job.make("a.dat", "b.dat")
+    assert_clean(job.run())
+    assert_replaced(other.run("--skip-unchanged"), f"endpoint {job.endpoint_name}")
+    other.check_all_is_there()
+    other.refuse("b.dat")
+    assert other.run().returncode == 1
+    words = (f"not yet uploaded, of endpoint {other.endpoint_name}", "--crashrun 1", "--statefile")
+    assert_stopped(job.run(), *words)
+
+
+def test_a_state_that_names_no_server_is_accepted(job: Job) -> None:
+    job.create_bucket()
+    job.back_up("a.dat")
+    (entry,) = job.entries()
+    del entry["endpoint"]
+    job.write_state(entry)
+    assert_clean(job.crash_run())
+    assert_clean(job.run("--verify"))
+    assert job.sent() == []
+
+
+@pytest.mark.parametrize("where", ["environment", "option", "profile"])
+def test_the_state_has_the_server_and_no_password(job: Job, tmp_path: Path, where: str) -> None:
+    job.make("a.dat")
+    url = job.endpoint.endpoint_url.replace("//", "//someone:secret@")
+    config = tmp_path / "config"
+    config.write_text(f"[default]\nendpoint_url = {url}\n")
+    env, options = {"AWS_ENDPOINT_URL": url}, list[str]()
+    if where == "option":
+        options = ["--endpoint-url", url]
+    elif where == "profile":
+        env = {"AWS_ENDPOINT_URL": "", "AWS_CONFIG_FILE": str(config)}
+    assert_clean(job.run(*options, env=env))
+    assert job.entry("a.dat")["endpoint"] == job.endpoint_name
+    assert "secret" not in job.state_path.read_text()
 
 
 # --- Servers with regions of their own -------------------------------------------------------

@@ -612,8 +612,9 @@ def test_own_files_in_the_folder_are_left_out(job: Job) -> None:
     for _ in range(2):  # the second run finds all of them there
         assert_clean(job.run("--statefile", state))
         assert state.exists()
-        (job.folder / "state.json.tmp").write_text("left by a kill")
-        (job.folder / "state.json.journal").write_text("left by a kill")
+        # As a kill may leave them.
+        (job.folder / "state.json.tmp").write_text('[\n{"filepath": "/')
+        (job.folder / "state.json.journal").write_text('{"crc32": 1}\n')
     assert_clean(job.run("--statefile", state, "--crashrun", "1"))
     assert job.in_bucket() == digests(files)
 
@@ -956,7 +957,7 @@ def test_a_folder_that_was_walked_at_a_kill_and_is_empty_now_is_not_forgotten(jo
 
 
 def test_an_empty_folder_of_which_uploads_are_known_is_refused_in_a_crash_run(job: Job) -> None:
-    job.make("a.dat")
+    job.back_up("a.dat")
     uploaded = job.uploaded_entry("a.dat")
     job.path("a.dat").unlink()
     # What a kill during the walk of an incremental run leaves.

@@ -71,6 +71,7 @@ def test_fields_of_an_uploaded_file(small_job: Job, tmp_path: Path) -> None:
         "uploadedSuccess": 1,
         "filename": "sub/a.dat",
         "bucket": job.bucket,
+        "endpoint": job.endpoint_name,
         "size": len(content),
         "mtime_ns": path.stat().st_mtime_ns,
         "ctime_ns": path.stat().st_ctime_ns,
@@ -92,6 +93,7 @@ def test_fields_of_a_failed_file(job: Job) -> None:
         "uploadedSuccess": 0,
         "filename": "b.dat",
         "bucket": job.bucket,
+        "endpoint": job.endpoint_name,
     }
 
 
@@ -281,7 +283,7 @@ def test_an_open_state_stays_as_it_was(job: Job) -> None:
 
 def test_nothing_is_left_beside_it_but_the_lock(job: Job) -> None:
     job.make("a.dat")
-    job.state_path.with_name("state.json.tmp").write_text("left by a kill")
+    job.state_path.with_name("state.json.tmp").write_text('[\n{"filepath": "/left by a kill')
     assert_clean(job.run())
     job.check_no_leftovers()
 
@@ -653,10 +655,10 @@ def test_a_lock_that_is_no_regular_file_is_refused(job: Job, tmp_path: Path, wha
 def test_a_lock_that_has_another_name_is_not_written(job: Job, tmp_path: Path) -> None:
     job.make("a.dat")
     target = tmp_path / "target"
-    target.write_bytes(b"precious")
+    target.write_bytes(b"123456789")
     os.link(target, job.state_path.with_name("state.json.lock"))
     assert_clean(job.run())
-    assert target.read_bytes() == b"precious"
+    assert target.read_bytes() == b"123456789"
 
 
 # --- Whose it is -----------------------------------------------------------------------------
@@ -780,13 +782,15 @@ def test_a_shard_in_the_state_that_is_no_text_is_damage(job: Job) -> None:
 
 def test_crash_run_sends_what_is_marked_as_missing(job: Job) -> None:
     files = job.make("a.dat", "b.dat", "sub/c.dat", "new.dat")
+    job.put("a.dat", b"sent before")
     job.write_state(
         job.pending_entry("a.dat", uploadedSuccess=1),
         job.pending_entry("b.dat"),
         job.pending_entry("sub/c.dat"),
     )
     assert_clean(job.crash_run())
-    assert job.objects() == {key: files[key] for key in ("b.dat", "sub/c.dat")}
+    sent = {key: files[key] for key in ("b.dat", "sub/c.dat")}
+    assert job.objects() == {"a.dat": b"sent before", **sent}
     assert job.state() == {"a.dat": 1, "b.dat": 1, "sub/c.dat": 1}
 
 

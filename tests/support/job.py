@@ -87,6 +87,12 @@ class Job:
 
     # --- The state file ----------------------------------------------------------------------
 
+    @property
+    def endpoint_name(self) -> str:
+        """How the state names the server."""
+        is_aws = self.endpoint.https_proxy is not None
+        return "amazonaws.com" if is_aws else self.endpoint.endpoint_url.partition("//")[2]
+
     def entries(self) -> list[dict[str, Any]]:
         """The entries of the state file."""
         return read_state(self.state_path)
@@ -135,6 +141,7 @@ class Job:
             key,
             uploadedSuccess=1,
             bucket=self.bucket,
+            endpoint=self.endpoint_name,
             size=status.st_size,
             mtime_ns=status.st_mtime_ns,
             **({} if sys.platform == "win32" else {"ctime_ns": status.st_ctime_ns}),
