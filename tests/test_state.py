@@ -151,6 +151,35 @@ def test_every_save_is_on_the_disk_before_it_is_the_state(job: Job, tmp_path: Pa
     assert {call for call in calls if call not in one_save} <= {f"fsync {name}.journal"}
 
 
+UNLINKS = """
+def unlink(path, *, real=os.unlink, record=recorded("unlink", lambda path: None)):
+    real(path)
+    record(path)
+os.unlink = unlink
+"""
+
+
+@needs_proc
+@pytest.mark.parametrize("same", [True, False], ids=["same", "other"])
+def test_a_journal_is_gone_for_good_before_it_could_be_read_over_another_save(
+    job: Job, tmp_path: Path, same: bool
+) -> None:
+    claims = [job.uploaded_entry(key) for key in job.make("a.dat")]
+    state = job.write_state(*claims)
+    assert job.run("--verify").returncode == 1  # the bucket has nothing
+    job.write_journal(*claims, state=None if same else state)
+    if not same:
+        job.state_path.write_bytes(state)
+    record = tmp_path / "record"
+    flags = prelude((RECORDER + UNLINKS).replace("__RECORD__", repr(str(record))))
+    assert job.run("--verify", python_flags=flags).returncode == 1
+    name, folder = job.state_path.name, job.state_path.parent.name
+    unlinked = [f"unlink {name}.journal", f"fsync {folder}"]
+    replaced = [f"replace {name}.tmp {name}", f"fsync {folder}"]
+    order = [*unlinked, *replaced] if same else [*replaced, *unlinked]
+    assert record.read_text().splitlines()[-5:] == [f"fsync {name}.tmp", *order]
+
+
 # --- When it is written ----------------------------------------------------------------------
 
 
@@ -534,6 +563,28 @@ def test_a_journal_without_a_state_is_no_state(job: Job) -> None:
     job.check_no_leftovers()
 
 
+@needs_signals
+@pytest.mark.parametrize("older", [False, True], ids=["last", "older"])
+def test_a_journal_is_not_read_over_a_later_save_that_holds_the_same(
+    job: Job, tmp_path: Path, older: bool
+) -> None:
+    claims = [job.uploaded_entry(key) for key in job.make("a.dat", "b.dat")]
+    state = job.write_state(*claims)
+    assert job.run("--verify").returncode == 1  # the bucket has nothing
+    lost = job.state_path.read_bytes()
+    # By what a run wrote down after it had saved those very bytes, all was sent once.
+    job.write_journal(*claims)
+    if older:  # and the save that came next was killed before it had deleted that
+        job.state_path.write_bytes(state)
+    env = killing_call(tmp_path / "killer", "replace", before=False)
+    assert job.start("--verify", env=env).wait(60) == -signal.SIGKILL
+    assert job.state_path.read_bytes() == lost
+    assert job.uploaded() == set()
+    assert_clean(job.crash_run())
+    job.check_all_is_there()
+    job.check_no_leftovers()
+
+
 LINKED: dict[str, Callable[[Path, Path], None]] = {
     "file": lambda path, target: path.symlink_to(target),
     "nowhere": lambda path, target: path.symlink_to(target.with_name("new")),
@@ -659,6 +710,111 @@ def test_a_lock_that_has_another_name_is_not_written(job: Job, tmp_path: Path) -
     os.link(target, job.state_path.with_name("state.json.lock"))
     assert_clean(job.run())
     assert target.read_bytes() == b"123456789"
+
+
+def test_a_lock_that_is_deleted_in_mid_run_is_noticed(job: Job) -> None:
+    files = job.make("a.dat", "b.dat")
+    lock = job.state_path.with_name("state.json.lock")
+    after: list[bytes] = []
+
+    def meddle(_: object) -> None:
+        lock.unlink()
+        assert_clean(job.run())  # a second run, which nothing holds up now
+        after.append(job.state_path.read_bytes())
+
+    job.proxy.add_fault(Fault(call(meddle), operation="PutObject", times=1))
+    completed = job.run()
+    assert completed.returncode == 2
+    (said,) = completed.stderr.splitlines()
+    assert f"the lock {lock} was deleted" in said
+    assert "--crashrun 1" in said
+    assert [job.state_path.read_bytes()] == after  # the second run's
+    assert job.in_bucket() == digests(files)
+
+
+# --- Files of others -------------------------------------------------------------------------
+
+OF_OTHERS = [
+    ("lock", b"# This file is generated: do not edit it.\n"),
+    ("lock", b"2026 was a good year.\n"),
+    ("tmp", b"a report"),
+    ("tmp", b'["a", "list"]'),
+    ("journal", b"Dear diary,\n"),
+    ("journal", b'{"date": "2026-11-29"}\n'),
+]
+
+
+@pytest.mark.parametrize(("name", "content"), OF_OTHERS)
+@pytest.mark.parametrize("again", [(), ("--crashrun", "1"), ("--verify",)], ids=" ".join)
+def test_what_others_have_under_the_name_of_a_companion_is_left_alone(
+    job: Job, name: str, content: bytes, again: tuple[str, ...]
+) -> None:
+    job.back_up("a.dat")
+    path = job.state_path.with_name(f"state.json.{name}")
+    path.write_bytes(content)
+    assert_refused(job, *again, words=(f"{path} is no ", "move it away"))
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("name", ["lock", "tmp", "journal"])
+@pytest.mark.parametrize("content", [b"", b"\0" * 50], ids=["empty", "zeros"])
+def test_what_a_power_cut_leaves_of_a_companion_holds_up_nothing(
+    job: Job, name: str, content: bytes
+) -> None:
+    job.make("a.dat")
+    job.state_path.with_name(f"state.json.{name}").write_bytes(content)
+    assert_clean(job.run())
+    job.check_all_is_there()
+    job.check_no_leftovers()
+
+
+OPEN_TO_OTHERS: dict[str, Callable[[Path], None]] = {
+    "theirs": lambda path: os.chown(path, NOBODY, NOBODY),
+    "for-all": lambda path: path.chmod(0o646),
+    "for-a-group": lambda path: path.chmod(0o664),
+}
+
+
+@needs_root
+@pytest.mark.parametrize("how", OPEN_TO_OTHERS)
+@pytest.mark.parametrize("name", ["state.json", "state.json.journal"])
+def test_root_does_not_act_on_what_another_user_can_write(job: Job, name: str, how: str) -> None:
+    job.back_up("a.dat", "b.dat")
+    job.write_state(job.pending_entry("a.dat"), job.pending_entry("b.dat"))
+    job.write_journal(job.uploaded_entry("a.dat"))
+    path = job.state_path.with_name(name)
+    OPEN_TO_OTHERS[how](path)
+    for again in ((), ("--crashrun", "1"), ("--verify",)):
+        assert_refused(job, *again, words=(str(path), "another user can write", "chown"))
+    os.chown(path, 0, 0)
+    path.chmod(0o600)
+    assert_clean(job.crash_run())
+    assert job.sent() == ["b.dat"]
+
+
+# A network file system that gives all files to one user, with one mode.
+ONE_OWNER = """
+import os
+real, chmod = os.open, os.fchmod
+def opened(path, flags, *rest, **keywords):
+    descriptor = real(path, flags, *rest, **keywords)
+    if flags & os.O_CREAT and "state.json" in os.fspath(path):
+        os.fchown(descriptor, __USER__, __USER__)
+        chmod(descriptor, 0o777)
+    return descriptor
+os.open, os.fchmod = opened, lambda *args: None
+"""
+
+
+@needs_root
+def test_root_acts_on_its_own_files_where_all_have_another_owner(job: Job) -> None:
+    job.make("a.dat")
+    flags = prelude(ONE_OWNER.replace("__USER__", str(NOBODY)))
+    assert_clean(job.run(python_flags=flags))
+    status = job.state_path.stat()
+    assert (status.st_uid, stat.S_IMODE(status.st_mode)) == (NOBODY, 0o777)
+    assert_clean(job.crash_run(python_flags=flags))
+    assert_clean(job.run("--verify", python_flags=flags))
 
 
 # --- Whose it is -----------------------------------------------------------------------------
