@@ -7,18 +7,22 @@ import json
 import random
 import signal
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from botocore.exceptions import ClientError
 from support.checks import assert_clean
 from support.faults import Fault, after_forward, delay, stall
 from support.files import IN_PARTS, LARGE_BYTES, MIB, small_files, some_bytes
-from support.job import Job, kill
+from support.job import Job, kill, with_state
 from support.kills import kill_in_walk, killed_in_parts, killing_call
 from support.script import wait_until
 from support.systems import needs_proc, needs_signals
 
 ROUNDS, LONG_ROUNDS = 10, 60
+# Of the bucket that is deleted or made anew, with two kills in each.
+BUCKET_ROUNDS, LONG_BUCKET_ROUNDS = 3, 100
 SMALL_FILES = 100
 # HeadBucket, the small files, and the start, parts and end of one multipart upload.
 REQUESTS = 1 + SMALL_FILES + 1 + 3 + 1
@@ -34,9 +38,12 @@ def job(moto_job: Job) -> Job:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "seed" in metafunc.fixturenames:
-        rounds = LONG_ROUNDS if metafunc.config.getoption("--long") else ROUNDS
-        metafunc.parametrize("seed", range(rounds))
+    rounds, bucket_rounds = ROUNDS, BUCKET_ROUNDS
+    if metafunc.config.getoption("--long"):
+        rounds, bucket_rounds = LONG_ROUNDS, LONG_BUCKET_ROUNDS
+    for name, count in (("seed", rounds), ("bucket_seed", bucket_rounds)):
+        if name in metafunc.fixturenames:
+            metafunc.parametrize(name, range(count))
 
 
 def test_one_crash_run_finishes_what_was_killed_anywhere(rclone_job: Job, seed: int) -> None:
@@ -47,7 +54,7 @@ def test_one_crash_run_finishes_what_was_killed_anywhere(rclone_job: Job, seed: 
     job.write({**small_files(SMALL_FILES, seed), "d3/large": some_bytes(LARGE_BYTES, seed)})
     job.proxy.limit_bandwidth(rng.uniform(15, 30) * MIB)
     process = job.start(*IN_PARTS, *client)
-    kill_at_random(job, process, rng)
+    kill_at_random(job, process, rng, rng.randrange(1, REQUESTS))
     assert job.state_path.exists() or not job.requests("PutObject")
     if job.state_path.exists():
         job.check_state_is_true()
@@ -61,19 +68,73 @@ def test_one_crash_run_finishes_what_was_killed_anywhere(rclone_job: Job, seed: 
         job.delete(key)
 
 
-def kill_at_random(job: Job, process: subprocess.Popen[str], rng: random.Random) -> None:
-    """Kill the run at a random request, or after a random time before and about the first one."""
+def kill_at_random(
+    job: Job, process: subprocess.Popen[str], rng: random.Random, count: int
+) -> None:
+    """Kill the run at its n-th request, or after a random time before and about the first one."""
     if rng.random() < 0.2:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(rng.uniform(0, 1))
     else:
-        count = rng.randrange(1, REQUESTS)
         wait_until(
             lambda: len(job.proxy.requests) >= count or process.poll() is not None,
             60,
             f"request {count}",
         )
     kill(process)
+
+
+def remove_bucket(job: Job) -> None:
+    """Delete the bucket, with what killed runs had under way."""
+
+    def is_removed() -> bool:
+        try:
+            job.server.remove_bucket(job.bucket)
+        except ClientError:  # something has come in meanwhile
+            return False
+        return True
+
+    wait_until(is_removed, 20, "the end of the bucket")
+
+
+def unproven(job: Job) -> set[str]:
+    """What the state calls uploaded, and the bucket lacks or has otherwise."""
+    uploaded, there = job.uploaded() if job.state_path.exists() else set(), dict[str, str]()
+    with contextlib.suppress(ClientError):  # no bucket
+        there = job.in_bucket()
+    return {key for key in uploaded if there.get(key) != job.in_folder()[key]}
+
+
+def test_a_bucket_that_goes_between_kills_is_not_said_to_hold_anything(
+    job: Job, bucket_seed: int
+) -> None:
+    rng = random.Random(bucket_seed)
+    other = replace(with_state(job, "other.json"), folder=job.folder.with_name("other"))
+    other.write(small_files(3, -1 - bucket_seed))
+    assert_clean(other.run("--prefix", "other/"))
+    job.write(small_files(12, bucket_seed))
+    lost = set[str]()  # what the state may be wrong about, until a run has looked at the bucket
+    for _ in range(2):
+        event = rng.choice(["nothing", "deleted", "made anew", "made anew"])
+        if event != "nothing":
+            remove_bucket(job)
+            lost = unproven(job)
+        if event == "made anew":
+            assert other.crash_run("--prefix", "other/").returncode == 0
+        again = rng.choice([(), ("--skip-unchanged",), *[("--crashrun", "1")] * 4])
+        since = job.seen()
+        process = job.start(*(again if job.state_path.exists() else ()))
+        kill_at_random(job, process, rng, since + rng.randrange(1, 24))
+        has_acted = job.requests("CreateBucket", "PutObject", since=since)
+        assert unproven(job) <= (set() if has_acted or process.returncode == 0 else lost)
+        lost = unproven(job)
+    crash_run = ("--crashrun", "1") if job.state_path.exists() else ()
+    assert job.run(*crash_run).returncode == 0
+    assert other.crash_run("--prefix", "other/").returncode == 0
+    job.check_state_is_true()
+    assert job.uploaded() == set(job.in_folder())
+    assert {key.removeprefix("other/") for key in other.uploaded()} == set(other.in_folder())
+    assert set(job.in_bucket()) == job.uploaded() | other.uploaded()
 
 
 def test_nothing_goes_on_when_the_run_is_killed(job: Job) -> None:
