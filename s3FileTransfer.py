@@ -76,7 +76,6 @@ import random
 import re
 import signal
 import stat
-import string
 import sys
 import threading
 import time
@@ -965,25 +964,21 @@ def check_regular(path: str, what: str) -> None:
             raise StopRun(f"the {what} {shown(path)} is no regular file; move it away")
 
 
-def not_ours(path: str, what: str) -> StopRun:
-    """Return what to say of another's file that has the name of one of the program's own."""
-    why = f"{shown(path)} is no {what} of this program, and is left as it is"
-    return StopRun(f"{why}; move it away, or choose another --statefile")
+def has_own(path: str, what: str, pattern: bytes) -> bool:
+    """Tell by its head whether a file of the program's own is there; raise StopRun for another's.
 
-
-def has_own(path: str, what: str, *starts: bytes) -> bool:
-    """Tell whether a file of the program's own is there; raise StopRun for another's.
-
-    Ours begin with one of `starts`; a kill or a power cut leaves less of it, or zeros.
+    A power cut may leave of one nothing but zeros, or no byte.
     """
-    if not os.path.lexists(path):
-        return False
     check_regular(path, what)
-    with contextlib.suppress(OSError), open(path, "rb", opener=open_own) as handle:
-        head = handle.read(100).lstrip(b"\0")
-        if any(head[: len(start)] == start[: len(head)] for start in starts):
-            return True
-    raise not_ours(path, what)
+    try:
+        with open(path, "rb", opener=open_own) as handle:
+            head = handle.read(100).strip(b"\0")
+    except OSError:  # most often there is none, and else it is met where it is used
+        return False
+    if head and not re.fullmatch(pattern, head, re.DOTALL):
+        why = f"{shown(path)} is no {what} of this program, and is left as it is"
+        raise StopRun(f"{why}; move it away, or choose another --statefile")
+    return True
 
 
 def check_links(path: str, what: str) -> None:
@@ -1003,7 +998,7 @@ class Journal:
     ignored.
     """
 
-    STARTS = (b'{"crc32": ', b'{"filepath": ')  # the latter where a power cut has torn the head
+    HEAD = rb'\{"(crc32|filepath)": .*'  # the latter where a power cut has cost the first line
     INTERVAL_SECONDS = 1.0
 
     def __init__(self, path: str) -> None:
@@ -1030,11 +1025,8 @@ class Journal:
 
     def is_of(self, state_crc32: int) -> bool:
         """Tell whether it would be read over a state file with this CRC32; raises OSError."""
-        with (
-            contextlib.suppress(FileNotFoundError),
-            open(self.path, encoding="utf-8", errors="replace", opener=open_own) as lines,
-        ):
-            return lines.readline() == self._first_line(state_crc32)
+        with contextlib.suppress(FileNotFoundError), open(self.path, "rb", opener=open_own) as file:
+            return file.readline() == self._first_line(state_crc32).encode()
         return False
 
     def is_due(self) -> bool:
@@ -1122,7 +1114,7 @@ class StateFile:
             why = f"the state file {shown(self.path)} is no regular file"
             raise StopRun(f"{why}; choose another with --statefile")
         check_links(self._given_path, "state file")
-        check_regular(self._lock_path, "lock")
+        has_own(self._lock_path, "lock", rb"\d+")  # the number of a process
         try:
             handle = open(  # noqa: SIM115
                 self._lock_path, "a+", encoding="utf-8", errors="replace", opener=open_own
@@ -1131,9 +1123,6 @@ class StateFile:
             why = f"cannot write beside the state file {shown(self.path)}: {reason(error)}"
             advice = "make its folder first, or " if isinstance(error, FileNotFoundError) else ""
             raise StopRun(f"{why}; {advice}choose another place with --statefile") from error
-        handle.seek(0)
-        if handle.read(20).strip("\0" + string.digits):  # ours has the number of a process
-            raise not_ours(self._lock_path, "lock")
         try:
             lock_handle(handle)
         except OSError as error:
@@ -1149,7 +1138,7 @@ class StateFile:
                 handle.truncate(0)
                 handle.write(str(os.getpid()))
                 handle.flush()
-        if has_own(self._temporary, "temporary file", b'[\n{"filepath": '):
+        if has_own(self._temporary, "temporary file", rb'\[\n\{"filepath": .*'):
             with contextlib.suppress(OSError):
                 os.unlink(self._temporary)  # a killed run has left it
 
@@ -1173,16 +1162,15 @@ class StateFile:
     def _check_lock(self) -> None:
         """Raise StopRun when the lock was deleted, and another run may have taken a new one."""
         with contextlib.suppress(OSError):
-            if self._lock:
-                held, there = os.fstat(self._lock.fileno()), os.lstat(self._lock_path)
-                if os.path.samestat(held, there):
-                    return
+            there = os.lstat(self._lock_path)
+            if self._lock and os.path.samestat(os.fstat(self._lock.fileno()), there):
+                return
         why = f"the lock {shown(self._lock_path)} was deleted, so that another run may have begun"
         raise StopRun(f"{why}; when none is left, send the rest with --crashrun 1")
 
     def read(self) -> list[Entry] | None:
         """Return the entries, or None without a state; raise StopRun for a damaged one."""
-        has_own(self.journal.path, "journal", *Journal.STARTS)
+        has_own(self.journal.path, "journal", Journal.HEAD)
         if self._lock:  # else nothing comes of it
             self._check_writers()
         try:
@@ -1209,10 +1197,7 @@ class StateFile:
         return os.path.exists(self.journal.path)
 
     def save(self, entries: Iterable[Entry]) -> None:
-        """Replace the state file, all or nothing; raise OSError when that fails.
-
-        Raises StopRun when the lock is gone.
-        """
+        """Replace the state file, all or nothing; raise OSError, or StopRun if the lock is gone."""
         started, self.is_saved = time.monotonic(), False
         self._check_lock()
         try:
@@ -1801,15 +1786,15 @@ class Session:
         return client
 
 
-def is_aws(client: S3Client) -> bool:
-    """Tell whether the client's server is AWS itself and not a compatible one."""
-    return ".amazonaws." in client.meta.endpoint_url.split("/")[2]
-
-
 def endpoint_of(client: S3Client) -> str:
     """Return what the state calls the client's server: no region of AWS, no user, no password."""
-    host = client.meta.endpoint_url.rpartition("@")[2].rpartition("//")[2].rstrip("/")
-    return host[host.index("amazonaws.") :] if is_aws(client) else host
+    host = re.sub(r".*@|^\w+://", "", client.meta.endpoint_url).rstrip("/")
+    return re.sub(r"^[^/]*\.(?=amazonaws\.)", "", host)
+
+
+def is_aws(client: S3Client) -> bool:
+    """Tell whether the client's server is AWS itself and not a compatible one."""
+    return endpoint_of(client).startswith("amazonaws.")
 
 
 class Meaning(NamedTuple):
