@@ -5,9 +5,21 @@ rounds: each round runs every client once, so a machine that gets slower or fast
 them. Every run gets a new server and an empty bucket. It counts only if the client's exit code is 0
 and the server has every file, with every byte.
 
-`run.sh` beside this file installs everything and then calls it. All of it takes about 40 minutes on
+The scenarios named `nights-…` are a job that comes back every night: a first night, a second one
+on which nothing has changed, against a server that answers at once and again 30 ms away (a page of
+the listing is an answer), and, for s3FileTransfer, a crash run with nothing to do. They have one
+server for each client, and a run that sends anything again does not count.
+
+`run.sh` beside this file installs everything and then calls it. All of it takes about 45 minutes on
 two cores, and 10 GB of room in /dev/shm or, where memory is short, in the folder for temporary
-files. Linux only: what a client takes is read from /proc.
+files. What takes hours is measured only where it is asked for by name:
+
+    tests/benchmark/run.sh --scenario nights-20k --scenario nights-200k
+    tests/benchmark/run.sh --scenario nights-1m --fill --rounds 1 --timeout 1800
+
+With --fill only s3FileTransfer, whose state comes of it, has a first night; the others meet a
+server that begins with all files, as though they had sent them. Linux only: what a client takes is
+read from /proc.
 """
 
 from __future__ import annotations
@@ -18,19 +30,23 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from clients import REGION, Client, all_clients, environment
+from clients import REGION, Client, all_clients, environment, nightly_clients
 from measure import become_subreaper, cpu_seconds, run_measured
 from null_servers import BUCKET, Server, Stored, null_server, rclone_server
-from report import Outcome, Report, Run, as_json, markdown, number, svg
-from scenarios import SCENARIOS, Scenario, make_files, place_for
+from report import Outcome, Report, Result, Run, as_json, markdown, number, svg
+from scenarios import SCENARIOS, Night, Scenario, make_files, place_for
 
 ROOT = Path(__file__).resolve().parents[2]
 # A client that takes longer than this is not asked again: what a run of minutes varies by does not
 # matter, and one client that sends one file at a time would take most of the benchmark's time.
 LONG_RUN_S = 120.0
+# What was written just before it is sent is sent again by a careful client, and by s5cmd, too.
+SETTLED_S = 3.0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -40,20 +56,19 @@ def main(argv: list[str] | None = None) -> int:
     """
     args = parse_arguments(argv)
     become_subreaper()
-    clients = [
-        client
-        for client in all_clients(venvs=args.venvs, script=args.script)
-        if not args.client or client.key in args.client
-    ]
+    clients = all_clients(venvs=args.venvs, script=args.script)
     versions = {client.key: client.version() for client in clients}
     report = Report(args.rounds, args.scale)
     for scenario in SCENARIOS:
-        if args.scenario and scenario.name not in args.scenario:
+        if scenario.name not in args.scenario if args.scenario else scenario.is_long:
             continue
-        outcomes = [Outcome(client, versions[client.key]) for client in clients]
-        report.results.append((scenario.scaled(args.scale), outcomes))
+        results = [
+            (each, [Outcome(client, versions[client.key]) for client in taking_part(each, args)])
+            for each in scenario.scaled(args.scale).job()
+        ]
+        report.results += results
         try:
-            measure_scenario(*report.results[-1], args)
+            measure_job(results, args)
         except OSError as error:  # no room for the files, or no such server
             print(f"{scenario.name}: not run: {error}", file=sys.stderr)
         write_files(report, args)
@@ -73,7 +88,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--scenario",
         action="append",
         choices=[scenario.name for scenario in SCENARIOS],
-        help="only this scenario (repeatable; default: all)",
+        help="only this scenario (repeatable; default: all but those that take hours)",
     )
     parser.add_argument(
         "--client",
@@ -95,6 +110,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         default=900.0,
         metavar="SECONDS",
         help="kill a client that takes longer (default: 900)",
+    )
+    parser.add_argument(
+        "--fill",
+        action="store_true",
+        help="let the server begin with all files, in place of the peers' first nights",
     )
     parser.add_argument(
         "--script",
@@ -120,19 +140,35 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def measure_scenario(scenario: Scenario, outcomes: list[Outcome], args: argparse.Namespace) -> None:
+def taking_part(scenario: Scenario, args: argparse.Namespace) -> list[Client]:
+    """The clients that have a run in a scenario."""
+    clients = nightly_clients if scenario.night else all_clients
+    filled = args.fill and scenario.night is Night.FIRST
+    only_states = filled or scenario.night is Night.CRASH_RUN
+    return [
+        client
+        for client in clients(venvs=args.venvs, script=args.script)
+        if (not args.client or client.key in args.client)
+        and (client.keeps_state or not only_states)
+    ]
+
+
+def measure_job(results: Sequence[Result], args: argparse.Namespace) -> None:
     """Run all clients in rounds over one set of files, adding to their outcomes."""
+    scenario = results[0][0]
+    by_client: dict[str, list[tuple[Scenario, Outcome]]] = {}
+    for each, outcomes in results:
+        for outcome in outcomes:
+            by_client.setdefault(outcome.client.key, []).append((each, outcome))
     with temporary_folder(place_for(space_for(scenario))) as place:
         files = place / "files"
         files.mkdir()
         make_files(files, scenario)
+        time.sleep(SETTLED_S if scenario.night else 0)
         for round_number in range(1, args.rounds + 1):
-            for outcome in outcomes:
-                if not is_due(outcome):
-                    continue
-                run = measure_client(outcome.client, scenario, files=files, args=args)
-                outcome.runs.append(run)
-                show_run(run, outcome.client, scenario, round_number)
+            for job in by_client.values():
+                if all(is_due(outcome) for _, outcome in job):
+                    measure_client(job, round_number, files=files, args=args)
 
 
 def space_for(scenario: Scenario) -> int:
@@ -150,30 +186,59 @@ def is_due(outcome: Outcome) -> bool:
 
 
 def measure_client(
-    client: Client, scenario: Scenario, *, files: Path, args: argparse.Namespace
-) -> Run:
-    """Run a client once against a new server."""
+    job: Sequence[tuple[Scenario, Outcome]],
+    round_number: int,
+    *,
+    files: Path,
+    args: argparse.Namespace,
+) -> None:
+    """Run a client's scenarios against a new server, until one fails; adds to its outcomes."""
+    first = job[0][0]
     # On disk, as a user has it: s3FileTransfer saves its state there.
-    with temporary_folder(None) as scratch, running_server(scenario, args, files) as server:
-        values = {
-            "folder": str(files),
-            "endpoint": server.endpoint,
-            "host": server.endpoint.removeprefix("http://"),
-            "scratch": str(scratch),
-            "bucket": BUCKET,
-            "region": REGION,
-        }
-        server_cpu_before_s = cpu_seconds(server.pid)
-        usage = run_measured(
-            client.command(values),
-            env=environment(endpoint=server.endpoint, home=scratch),
-            cwd=scratch,
-            log=scratch / "output.log",
-            timeout_s=args.timeout,
-        )
-        server_cpu_s = cpu_seconds(server.pid) - server_cpu_before_s
-        stored = server.stored()
-    return Run(usage, server_cpu_s, stored.requests, usage.error or missing(stored, scenario))
+    with temporary_folder(None) as scratch, running_server(first, args, files) as server:
+        for scenario, outcome in job:
+            run = measure_run(
+                outcome.client, scenario, server, files=files, scratch=scratch, args=args
+            )
+            outcome.runs.append(run)
+            show_run(run, outcome.client, scenario, round_number)
+            if run.error:
+                return
+
+
+def measure_run(
+    client: Client,
+    scenario: Scenario,
+    server: Server,
+    *,
+    files: Path,
+    scratch: Path,
+    args: argparse.Namespace,
+) -> Run:
+    """Run a client once."""
+    values = {
+        "folder": str(files),
+        "endpoint": server.endpoint,
+        "host": server.endpoint.removeprefix("http://"),
+        "scratch": str(scratch),
+        "bucket": BUCKET,
+        "region": REGION,
+    }
+    server.settle(scenario.latency_ms)
+    requests_before = Counter(server.stored().requests)
+    server_cpu_before_s = cpu_seconds(server.pid)
+    usage = run_measured(
+        client.command(values, crash_run=scenario.night is Night.CRASH_RUN),
+        env=environment(endpoint=server.endpoint, home=scratch),
+        cwd=scratch,
+        log=scratch / "output.log",
+        timeout_s=args.timeout,
+    )
+    server_cpu_s = cpu_seconds(server.pid) - server_cpu_before_s
+    stored = server.stored()
+    requests = Counter(stored.requests) - requests_before
+    error = usage.error or missing(stored, scenario) or sent_again(requests, scenario)
+    return Run(usage, server_cpu_s, dict(requests), error)
 
 
 def missing(stored: Stored, scenario: Scenario) -> str | None:
@@ -185,11 +250,22 @@ def missing(stored: Stored, scenario: Scenario) -> str | None:
     return None
 
 
+def sent_again(requests: Mapping[str, int], scenario: Scenario) -> str | None:
+    """What was sent though nothing had changed, in words; None if nothing was."""
+    sent = sum(requests.get(name, 0) for name in ("PutObject", "UploadPart"))
+    if sent and scenario.night not in (None, Night.FIRST):
+        return f"{sent:,} of {scenario.files:,} files were sent again"
+    return None
+
+
 @contextlib.contextmanager
 def running_server(scenario: Scenario, args: argparse.Namespace, files: Path) -> Iterator[Server]:
-    """The server that a scenario asks for; what it keeps lies beside the files."""
+    """The server that a client's first scenario asks for; what it keeps lies beside the files."""
     if scenario.server == "null":
-        with null_server(latency_ms=scenario.latency_ms) as server:
+        has_all = scenario.night is Night.SECOND
+        with null_server(
+            latency_ms=scenario.latency_ms, folder=files if has_all else None
+        ) as server:
             yield server
     else:
         rclone = args.venvs / "peers" / "bin" / "rclone"
@@ -212,10 +288,14 @@ def temporary_folder(parent: Path | None) -> Iterator[Path]:
 
 def show_run(run: Run, client: Client, scenario: Scenario, round_number: int) -> None:
     """One line on stderr for each run, so that a person sees it going on."""
-    wall_s = run.usage.wall_s
-    rate = f"{number(wall_s)} s, {number(scenario.rate(wall_s))} {scenario.unit}"
-    result = f"invalid: {run.error}" if run.error else rate
-    print(f"{scenario.name}, round {round_number}: {client.name}: {result}", file=sys.stderr)
+    wall_s, peak_mb = run.usage.wall_s, run.usage.peak_rss_bytes / 1e6
+    rate = f"{number(scenario.rate(wall_s))} {scenario.unit}"
+    result = f"invalid: {run.error}" if run.error else f"{rate}, {peak_mb:.0f} MB"
+    name = f"{client.name}{', ' if scenario.night else ''}{scenario.run_name}"
+    print(
+        f"{scenario.name}, round {round_number}: {name}: {number(wall_s)} s, {result}",
+        file=sys.stderr,
+    )
 
 
 def write_files(report: Report, args: argparse.Namespace) -> None:

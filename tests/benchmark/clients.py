@@ -11,13 +11,29 @@ The settings are those that the program's own documentation would lead a user wi
 - s3cmd: as it comes; it has no other way than one file after the other.
 
 Each client leaves a copy of the folder's files under their names in the bucket's root.
+
+For a job that comes back every night each is called as a cron table would have it, with the same
+command on all nights. What makes each take a file for the one that the bucket has:
+
+- s3FileTransfer --skip-unchanged: its state has the same size, mtime and ctime, and the listing has
+  the size and the ETag of the state. It alone has a crash run, too.
+- rclone as it comes: the same size, and the same mtime in the object's metadata, for which it sends
+  a HeadObject for each file. With --size-only it needs no more than the listing, which --fast-list
+  asks for in pages of 1,000 and not for each folder. With `--update --use-server-modtime` it
+  compares times as aws-cli does, from the listing alone, and takes as long as with --size-only.
+- aws s3 sync: the same size, and a LastModified in the listing not before the file's mtime.
+- s5cmd sync: the same, but objects whose LastModified is after its own clock, read when the first
+  page comes, are not there for it. So it sends all again where the server's clock is ahead, and
+  what was written in the very second in which it was sent, since LastModified has whole seconds.
+  Against a clock that is behind, or times that say nothing, --size-only helps; against one that is
+  ahead nothing does. Here it skips without options.
 """
 
 from __future__ import annotations
 
 import subprocess
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from null_servers import ACCESS_KEY_ID, BUCKET, SECRET_ACCESS_KEY
@@ -30,6 +46,7 @@ RCLONE = (
     "copy {folder} :s3:{bucket} --s3-provider Other --s3-env-auth"
     " --s3-region {region} --s3-endpoint {endpoint}"
 )
+RCLONE_64 = f"{RCLONE} --transfers 64 --s3-no-head --s3-no-check-bucket"
 TRANSFER = "--bucketname {bucket} --backupfolder {folder} --statefile {scratch}/stateFile.json"
 VERSION_CODE = "import boto3; print('boto3', boto3.__version__)"
 VERSION_CODE_CRT = (
@@ -46,19 +63,26 @@ class Client:
     program: tuple[Path, ...]
     arguments: str
     version_arguments: tuple[str, ...]
+    crash_run_arguments: str = ""  # of one that keeps a state of its own
 
-    def command(self, values: Mapping[str, str]) -> list[str]:
+    @property
+    def keeps_state(self) -> bool:
+        """Whether a second night needs a first one of this client's own."""
+        return bool(self.crash_run_arguments)
+
+    def command(self, values: Mapping[str, str], *, crash_run: bool = False) -> list[str]:
         """The command line, its placeholders filled in."""
+        arguments = self.crash_run_arguments if crash_run else self.arguments
         # Split first: a folder's name may have spaces.
-        arguments = [word.format_map(values) for word in self.arguments.split()]
-        return [*map(str, self.program), *arguments]
+        return [*map(str, self.program), *(word.format_map(values) for word in arguments.split())]
 
-    def shown_command(self) -> str:
+    def shown_command(self, *, crash_run: bool = False) -> str:
         """The command line for a reader: no paths, placeholders in capitals."""
         names = ("folder", "endpoint", "host", "scratch")
         values = {name: name.upper() for name in names} | {"bucket": BUCKET, "region": REGION}
         program = " ".join(path.name for path in self.program)
-        return f"{program} {self.arguments.format_map(values)}"
+        arguments = self.crash_run_arguments if crash_run else self.arguments
+        return f"{program} {arguments.format_map(values)}"
 
     def version(self) -> str | None:
         """The program's version; None when it is not installed or does not run."""
@@ -108,7 +132,7 @@ def all_clients(*, venvs: Path, script: Path) -> list[Client]:
             key="rclone-64",
             name="rclone --transfers 64",
             program=(peers / "rclone",),
-            arguments=f"{RCLONE} --transfers 64 --s3-no-head --s3-no-check-bucket",
+            arguments=RCLONE_64,
             version_arguments=("version",),
         ),
         Client(
@@ -127,6 +151,35 @@ def all_clients(*, venvs: Path, script: Path) -> list[Client]:
                 " --host {host} --host-bucket {host} {folder}/ s3://{bucket}/"
             ),
             version_arguments=("--version",),
+        ),
+    ]
+
+
+def nightly_clients(*, venvs: Path, script: Path) -> list[Client]:
+    """Those that can come back every night, installed or not, as they are called then."""
+    clients = {client.key: client for client in all_clients(venvs=venvs, script=script)}
+    ours = [
+        replace(
+            clients[key],
+            arguments=f"{TRANSFER} --skip-unchanged",
+            crash_run_arguments=f"{TRANSFER} --crashrun 1",
+        )
+        for key in ("ours", "ours-crt")
+    ]
+    fast = "--fast-list --size-only"
+    return [
+        *ours,
+        clients["rclone"],
+        replace(clients["rclone-64"], name=f"rclone {fast}", arguments=f"{RCLONE_64} {fast}"),
+        replace(
+            clients["aws"],
+            name="aws s3 sync",
+            arguments="s3 sync --only-show-errors {folder} s3://{bucket}/",
+        ),
+        replace(
+            clients["s5cmd"],
+            name="s5cmd sync",
+            arguments="--log error --endpoint-url {endpoint} sync {folder}/ s3://{bucket}/",
         ),
     ]
 

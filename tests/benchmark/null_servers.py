@@ -33,17 +33,20 @@ class Stored:
 
 @dataclass(frozen=True)
 class Server:
-    """A running server."""
+    """A running server; `settle` makes it ready for another client, so many milliseconds away."""
 
     endpoint: str
     pid: int
     stored: Callable[[], Stored]
+    settle: Callable[[int], object] = lambda latency_ms: None
 
 
 @contextlib.contextmanager
-def null_server(*, latency_ms: int) -> Iterator[Server]:
-    """A null server, for as long as the context lasts."""
+def null_server(*, latency_ms: int, folder: Path | None = None) -> Iterator[Server]:
+    """A null server, for as long as the context lasts; its bucket begins with a folder's files."""
     command = [sys.executable, str(NULL_S3), "--latency-ms", str(latency_ms)]
+    if folder:
+        command += ["--fill", f"{BUCKET}={folder}"]
     with terminating(subprocess.Popen(command, stdout=subprocess.PIPE, text=True)) as process:
         assert process.stdout
         line = process.stdout.readline()
@@ -51,13 +54,20 @@ def null_server(*, latency_ms: int) -> Iterator[Server]:
         if not match:
             raise OSError(f"the null server did not start: {line!r}")
         endpoint = match[1]
-        yield Server(endpoint, process.pid, lambda: stored_in_null_server(endpoint))
+        yield Server(
+            endpoint,
+            process.pid,
+            stored=lambda: ask_null_server(f"{endpoint}/_stats"),
+            settle=lambda latency_ms: ask_null_server(
+                f"{endpoint}/_settle?latency-ms={latency_ms}"
+            ),
+        )
 
 
-def stored_in_null_server(endpoint: str) -> Stored:
+def ask_null_server(url: str) -> Stored:
     """What a null server says that it has got."""
     no_proxy = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with no_proxy.open(f"{endpoint}/_stats") as answer:
+    with no_proxy.open(url) as answer:
         statistics = json.load(answer)
     return Stored(statistics["objects"], statistics["object_bytes"], statistics["requests"])
 

@@ -7,13 +7,14 @@ import os
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from statistics import median
 from xml.sax.saxutils import escape
 
 from clients import OURS, OURS_CRT, Client
 from measure import Usage
-from scenarios import Scenario
+from scenarios import Night, Scenario
 
 COLUMNS_NOTE = (
     "CPU s and peak MB are of the client's whole process tree (user and system time; resident "
@@ -77,14 +78,22 @@ class Outcome:
         return self.median(lambda run: run.server_cpu_s / run.usage.wall_s)
 
 
+# A scenario with its outcomes; those of a job's nights stand one after the other.
+Result = tuple[Scenario, list[Outcome]]
+
+
 @dataclass
 class Report:
     """Everything that goes into the table: scenarios with their outcomes, in order."""
 
     rounds: int
     scale: float
-    results: list[tuple[Scenario, list[Outcome]]] = field(default_factory=list)
+    results: list[Result] = field(default_factory=list)
     date: datetime.date = field(default_factory=datetime.date.today)
+
+    def jobs(self) -> list[list[Result]]:
+        """The results, those of one job's nights together."""
+        return [list(job) for _, job in groupby(self.results, key=lambda each: each[0].name)]
 
 
 def machine() -> str:
@@ -120,9 +129,16 @@ def ratio(outcomes: Iterable[Outcome], ours: str, peer: Outcome) -> float | None
 def markdown(report: Report) -> str:
     """The whole report: date and machine, a table for each scenario, how each client was called."""
     parts = [heading(report)]
-    for scenario, outcomes in report.results:
-        parts += [f"### {scenario.title}", str(scenario), table(scenario, outcomes, report)]
-        parts += [f"{each.client.name}: {each.problem}." for each in outcomes if each.problem]
+    for job in report.jobs():
+        if job[0][0].night:
+            parts += [f"### {job[0][0].title}, night after night", nights_table(job)]
+        for scenario, outcomes in job:
+            parts += [
+                f"### {scenario.full_title}",
+                str(scenario),
+                table(scenario, outcomes, report),
+            ]
+            parts += [f"{each.client.name}: {each.problem}." for each in outcomes if each.problem]
     parts += [COLUMNS_NOTE, commands(report)]
     return "\n\n".join(parts) + "\n"
 
@@ -140,6 +156,27 @@ def table(scenario: Scenario, outcomes: Sequence[Outcome], report: Report) -> st
     header = ("client", *measured, "ours ÷ this", "ours[crt] ÷ this")
     rows = [table_row(scenario, outcome, outcomes, report) for outcome in fastest_first(outcomes)]
     return aligned([header, *rows])
+
+
+def nights_table(job: Sequence[Result]) -> str:
+    """All nights of a job in one table, the client with the fastest second night first."""
+    header = ["client"]
+    for scenario, _ in job:
+        header += [f"{scenario.run_name}, s", "peak MB"]
+    seconds = [outcomes for scenario, outcomes in job if scenario.night is Night.SECOND]
+    rows = [header]
+    for client in (outcome.client for outcome in fastest_first(seconds[0])):
+        rows.append([client.name])
+        for _, outcomes in job:
+            its_own = [each for each in outcomes if each.client == client and not each.problem]
+            figures = [(number(each.wall_s), f"{megabytes(each):,.0f}") for each in its_own]
+            rows[-1] += figures[0] if figures else ("-", "-")
+    return aligned(rows)
+
+
+def megabytes(outcome: Outcome) -> float:
+    """Peak memory in MB."""
+    return outcome.peak_rss_bytes / 1e6
 
 
 def fastest_first(outcomes: Iterable[Outcome]) -> list[Outcome]:
@@ -162,7 +199,7 @@ def table_row(
         number(outcome.wall_s),
         number(scenario.rate(outcome.wall_s)),
         number(outcome.cpu_s),
-        f"{outcome.peak_rss_bytes / 1e6:.0f}",
+        f"{megabytes(outcome):,.0f}",
         f"{outcome.server_cpu_share * 100:.0f}",
         *("" if value is None else number(value) for value in ratios),
     )
@@ -184,14 +221,15 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
 
 
 def commands(report: Report) -> str:
-    """Version and command line of each client."""
-    outcomes = report.results[0][1] if report.results else []
+    """Version and command line of each client, and how it was called for a crash run."""
     lines = (
-        f"- {outcome.client.name}, {outcome.version}: `{outcome.client.shown_command()}`"
+        f"- {outcome.client.name}, {outcome.version}: `"
+        f"{outcome.client.shown_command(crash_run=scenario.night is Night.CRASH_RUN)}`"
+        for scenario, outcomes in report.results
         for outcome in outcomes
         if outcome.version
     )
-    return "\n".join(lines)
+    return "\n".join(dict.fromkeys(lines))
 
 
 # JSON.
@@ -207,12 +245,14 @@ def as_json(report: Report) -> dict[str, object]:
         "scenarios": [
             {
                 "name": scenario.name,
-                "title": scenario.title,
+                "title": scenario.full_title,
+                "night": scenario.night and scenario.night.value,
                 "files": scenario.files,
                 "file_bytes": scenario.file_bytes,
                 "latency_ms": scenario.latency_ms,
                 "server": scenario.server,
                 "unit": scenario.unit,
+                "folder_files": scenario.folder_files,
                 "clients": [outcome_as_json(scenario, each, outcomes) for each in outcomes],
             }
             for scenario, outcomes in report.results
@@ -227,7 +267,7 @@ def outcome_as_json(
     result: dict[str, object] = {
         "client": outcome.client.name,
         "version": outcome.version,
-        "command": outcome.client.shown_command(),
+        "command": outcome.client.shown_command(crash_run=scenario.night is Night.CRASH_RUN),
         "problem": outcome.problem,
         "runs": [run_as_json(run) for run in outcome.runs],
     }
@@ -288,19 +328,26 @@ STYLE = """
 
 
 def svg(report: Report) -> str:
-    """A chart with a group of bars for each scenario: the longer the bar, the faster the client."""
+    """A chart with a group of bars for each scenario: the longer the bar, the faster the client.
+
+    A second night has one more, of memory: the shorter the bar, the less of it.
+    """
     elements: list[str] = []
     top = MARGIN
     for scenario, outcomes in report.results:
         shown = [each for each in fastest_first(outcomes) if each.version]
-        elements += chart_group(scenario, shown, top=top)
-        top += TITLE_HEIGHT + ROW_HEIGHT * len(shown) + MARGIN
+        groups = [(f"{scenario.full_title}: {scenario.unit}", rate_of(scenario))]
+        if scenario.night is Night.SECOND:
+            groups += [(f"{scenario.full_title}: peak MB of memory, less is better", megabytes)]
+        for title, value in groups:
+            elements += chart_group(title, scenario, shown, value=value, top=top)
+            top += TITLE_HEIGHT + ROW_HEIGHT * len(shown) + MARGIN
     elements.append(text(MARGIN, top, f"{report.date}, {machine()}", css="note"))
     height = top + MARGIN
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{CHART_WIDTH}" height="{height}" '
         f'viewBox="0 0 {CHART_WIDTH} {height}" role="img">\n'
-        "<title>Upload speed of s3FileTransfer and other clients; longer is faster</title>\n"
+        "<title>Speed of s3FileTransfer and other clients; longer is faster</title>\n"
         f"<style>{STYLE}</style>\n"
         f'<rect class="ground" width="{CHART_WIDTH}" height="{height}" rx="8"/>\n'
         + "\n".join(elements)
@@ -308,19 +355,31 @@ def svg(report: Report) -> str:
     )
 
 
-def chart_group(scenario: Scenario, outcomes: Sequence[Outcome], *, top: float) -> list[str]:
+def rate_of(scenario: Scenario) -> Callable[[Outcome], float]:
+    """What the bars of a scenario show."""
+    return lambda outcome: scenario.rate(outcome.wall_s)
+
+
+def chart_group(
+    title: str,
+    scenario: Scenario,
+    outcomes: Sequence[Outcome],
+    *,
+    value: Callable[[Outcome], float],
+    top: float,
+) -> list[str]:
     """The bars of one scenario, the longest as long as there is room for."""
     plain = str(scenario).replace("`", "")
     elements = [
-        text(MARGIN, top + 12, f"{scenario.title}: {scenario.unit}", css="title"),
+        text(MARGIN, top + 12, title, css="title"),
         text(MARGIN, top + 30, plain, css="note"),
     ]
-    rates = [0.0 if each.problem else scenario.rate(each.wall_s) for each in outcomes]
-    for row, (outcome, rate) in enumerate(zip(outcomes, rates, strict=True)):
+    values = [0.0 if each.problem else value(each) for each in outcomes]
+    for row, (outcome, its_value) in enumerate(zip(outcomes, values, strict=True)):
         y = top + TITLE_HEIGHT + row * ROW_HEIGHT
-        share = rate / max(rates) if rate else 0.0
-        value = outcome.problem.partition(":")[0] if outcome.problem else number(rate)
-        elements += bar(outcome.client.name, value, share=share, top=y)
+        share = its_value / max(values) if its_value else 0.0
+        shown = outcome.problem.partition(":")[0] if outcome.problem else number(its_value)
+        elements += bar(outcome.client.name, shown, share=share, top=y)
     return elements
 
 

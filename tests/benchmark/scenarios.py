@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import random
 import shutil
 import tempfile
@@ -11,12 +12,25 @@ from pathlib import Path
 SHARED_MEMORY = Path("/dev/shm")
 # Memory that is to stay free beside the files, for the clients and the system.
 MEMORY_RESERVE_BYTES = 4_000_000_000
+SECOND_NIGHT_FAR_MS = 30
 RANDOM_BLOCK_BYTES = 16 * 1024 * 1024
+
+
+class Night(enum.Enum):
+    """Which run of the same job a scenario is; all of a job meet one server, in this order."""
+
+    FIRST = "first night"
+    SECOND = "second night"
+    CRASH_RUN = "crash run"
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """So many files of one size, sent to one kind of server (`null` or `rclone`)."""
+    """So many files of one size, sent to one kind of server (`null` or `rclone`).
+
+    They lie in one folder or, where `folder_files` says how many, in folders of so many. One with
+    a `night` is a run of a job that comes back every night: see `job`.
+    """
 
     name: str
     title: str
@@ -24,6 +38,9 @@ class Scenario:
     file_bytes: int
     latency_ms: int = 0
     server: str = "null"
+    folder_files: int = 0
+    night: Night | None = None
+    is_long: bool = False  # measured only where it is asked for by its name
 
     @property
     def total_bytes(self) -> int:
@@ -38,12 +55,38 @@ class Scenario:
     def scaled(self, factor: float) -> Scenario:
         """The same with fewer files or, where there are only a few, with smaller ones."""
         if self.files >= 100:
-            return replace(self, files=max(1, round(self.files * factor)))
+            files = max(1, round(self.files * factor))
+            return replace(
+                self, files=files, title=f"{files:,} files" if self.night else self.title
+            )
         return replace(self, file_bytes=max(1, round(self.file_bytes * factor)))
 
     def rate(self, seconds: float) -> float:
         """What was sent in a second: MB for large files, else files."""
         return (self.total_bytes / 1e6 if self.is_large else self.files) / seconds
+
+    def job(self) -> list[Scenario]:
+        """The runs that are measured one after the other against one server: mostly one.
+
+        Of a job that comes back every night they are the first one; two second ones, from near and
+        from far, on which nothing has changed; and a crash run.
+        """
+        if not self.night:
+            return [self]
+        nights = [(night, 0) for night in Night]
+        nights.insert(2, (Night.SECOND, SECOND_NIGHT_FAR_MS))
+        return [replace(self, night=night, latency_ms=far_ms) for night, far_ms in nights]
+
+    @property
+    def full_title(self) -> str:
+        """For example: `20,000 files: second night, 30 ms away`."""
+        return f"{self.title}: {self.run_name}" if self.night else self.title
+
+    @property
+    def run_name(self) -> str:
+        """Which run of its job it is, in words; empty if it is the only one."""
+        away = f", {self.latency_ms} ms away" if self.latency_ms else ""
+        return f"{self.night.value}{away}" if self.night else ""
 
     @property
     def unit(self) -> str:
@@ -67,6 +110,25 @@ SCENARIOS = (
     Scenario("large", "One large file", 1, 3_000_000_000),
     Scenario("many-large", "Many large files", 8, 1_200_000_000),
     Scenario("small-rclone", "Many small files, real server", 10_000, 10_000, server="rclone"),
+    Scenario("nights-20k", "20,000 files", 20_000, 1_000, folder_files=1_000, night=Night.FIRST),
+    Scenario(
+        "nights-200k",
+        "200,000 files",
+        200_000,
+        1_000,
+        folder_files=1_000,
+        night=Night.FIRST,
+        is_long=True,
+    ),
+    Scenario(
+        "nights-1m",
+        "1,000,000 files",
+        1_000_000,
+        1_000,
+        folder_files=1_000,
+        night=Night.FIRST,
+        is_long=True,
+    ),
 )
 
 
@@ -111,8 +173,13 @@ def make_files(folder: Path, scenario: Scenario) -> None:
     """
     block = random.Random(0).randbytes(RANDOM_BLOCK_BYTES)
     digits = len(str(scenario.files))
+    place = folder
     for number in range(scenario.files):
-        with (folder / f"file-{number:0{digits}}.dat").open("wb") as file:
+        if scenario.folder_files and number % scenario.folder_files == 0:
+            place = folder / f"folder-{number // scenario.folder_files:0{digits}}"
+            place.mkdir()
+        # Not by Path.open(), which takes as long as the writing.
+        with open(f"{place}/file-{number:0{digits}}.dat", "wb") as file:
             start = number * 4099 % (RANDOM_BLOCK_BYTES // 2)
             left = scenario.file_bytes
             while left:
