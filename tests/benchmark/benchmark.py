@@ -39,7 +39,7 @@ from clients import REGION, Client, all_clients, environment, nightly_clients
 from measure import become_subreaper, cpu_seconds, run_measured
 from null_servers import BUCKET, Server, Stored, null_server, rclone_server
 from report import Outcome, Report, Result, Run, as_json, markdown, number, svg
-from scenarios import SCENARIOS, Night, Scenario, make_files, place_for
+from scenarios import LONG_SCENARIOS, SCENARIOS, Night, Scenario, make_files, place_for
 
 ROOT = Path(__file__).resolve().parents[2]
 # A client that takes longer than this is not asked again: what a run of minutes varies by does not
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     versions = {client.key: client.version() for client in clients}
     report = Report(args.rounds, args.scale)
     for scenario in SCENARIOS:
-        if scenario.name not in args.scenario if args.scenario else scenario.is_long:
+        if scenario.name not in args.scenario:
             continue
         results = [
             (each, [Outcome(client, versions[client.key]) for client in taking_part(each, args)])
@@ -137,6 +137,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.rounds < 1 or args.scale <= 0:
         parser.error("--rounds and --scale must be greater than zero")
+    args.scenario = args.scenario or sorted({each.name for each in SCENARIOS} - {*LONG_SCENARIOS})
     return args
 
 
@@ -193,9 +194,8 @@ def measure_client(
     args: argparse.Namespace,
 ) -> None:
     """Run a client's scenarios against a new server, until one fails; adds to its outcomes."""
-    first = job[0][0]
     # On disk, as a user has it: s3FileTransfer saves its state there.
-    with temporary_folder(None) as scratch, running_server(first, args, files) as server:
+    with temporary_folder(None) as scratch, running_server(job[0][0], args, files) as server:
         for scenario, outcome in job:
             run = measure_run(
                 outcome.client, scenario, server, files=files, scratch=scratch, args=args
@@ -215,7 +215,7 @@ def measure_run(
     scratch: Path,
     args: argparse.Namespace,
 ) -> Run:
-    """Run a client once."""
+    """Run a client once, against a server that is ready for it."""
     values = {
         "folder": str(files),
         "endpoint": server.endpoint,
@@ -262,10 +262,8 @@ def sent_again(requests: Mapping[str, int], scenario: Scenario) -> str | None:
 def running_server(scenario: Scenario, args: argparse.Namespace, files: Path) -> Iterator[Server]:
     """The server that a client's first scenario asks for; what it keeps lies beside the files."""
     if scenario.server == "null":
-        has_all = scenario.night is Night.SECOND
-        with null_server(
-            latency_ms=scenario.latency_ms, folder=files if has_all else None
-        ) as server:
+        folder = files if scenario.night is Night.SECOND else None
+        with null_server(latency_ms=scenario.latency_ms, folder=folder) as server:
             yield server
     else:
         rclone = args.venvs / "peers" / "bin" / "rclone"

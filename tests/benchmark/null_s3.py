@@ -109,11 +109,17 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--fill",
         action="append",
         default=[],
-        type=lambda value: tuple(value.split("=", 1)),
+        type=bucket_with_folder,
         metavar="BUCKET=FOLDER",
         help="begin with the files of a folder in a bucket (repeatable)",
     )
     return parser.parse_args(argv)
+
+
+def bucket_with_folder(value: str) -> tuple[str, str]:
+    """The two of `BUCKET=FOLDER`; ValueError if they are not."""
+    bucket, folder = value.split("=", 1)
+    return bucket, folder
 
 
 async def serve(*, port: int, latency_s: float, fill: Iterable[tuple[str, str]]) -> None:

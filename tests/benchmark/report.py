@@ -336,12 +336,13 @@ def svg(report: Report) -> str:
     top = MARGIN
     for scenario, outcomes in report.results:
         shown = [each for each in fastest_first(outcomes) if each.version]
-        groups = [(f"{scenario.full_title}: {scenario.unit}", rate_of(scenario))]
+        groups = [(scenario.unit, shown, rate_of(scenario))]
         if scenario.night is Night.SECOND:
-            groups += [(f"{scenario.full_title}: peak MB of memory, less is better", megabytes)]
-        for title, value in groups:
-            elements += chart_group(title, scenario, shown, value=value, top=top)
-            top += TITLE_HEIGHT + ROW_HEIGHT * len(shown) + MARGIN
+            leanest = sorted(shown, key=lambda each: 0 if each.problem else megabytes(each))
+            groups += [("peak MB of memory, less is better", leanest, megabytes)]
+        for what, bars, value in groups:
+            elements += chart_group(what, scenario, bars, value=value, top=top)
+            top += TITLE_HEIGHT + ROW_HEIGHT * len(bars) + MARGIN
     elements.append(text(MARGIN, top, f"{report.date}, {machine()}", css="note"))
     height = top + MARGIN
     return (
@@ -361,17 +362,17 @@ def rate_of(scenario: Scenario) -> Callable[[Outcome], float]:
 
 
 def chart_group(
-    title: str,
+    what: str,
     scenario: Scenario,
     outcomes: Sequence[Outcome],
     *,
     value: Callable[[Outcome], float],
     top: float,
 ) -> list[str]:
-    """The bars of one scenario, the longest as long as there is room for."""
+    """The bars of one scenario, of what `value` tells; the longest takes all the room there is."""
     plain = str(scenario).replace("`", "")
     elements = [
-        text(MARGIN, top + 12, title, css="title"),
+        text(MARGIN, top + 12, f"{scenario.full_title}: {what}", css="title"),
         text(MARGIN, top + 30, plain, css="note"),
     ]
     values = [0.0 if each.problem else value(each) for each in outcomes]

