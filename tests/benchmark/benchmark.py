@@ -14,12 +14,13 @@ server for each client, and a run that sends anything again does not count.
 two cores, and 10 GB of room in /dev/shm or, where memory is short, in the folder for temporary
 files. What takes hours is measured only where it is asked for by name:
 
-    tests/benchmark/run.sh --scenario nights-20k --scenario nights-200k
-    tests/benchmark/run.sh --scenario nights-1m --fill --rounds 1 --timeout 1800
+    tests/benchmark/run.sh --scenario nights-20k --scenario nights-200k --timeout 3600
+    tests/benchmark/run.sh --scenario nights-1m --fill --timeout 1800
 
 With --fill only s3FileTransfer, whose state comes of it, has a first night; the others meet a
-server that begins with all files, as though they had sent them. Linux only: what a client takes is
-read from /proc.
+server that begins with all files, as though they had sent them. --scale makes other numbers: with
+`--scenario nights-200k --scale 1.5 --client ours-crt` it is 300,000 files and one client. Linux
+only: what a client takes is read from /proc.
 """
 
 from __future__ import annotations

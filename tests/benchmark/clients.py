@@ -26,7 +26,8 @@ command on all nights. What makes each take a file for the one that the bucket h
   page comes, are not there for it. So it sends all again where the server's clock is ahead, and
   what was written in the very second in which it was sent, since LastModified has whole seconds.
   Against a clock that is behind, or times that say nothing, --size-only helps; against one that is
-  ahead nothing does. Here it skips without options.
+  ahead nothing does. Here it skips without options. It sends each file by a command line that it
+  writes and reads again, and so takes three times the CPU time of `s5cmd cp` on a first night.
 """
 
 from __future__ import annotations
