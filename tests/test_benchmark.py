@@ -47,6 +47,7 @@ def null_server(*options: str) -> Iterator[S3Client]:
             )
         finally:
             process.terminate()
+            process.communicate()
 
 
 @pytest.fixture(scope="module")
