@@ -68,14 +68,13 @@ import itertools
 import json
 import math
 import mimetypes
-import multiprocessing
-import multiprocessing.resource_tracker
 import os
 import queue
 import random
 import re
 import signal
 import stat
+import subprocess
 import sys
 import threading
 import time
@@ -91,8 +90,6 @@ from decimal import Decimal
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn, TextIO, TypeVar
 
 if TYPE_CHECKING:
-    from multiprocessing.connection import Connection
-
     import boto3
     import boto3.s3.transfer
     import botocore.awsrequest
@@ -2916,7 +2913,7 @@ class PutTemplate(NamedTuple):
     region: str
     is_https: bool
     path: str  # the key follows
-    headers: list[tuple[str, str]]
+    headers: dict[str, str]
     ca_path: str
     no_links_below: str | None
 
@@ -2944,11 +2941,10 @@ class PutTemplate(NamedTuple):
             events.unregister("before-send.s3.PutObject", take)
         (request,) = requests
         url = urllib.parse.urlsplit(request.url)
-        headers = [("Host", url.netloc)]
+        headers = {"Host": url.netloc}
         for name, value in request.headers.items():
             if name.lower() not in OF_ONE_PUT:
-                text = value.decode("ascii") if isinstance(value, bytes) else value
-                headers.append((name, text))
+                headers[name] = value.decode("ascii") if isinstance(value, bytes) else value
         return cls(
             region=bucket.client.meta.region_name,
             is_https=url.scheme == "https",
@@ -3032,15 +3028,20 @@ class LaneSender:
     """
 
     FILE_MAX_BYTES = 256 * KIB  # for larger bodies the runtime is no faster, and keeps a copy
+    # The runtime would give up a connection on which nothing moves for 30 seconds, and send the
+    # file a second time; what is under way at once is as much as needs about 10.
+    ANSWER_SECONDS = 25
     SLOW_READ_SECONDS, READERS = 0.002, 16
     BATCH_SECONDS = 0.005  # each message wakes the main process
 
-    def __init__(self, runtime: Any, template: PutTemplate, pipe: Connection) -> None:
-        self._runtime, self._template, self._pipe = runtime, template, pipe
+    def __init__(self, runtime: Any, messages: Iterator[Any]) -> None:
+        self._runtime, self._messages = runtime, messages
+        self._template = PutTemplate(*next(messages))
         self._client, self._signing = self._make_client(), None
         # What the other threads, and those of the runtime, leave to the working one.
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._results: list[LaneResult] = []
+        self._under_way: dict[Any, float] = {}  # requests, and when they were begun
         self._read_seconds, self._readers = 0.0, ThreadPoolExecutor(self.READERS)
 
     def _make_client(self) -> Any:
@@ -3070,25 +3071,31 @@ class LaneSender:
         )
 
     def run(self) -> None:
-        """Send what comes through the pipe, until it closes: raises OSError then."""
-        threading.Thread(target=self._receive, daemon=True).start()
+        """Send the files of the messages, until these end: raises OSError then."""
+        for work in (self._receive, self._give_up_late):
+            threading.Thread(target=work, daemon=True).start()
         told_at = 0.0
         while True:
             with contextlib.suppress(queue.Empty):
                 self._calls.get(timeout=self.BATCH_SECONDS if self._results else None)()
             if self._results and time.monotonic() - told_at > self.BATCH_SECONDS:
                 told_at = time.monotonic()
-                self._pipe.send(self._results)
+                send_message(sys.stdout.buffer, self._results)
                 self._results = []
 
     def _receive(self) -> None:
-        with contextlib.suppress(EOFError, OSError):
-            while True:
-                credentials, tasks = self._pipe.recv()
-                self._calls.put(functools.partial(self._take, credentials, tasks))
+        for credentials, tasks in self._messages:
+            self._calls.put(functools.partial(self._take, credentials, tasks))
         os._exit(0)
 
-    def _take(self, credentials: Credentials | None, tasks: list[Task]) -> None:
+    def _give_up_late(self) -> None:
+        while True:
+            time.sleep(1)
+            for request, began_at in list(self._under_way.items()):
+                if time.monotonic() - began_at > self.ANSWER_SECONDS:
+                    request.cancel()
+
+    def _take(self, credentials: list[str] | None, tasks: list[list[Any]]) -> None:
         """Begin the puts of some files, in other threads where reading is slow (NFS)."""
         if credentials:
             # Static: the runtime would otherwise ask Python for them with each request.
@@ -3096,7 +3103,7 @@ class LaneSender:
             self._signing = self._runtime.s3.create_default_s3_signing_config(
                 region=self._template.region, credential_provider=provider
             )
-        for task in tasks:
+        for task in itertools.starmap(Task, tasks):
             if self._read_seconds < self.SLOW_READ_SECONDS:
                 self._begin(task)
             else:
@@ -3119,7 +3126,7 @@ class LaneSender:
         self._read_seconds += (time.monotonic() - started - self._read_seconds) / 32
         md5 = new_md5(data).digest()
         headers = [
-            *self._template.headers,
+            *self._template.headers.items(),
             ("Content-MD5", base64_of(md5)),
             ("Content-Length", str(len(data))),
             ("x-amz-meta-mtime", mtime_text(source.status)),
@@ -3136,9 +3143,14 @@ class LaneSender:
             request=http.HttpRequest("PUT", path, http.HttpHeaders(headers), RuntimeBody(data)),
             on_headers=put.take_headers,
         )
+        self._under_way[put.request] = time.monotonic()
         put.request.finished_future.add_done_callback(
-            lambda _: self._calls.put(lambda: self._results.append(put.result()))
+            lambda _: self._calls.put(lambda: self._end(put))
         )
+
+    def _end(self, put: LanePut) -> None:
+        del self._under_way[put.request]
+        self._results.append(put.result())
 
 
 def raise_file_limit() -> int:
@@ -3163,8 +3175,19 @@ def end_process(failed: threading.ExceptHookArgs) -> None:
     os._exit(1)
 
 
-def run_lane(pipe: Connection) -> None:
-    """Be a lane: take files from the pipe and send results back, until it closes."""
+def send_message(pipe: IO[bytes], message: object) -> None:
+    """Send a message through a pipe, as a line of JSON; raises OSError if its end is closed."""
+    pipe.write(json.dumps(message).encode() + b"\n")
+    pipe.flush()
+
+
+def messages_of(pipe: IO[bytes]) -> Iterator[Any]:
+    """Yield the messages that come through a pipe, until it closes; one that is torn is none."""
+    return (json.loads(line) for line in pipe if line.endswith(b"\n"))
+
+
+def run_lane() -> NoReturn:
+    """Be a lane: files come from standard input, until it closes; results go to standard output."""
     gc.disable()  # as in main()
     # A signal to the whole process group is for the main process to answer.
     for signum in Interruption.SIGNALS:
@@ -3172,50 +3195,62 @@ def run_lane(pipe: Connection) -> None:
     threading.excepthook = end_process
     raise_file_limit()
     # Where the runtime cannot be had, or the run has ended, so does the lane.
-    with contextlib.suppress(ImportError, AttributeError, EOFError, OSError):
+    with contextlib.suppress(ImportError, AttributeError, StopIteration, OSError):
         import awscrt.auth
         import awscrt.http
         import awscrt.io
         import awscrt.s3
 
-        sender = LaneSender(awscrt, pipe.recv(), pipe)
+        sender = LaneSender(awscrt, messages_of(sys.stdin.buffer))
         gc.freeze()
         gc.enable()
-        pipe.send([])
+        send_message(sys.stdout.buffer, [])
         sender.run()
     os._exit(0)
 
 
-SPAWN = multiprocessing.get_context("spawn")
+@contextlib.contextmanager
+def signals_held_back() -> Iterator[None]:
+    """Hold back the signals that end a run: a process that is started now will never get them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, Interruption.SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class Lane:
     """A lane as the main process sees it; `indexes` are those of the entries that it has.
 
-    Spawned: a fork would keep the state's lock after the main process has died. That death
-    closes the pipe, which ends the lane.
+    It is this script, started once more: as `python -c` it would take modules from the current
+    directory, where anybody may have put them, and a fork would keep the state's lock after the
+    main process has died. That death closes the pipes, which ends the lane.
     """
 
+    ARGUMENT = "be-a-lane"  # the only one; no option of the command line
     STUCK_SECONDS = 120
+    END_SECONDS = 1
 
     def __init__(self) -> None:
         self.indexes: set[int] = set()
         self.is_ready = False
         self._batch: list[Task] = []
         self._outbox: queue.SimpleQueue[list[Task]] = queue.SimpleQueue()
-        self._pipe, theirs = SPAWN.Pipe()
-        self._process = SPAWN.Process(target=run_lane, args=(theirs,), daemon=True)
-        if sys.platform == "win32":
-            self._process.start()
-        else:
-            # Python would start its tracker with the first process, and unblock the signals then.
-            multiprocessing.resource_tracker.ensure_running()
-            before = signal.pthread_sigmask(signal.SIG_BLOCK, Interruption.SIGNALS)
-            try:
-                self._process.start()
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        theirs.close()
+        flags = {"isolated": "-I", "ignore_environment": "-E", "no_user_site": "-s"}
+        flags |= {"safe_path": "-P", "utf8_mode": "-Xutf8"}
+        like_this = [flag for name, flag in flags.items() if getattr(sys.flags, name, False)]
+        is_windows = sys.platform == "win32"
+        with contextlib.nullcontext() if is_windows else signals_held_back():
+            self._process = subprocess.Popen(
+                [sys.executable, *like_this, os.path.realpath(__file__), self.ARGUMENT],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                # There a console's Ctrl-C is for all processes of a group.
+                creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
+            )
+        assert self._process.stdin
+        assert self._process.stdout
+        self._to_it, self._from_it = self._process.stdin, self._process.stdout
 
     def open(
         self, template: PutTemplate, session: Session, *,
@@ -3224,22 +3259,12 @@ class Lane:
         """Let it take files; both functions are called from threads of its own.
 
         Only from now on is it asked for an answer: the walk may have taken long.
-        `on_end` may be called twice, and results of what it had may still come after that.
         """
-
-        def run(work: Callable[[], None]) -> None:
-            try:
-                # Its pipe closes when it ends; the source of the credentials may fail.
-                with contextlib.suppress(EOFError, *request_errors()):
-                    work()
-            finally:  # a bug too must not make the run wait for ever
-                on_end(self)
-
         self._heard_at = time.monotonic()
         feed = functools.partial(self._feed, template, session)
-        listen = functools.partial(self._listen, on_results)
+        listen = functools.partial(self._listen, on_results, on_end)
         for work in (feed, listen):
-            threading.Thread(target=run, args=(work,), daemon=True).start()
+            threading.Thread(target=work, daemon=True).start()
 
     def add(self, task: Task) -> None:
         """Have it send a file, with the next `flush`."""
@@ -3254,10 +3279,6 @@ class Lane:
             self._outbox.put(self._batch)
             self._batch = []
 
-    def count(self) -> int:
-        """Return how many files it has."""
-        return len(self.indexes)
-
     def is_stuck(self) -> bool:
         """Tell whether it should long have said something: a disk may hang (NFS)."""
         is_asked = bool(self.indexes) or not self.is_ready
@@ -3267,20 +3288,62 @@ class Lane:
         """End it, whatever it does."""
         self._process.kill()  # it ignores SIGTERM, as signals are for the main process
 
+    def wait(self) -> None:
+        """Wait for its end: nobody else may do so in a container, and a zombie would stay."""
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a disk may hang (NFS)
+            self._process.wait(self.END_SECONDS)
+
     def _feed(self, template: PutTemplate, session: Session) -> None:
         # In a thread: to renew credentials can take long, and so can a pipe that is full.
         known: Credentials | None = None
-        self._pipe.send(template)
-        while True:
-            tasks, credentials = self._outbox.get(), session.credentials()
-            self._pipe.send((credentials if credentials != known else None, tasks))
-            known = credentials
+        # Their source may fail, or the lane: its pipe closes, and so it ends.
+        with contextlib.suppress(*request_errors()), self._to_it:
+            send_message(self._to_it, template)
+            while True:
+                tasks, credentials = self._outbox.get(), session.credentials()
+                send_message(self._to_it, (credentials if credentials != known else None, tasks))
+                known = credentials
 
-    def _listen(self, on_results: Callable[[Lane, list[LaneResult]], None]) -> None:
-        while True:
-            results = self._pipe.recv()  # first of all none: it is ready
-            self.is_ready, self._heard_at = True, time.monotonic()
-            on_results(self, results)
+    def _listen(
+        self, on_results: Callable[[Lane, list[LaneResult]], None], on_end: Callable[[Lane], None]
+    ) -> None:
+        try:
+            for results in messages_of(self._from_it):  # first of all none: it is ready
+                self.is_ready, self._heard_at = True, time.monotonic()
+                on_results(self, list(itertools.starmap(LaneResult, results)))
+        finally:  # a bug too must not make the run wait for ever
+            on_end(self)
+
+
+# Where Linux has the quota and the period of a group: cgroup v2, which names no controller, and v1.
+CPU_QUOTAS = {
+    "": ("/sys/fs/cgroup", ["cpu.max"]),
+    "cpu": ("/sys/fs/cgroup/cpu", ["cpu.cfs_quota_us", "cpu.cfs_period_us"]),
+}
+
+
+def text_of(path: str) -> str:
+    """Return what a small file of the system holds; nothing if it cannot be read."""
+    with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
+        return file.read()
+    return ""
+
+
+def granted_cores() -> int:
+    """Return how many cores this process may use; the quotas of the groups above its own count too.
+
+    https://docs.kernel.org/admin-guide/cgroup-v2.html#cpu-interface-files
+    """
+    has_affinity = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    for line in text_of("/proc/self/cgroup").splitlines():
+        _number, controllers, group = line.split(":", 2)
+        for root, names in filter(None, map(CPU_QUOTAS.get, controllers.split(","))):
+            for end in [match.start() for match in re.finditer("/|$", group)]:
+                quota = " ".join(text_of(f"{root}{group[:end]}/{name}") for name in names)
+                if match := re.fullmatch(r"(\d+)\s+([1-9]\d*)\s*", quota):  # not "max", nor -1
+                    cores = min(cores, math.ceil(int(match[1]) / int(match[2])))
+    return max(cores, 1)
 
 
 class Lanes:
@@ -3296,9 +3359,7 @@ class Lanes:
         problem = self._problem()
         if problem and self._is_asked_for:
             raise StopRun(f"cannot use the AWS Common Runtime: {problem}")
-        cores = os.cpu_count() or 1
-        if hasattr(os, "sched_getaffinity"):
-            cores = len(os.sched_getaffinity(0))
+        cores = granted_cores()
         self._lanes_max = min(cores, self.LANES_MAX, options.max_concurrency or cores)
         if problem or options.preferred_transfer_client == "classic":
             self._lanes_max = 0
@@ -3327,8 +3388,16 @@ class Lanes:
                 self._lanes_max = len(self._lanes)
 
     def drop(self, lane: Lane) -> None:
-        """Have no more to do with a lane that has ended."""
+        """Have no more to do with a lane that was killed."""
         self._lanes.remove(lane)
+        lane.wait()
+
+    def close(self) -> None:
+        """End all lanes, and leave none of them behind."""
+        for lane in self._lanes:
+            lane.kill()
+        while self._lanes:
+            self.drop(self._lanes[-1])
 
     def _problem(self) -> str | None:
         """Return why small files cannot go through the AWS Common Runtime, or None if they can."""
@@ -3499,8 +3568,6 @@ class Transfer:
                 self._drop_lane(lane)
             self._settle_refused()
             self._report.draw_progress(is_stopping=is_stopping)
-        for lane in self._lanes:
-            lane.kill()
 
     # --- What is handed out ---
 
@@ -3577,8 +3644,8 @@ class Transfer:
         if not lanes or self._is_busy():
             return
         while (task := backlog.next) and self._fits(task):
-            lane = min(lanes, key=Lane.count)
-            if lane.count() >= requests_max or not self._take_slot(backlog):
+            lane = min(lanes, key=lambda lane: len(lane.indexes))
+            if len(lane.indexes) >= requests_max or not self._take_slot(backlog):
                 break
             if self._bandwidth:
                 self._bandwidth.take(task.size)
@@ -4197,22 +4264,22 @@ def back_up(run: Run) -> int:
         check_trusted(run, bucket, [old for old in previous or () if old.uploaded])
     if previous and (job := other_job(previous[0], run)):
         run.report.notice("the state file was of another job, and is replaced", job)
-    lanes = Lanes(bucket, run.options)
-    entries = plan(run, bucket, previous, lanes)
-    del previous  # of a million files: half a gigabyte
-    if not entries:
-        run.report.summary(run.state.path)
-        return 0
-    lanes.start_for(sum(map(lanes.takes, entries)))
-    gc.freeze()
-    gc.enable()
-    transfer = Transfer(run, bucket, entries, lanes)
-    try:
-        transfer.run()
-    finally:  # after a bug too: what was sent is not forgotten
-        run.report.doing("saving the state")
-        transfer.save()
-    return end_of_transfer(run, transfer, entries)
+    with contextlib.closing(Lanes(bucket, run.options)) as lanes:
+        entries = plan(run, bucket, previous, lanes)
+        del previous  # of a million files: half a gigabyte
+        if not entries:
+            run.report.summary(run.state.path)
+            return 0
+        lanes.start_for(sum(map(lanes.takes, entries)))
+        gc.freeze()
+        gc.enable()
+        transfer = Transfer(run, bucket, entries, lanes)
+        try:
+            transfer.run()
+        finally:  # after a bug too: what was sent is not forgotten
+            run.report.doing("saving the state")
+            transfer.save()
+        return end_of_transfer(run, transfer, entries)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -4250,6 +4317,8 @@ def guard() -> NoReturn:
     """Run `main` and end the process with its exit code; whatever happens, it ends."""
     code = 2
     try:
+        if sys.argv[1:] == [Lane.ARGUMENT]:
+            run_lane()
         code = main()
     except SystemExit as error:  # argparse has said why
         code = error.code if isinstance(error.code, int) else 2

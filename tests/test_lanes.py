@@ -31,13 +31,7 @@ as_on_windows = pytest.mark.skipif(sys.platform == "win32", reason="has it all i
 
 def lanes_of(pid: int) -> list[int]:
     """The ids of the processes that a run has started to send files."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    found = []
-    for child in children:
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
-            if b"resource_tracker" not in Path(f"/proc/{child}/cmdline").read_bytes():
-                found.append(int(child))
-    return found
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def kill_all(lanes: list[int]) -> None:
@@ -134,10 +128,10 @@ def test_lanes_that_cannot_start_leave_their_files_to_the_reliable_way(
 
 
 NO_PROCESSES = """\
-import errno, multiprocessing.context
-def start(self):
+import errno, subprocess
+def start(*_, **__):
     raise OSError(errno.EAGAIN, "no more processes")
-multiprocessing.context.SpawnProcess.start = start
+subprocess.Popen = start
 """
 
 
@@ -220,7 +214,7 @@ def test_a_lane_that_is_stuck_is_ended_and_costs_no_file(job: Job) -> None:
 @needs_cores
 @pytest.mark.long
 def test_lanes_that_are_stuck_at_their_start_cost_no_file(job: Job, tmp_path: Path) -> None:
-    hang = 'import sys, time; "--multiprocessing-fork" in sys.orig_argv and time.sleep(600)'
+    hang = 'import sys, time; "be-a-lane" in sys.orig_argv and time.sleep(600)'
     (tmp_path / "awscrt.py").write_text(hang)
     job.write(small_files(MANY))
     assert_clean(job.run(env={"PYTHONPATH": str(tmp_path)}, timeout=60))
@@ -287,7 +281,7 @@ class FileIO(io.FileIO):
         if not self.closed:
             was_read.discard(self.fileno())
         super().close()
-if {is_everywhere} or "--multiprocessing-fork" in sys.orig_argv:  # else in lanes alone
+if {is_everywhere} or "be-a-lane" in sys.orig_argv:  # else in lanes alone
     os.open, os.fstat, io.FileIO = open_file, fstat, FileIO
 """
 
@@ -449,18 +443,10 @@ def test_a_low_limit_of_open_files_is_raised(job: Job) -> None:
 # What the script meets on Windows, in its main process. All that looks at the system when it is
 # imported is imported before.
 WINDOWS = """\
-import errno, fcntl, multiprocessing.popen_spawn_posix, multiprocessing.resource_tracker
-import os, signal, sys, types
+import errno, fcntl, os, signal, subprocess, sys, types
 os.environ["BOTO_DISABLE_CRT"] = "true"  # the script has boto3 do without it
 import awscrt.s3, boto3.s3.transfer
 
-multiprocessing.resource_tracker.ensure_running()
-
-class Main(types.ModuleType):  # under its other name, what lanes send finds the script
-    def __getattr__(self, name):
-        return getattr(sys.modules["__main__"], name)
-
-sys.modules["__mp_main__"] = Main("__mp_main__")
 real_open = os.open
 
 def windows_open(path, flags, *rest, **named):
@@ -484,7 +470,7 @@ msvcrt.LK_NBLCK, msvcrt.locking = 2, locking
 sys.modules.update(msvcrt=msvcrt, fcntl=None, resource=None)
 for module, names in (
     (os, "fchmod sched_getaffinity O_NONBLOCK geteuid getuid"),
-    (signal, "SIGHUP pthread_sigmask"),  # multiprocessing here needs SIGKILL
+    (signal, "SIGHUP pthread_sigmask"),  # subprocess here needs SIGKILL
 ):
     for name in names.split():
         vars(module).pop(name, None)
