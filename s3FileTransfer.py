@@ -3028,8 +3028,8 @@ class LaneSender:
     """
 
     FILE_MAX_BYTES = 256 * KIB  # for larger bodies the runtime is no faster, and keeps a copy
-    # The runtime would give up a connection on which nothing moves for 30 seconds, and send the
-    # file a second time; what is under way at once is as much as needs about 10.
+    # With all that is under way a file needs about 10. After 30 without a byte the runtime sends it
+    # a second time, and an answer that comes byte by byte it awaits for ever.
     ANSWER_SECONDS = 25
     SLOW_READ_SECONDS, READERS = 0.002, 16
     BATCH_SECONDS = 0.005  # each message wakes the main process
@@ -3046,9 +3046,10 @@ class LaneSender:
 
     def _make_client(self) -> Any:
         io, s3, template = self._runtime.io, self._runtime.s3, self._template
-        # One try: Retries is the one retry loop. 0 would mean the default, which is 5. Made first:
-        # too old a runtime fails here, before anything is there to be torn down.
-        one_try = s3.S3RetryConfig(max_retries=1)
+        # Retries is the one retry loop; no less can be had here. 0 would mean the default, which is
+        # 5; of its bucket of 1, a second try of one file takes all, until another succeeds. Made
+        # first: too old a runtime fails here, before anything is there to be torn down.
+        few_tries = s3.S3RetryConfig(max_retries=1, initial_bucket_capacity=1)
         loops = io.EventLoopGroup(1)
         modes, tls = s3.S3RequestTlsMode, None
         if template.is_https:
@@ -3067,7 +3068,7 @@ class LaneSender:
             # Decides the number of connections: 250 of them, about as many as requests in flight.
             throughput_target_gbps=100,
             connect_timeout_ms=Session.CONNECT_TIMEOUT_SECONDS * 1000,
-            retry_config=one_try,
+            retry_config=few_tries,
         )
 
     def run(self) -> None:
@@ -3260,10 +3261,17 @@ class Lane:
 
         Only from now on is it asked for an answer: the walk may have taken long.
         """
+
+        def listen() -> None:
+            try:
+                for results in messages_of(self._from_it):  # first of all none: it is ready
+                    self.is_ready, self._heard_at = True, time.monotonic()
+                    on_results(self, list(itertools.starmap(LaneResult, results)))
+            finally:  # a bug too must not make the run wait for ever
+                on_end(self)
+
         self._heard_at = time.monotonic()
-        feed = functools.partial(self._feed, template, session)
-        listen = functools.partial(self._listen, on_results, on_end)
-        for work in (feed, listen):
+        for work in (functools.partial(self._feed, template, session), listen):
             threading.Thread(target=work, daemon=True).start()
 
     def add(self, task: Task) -> None:
@@ -3304,23 +3312,6 @@ class Lane:
                 send_message(self._to_it, (credentials if credentials != known else None, tasks))
                 known = credentials
 
-    def _listen(
-        self, on_results: Callable[[Lane, list[LaneResult]], None], on_end: Callable[[Lane], None]
-    ) -> None:
-        try:
-            for results in messages_of(self._from_it):  # first of all none: it is ready
-                self.is_ready, self._heard_at = True, time.monotonic()
-                on_results(self, list(itertools.starmap(LaneResult, results)))
-        finally:  # a bug too must not make the run wait for ever
-            on_end(self)
-
-
-# Where Linux has the quota and the period of a group: cgroup v2, which names no controller, and v1.
-CPU_QUOTAS = {
-    "": ("/sys/fs/cgroup", ["cpu.max"]),
-    "cpu": ("/sys/fs/cgroup/cpu", ["cpu.cfs_quota_us", "cpu.cfs_period_us"]),
-}
-
 
 def text_of(path: str) -> str:
     """Return what a small file of the system holds; nothing if it cannot be read."""
@@ -3330,18 +3321,20 @@ def text_of(path: str) -> str:
 
 
 def granted_cores() -> int:
-    """Return how many cores this process may use; the quotas of the groups above its own count too.
+    """Return how many cores this process may use, by the quotas of its groups and all above, too.
 
     https://docs.kernel.org/admin-guide/cgroup-v2.html#cpu-interface-files
     """
     has_affinity = hasattr(os, "sched_getaffinity")
     cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    files = "cpu.max", "cpu.cfs_quota_us", "cpu.cfs_period_us"  # of version 2; of version 1
     for line in text_of("/proc/self/cgroup").splitlines():
-        _number, controllers, group = line.split(":", 2)
-        for root, names in filter(None, map(CPU_QUOTAS.get, controllers.split(","))):
-            for end in [match.start() for match in re.finditer("/|$", group)]:
-                quota = " ".join(text_of(f"{root}{group[:end]}/{name}") for name in names)
-                if match := re.fullmatch(r"(\d+)\s+([1-9]\d*)\s*", quota):  # not "max", nor -1
+        _number, controllers, group = line.split(":", 2)  # no controllers: version 2
+        root = "/sys/fs/cgroup/cpu" if controllers else "/sys/fs/cgroup"
+        if "cpu" in (controllers or "cpu").split(","):
+            for folder in itertools.accumulate([root, *group.split("/")], os.path.join):
+                quota = " ".join(text_of(os.path.join(folder, name)) for name in files)
+                if match := re.fullmatch(r"\s*(\d+)\s+([1-9]\d*)\s*", quota):  # not "max", nor -1
                     cores = min(cores, math.ceil(int(match[1]) / int(match[2])))
     return max(cores, 1)
 
@@ -3359,8 +3352,8 @@ class Lanes:
         problem = self._problem()
         if problem and self._is_asked_for:
             raise StopRun(f"cannot use the AWS Common Runtime: {problem}")
-        cores = granted_cores()
-        self._lanes_max = min(cores, self.LANES_MAX, options.max_concurrency or cores)
+        wanted = options.max_concurrency or self.LANES_MAX
+        self._lanes_max = min(granted_cores(), wanted, self.LANES_MAX)
         if problem or options.preferred_transfer_client == "classic":
             self._lanes_max = 0
 

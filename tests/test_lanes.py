@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 from support.checks import assert_clean, assert_stopped
-from support.faults import Fault, answer, call, delay
+from support.faults import Fault, answer, call, delay, trickle
 from support.files import IN_PARTS, LARGE_BYTES, small_files, some_bytes
+from support.inside import cgroups, run_first
 from support.job import Job, named
 from support.proxy import Request
-from support.script import SCRIPT_PATH, base_environment, finish, prelude, wait_until
+from support.script import SCRIPT_PATH, base_environment, finish, hasty_script, prelude, wait_until
 from support.systems import needs_cores, needs_limits, needs_proc
 
 CLIENT_OPTION = "--preferred-transfer-client"
@@ -29,8 +30,8 @@ CRT_MARK = "CRTS3NativeClient"
 as_on_windows = pytest.mark.skipif(sys.platform == "win32", reason="has it all in reality")
 
 
-def lanes_of(pid: int) -> list[int]:
-    """The ids of the processes that a run has started to send files."""
+def children_of(pid: int) -> list[int]:
+    """The ids of the processes that a process has started: of a run, those of its lanes."""
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
@@ -65,7 +66,7 @@ def start_with_lanes(
     job.proxy.add_fault(Fault(delay(put_seconds), operation="PutObject"))
     process = job.start("--max-concurrency", "16")
     wait_until(lambda: len(by_lanes(job)) >= after_puts, 60, "puts of the lanes")
-    return process, lanes_of(process.pid)
+    return process, children_of(process.pid)
 
 
 # --- Processes -------------------------------------------------------------------------------
@@ -83,7 +84,7 @@ def test_many_files_are_spread_over_lanes_and_few_need_none(job: Job) -> None:
         since = len(job.puts())
         process = job.start()
         job.wait_for("PutObject", since + 1)
-        assert len(lanes_of(process.pid)) == lanes
+        assert len(children_of(process.pid)) == lanes
         assert_clean(finish(process))
         assert job.state() == dict.fromkeys(files, 1)
         puts = job.requests("PutObject")[since:]
@@ -106,7 +107,7 @@ def test_lanes_that_are_all_killed_leave_their_files_to_the_reliable_way(job: Jo
     job.write(small_files(MANY))
 
     def kill_lanes(_: Request) -> None:
-        kill_all(lanes_of(process.pid))
+        kill_all(children_of(process.pid))
 
     fault = job.proxy.add_fault(Fault(call(kill_lanes), operation="PutObject", after=5))
     process = job.start()
@@ -141,21 +142,131 @@ def test_a_system_that_starts_no_more_processes_sends_all(job: Job) -> None:
     job.check_all_is_there()
 
 
-def test_the_script_from_standard_input_sends_all(job: Job) -> None:
-    job.write(small_files(MANY))
-    script = SCRIPT_PATH.read_text(encoding="utf-8")
-    completed = subprocess.run(
-        [sys.executable, "-", *map(str, job.arguments())],
-        input=script,
+def run_from(
+    job: Job, script: str | Path, *, cwd: Path, stdin: str | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run the script under another name, as from a shell in that folder."""
+    return subprocess.run(
+        [sys.executable, script, *map(str, job.arguments())],
+        cwd=cwd,
+        input=stdin,
         env={**base_environment(job.state_path.parent), **job.endpoint.environment()},
         capture_output=True,
         text=True,
         timeout=120,
         check=False,
     )
+
+
+def test_the_script_from_standard_input_sends_all(job: Job) -> None:
+    job.write(small_files(MANY))
+    script = SCRIPT_PATH.read_text(encoding="utf-8")
+    completed = run_from(job, "-", cwd=job.folder, stdin=script)
     assert (completed.returncode, completed.stderr) == (0, "")
     job.check_all_is_there()
     assert by_lanes(job) == []
+
+
+@needs_cores
+def test_a_lane_finds_the_script_under_any_name(job: Job, tmp_path: Path) -> None:
+    job.write(small_files(MANY))
+    place = tmp_path / "a folder"
+    place.mkdir()
+    (place / "back up").symlink_to(hasty_script())
+    completed = run_from(job, "back up", cwd=place)
+    assert (completed.returncode, completed.stderr) == (0, "")
+    job.check_all_is_there()
+    assert len(by_lanes(job)) == MANY
+
+
+# Each of them is imported by every process that Python starts for a run, or by a lane.
+PLANTED = ("multiprocessing", "awscrt", "json", "signal", "subprocess")
+
+
+@pytest.mark.parametrize("flags", [[], ["-I"]], ids=["in-the-current-directory", "isolated"])
+def test_a_lane_trusts_the_modules_that_the_script_trusts(
+    job: Job, tmp_path: Path, flags: list[str]
+) -> None:
+    ran, here = tmp_path / "ran", tmp_path / "here"
+    here.mkdir()
+    for name in PLANTED:
+        (here / f"{name}.py").write_text(f"open({str(ran)!r}, 'a').write({name!r})")
+    files = job.make("a", "b")
+    env = {"PYTHONPATH": str(here)} if flags else {}
+    assert_clean(job.run(*CRT, cwd=here, env=env, python_flags=flags))
+    assert not ran.exists()
+    assert sorted(by_lanes(job)) == sorted(files)
+    job.check_all_is_there()
+
+
+# Of the folders with their files: those of cgroup v2, of one above, of v1, and none that counts.
+QUOTAS = {
+    "own": (1, {"cpu.max": "max 100000", "a/b/cpu.max": "100000 100000", "a/b/c/cpu.max": "max"}),
+    "above": (1, {"a/cpu.max": "50000 100000", "a/b/cpu.max": "800000 100000"}),
+    "version 1": (1, {"cpu/x/cpu.cfs_quota_us": "90000", "cpu/x/cpu.cfs_period_us": "90000"}),
+    "none": (2, {"a/cpu.max": "150000 100000", "cpu/x/cpu.cfs_quota_us": "-1", "x/cpu.max": "1 9"}),
+}
+MEMBERSHIP = "11:memory:/x\n3:cpu,cpuacct:/x/y\n0::/a/b\n"
+
+
+@needs_cores
+@needs_proc
+@pytest.mark.parametrize("name", QUOTAS)
+def test_the_quota_of_a_container_counts_as_its_cores(job: Job, tmp_path: Path, name: str) -> None:
+    count, quotas = QUOTAS[name]
+    files = {f"sys/fs/cgroup/{path}": f"{text}\n" for path, text in quotas.items()}
+    files["proc/self/cgroup"] = MEMBERSHIP
+    job.write(small_files(MANY))
+    seen: list[int] = []
+
+    def count_lanes(_: Request) -> None:
+        seen.append(len(children_of(process.pid)))
+
+    job.proxy.add_fault(Fault(call(count_lanes), operation="PutObject", times=1))
+    process = job.start(python_flags=prelude(cgroups(tmp_path / "made up", files)))
+    assert_clean(finish(process))
+    assert seen == [count]
+    job.check_all_is_there()
+
+
+# As in a container whose first process waits for no child but its own.
+IN_CONTAINER = """\
+import ctypes, os, subprocess, sys
+ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
+code = subprocess.call([sys.executable, *sys.argv[1:]])
+with open(f"/proc/self/task/{os.getpid()}/children") as children:
+    print("left:", children.read())
+sys.exit(code)
+"""
+# Ends a run in its walk, when it has lanes.
+ENDED_IN_WALK = """\
+import os, signal
+real = os.scandir
+def scandir(path):
+    if os.path.basename(path) == "zzz":
+        os.kill(os.getpid(), signal.SIGTERM)
+    return real(path)
+os.scandir = scandir
+"""
+
+
+@needs_cores
+@needs_proc
+@pytest.mark.parametrize("how", ["sent", "ended-in-walk", "lane-is-killed"])
+def test_a_run_leaves_no_process_behind(job: Job, tmp_path: Path, how: str) -> None:
+    job.write(small_files(MANY) | {"zzz/last": b""})
+    env = run_first(tmp_path / "first", ENDED_IN_WALK) if how == "ended-in-walk" else {}
+
+    def kill_a_lane(_: Request) -> None:
+        (run,) = children_of(process.pid)
+        os.kill(children_of(run)[0], signal.SIGKILL)
+
+    if how == "lane-is-killed":
+        job.proxy.add_fault(Fault(call(kill_a_lane), operation="PutObject", after=5, times=1))
+    process = job.start(env=env, python_flags=["-c", IN_CONTAINER])
+    completed = finish(process)
+    assert completed.returncode == (143 if how == "ended-in-walk" else 0)
+    assert completed.stdout.splitlines()[-1] == "left: "
 
 
 @needs_cores
@@ -223,6 +334,26 @@ def test_lanes_that_are_stuck_at_their_start_cost_no_file(job: Job, tmp_path: Pa
 
 
 # --- Trouble ---------------------------------------------------------------------------------
+
+
+def test_an_answer_that_comes_byte_by_byte_costs_a_lane_one_try(job: Job) -> None:
+    files = small_files(30)
+    job.write(files)
+    job.proxy.add_fault(Fault(trickle(0.5), operation="PutObject", key="d3/0003.dat", times=1))
+    assert_clean(job.run(*CRT, timeout=30))
+    assert sorted(by_lanes(job)) == sorted(files)
+    assert sorted(job.puts()) == sorted([*files, "d3/0003.dat"])
+    job.check_all_is_there()
+
+
+@pytest.mark.long
+def test_a_put_that_is_answered_late_is_tried_once_by_a_lane(job: Job) -> None:
+    files = job.make("a", "b")
+    job.proxy.add_fault(Fault(delay(35), operation="PutObject", key="a"))
+    assert_clean(job.run(*CRT, real_time=True))
+    assert sorted(by_lanes(job)) == sorted(files)
+    assert sorted(job.puts()) == ["a", "a", "b"]
+    job.check_all_is_there()
 
 
 @needs_cores

@@ -88,6 +88,11 @@ def cut_answer() -> Action:
     return lambda exchange: exchange.reply_half(exchange.forward())
 
 
+def trickle(seconds: float) -> Action:
+    """Forward the request, and answer a byte every so many seconds."""
+    return lambda exchange: exchange.reply_slowly(exchange.forward(), seconds)
+
+
 def stall(seconds: float) -> Action:
     """Say nothing for so long, then reset the connection."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 CLOCK = """\
@@ -27,6 +28,20 @@ sys.addaudithook(record)
 # As on Windows: a path cannot be opened name by name.
 WITHOUT_DIR_FD = "import os; os.supports_dir_fd.clear()"
 
+CGROUPS = """\
+import builtins, os
+
+real_open = builtins.open
+
+def open_made_up(path, *rest, **named):
+    if str(path).startswith(("/proc/self/cgroup", "/sys/fs/cgroup/")):
+        path = {root!r} + path
+    return real_open(path, *rest, **named)
+
+builtins.open = open_made_up
+os.sched_getaffinity = lambda _: set(range(64))
+"""
+
 # To the script, files made up to now are older than the two seconds in which a file may change
 # without another time.
 LATER_SECONDS = 1000
@@ -42,6 +57,15 @@ def run_first(folder: Path, *codes: str) -> dict[str, str]:
 def clock(seconds: int = LATER_SECONDS) -> str:
     """Code after which the clock of a run is ahead by so much, or behind."""
     return CLOCK.format(seconds=seconds)
+
+
+def cgroups(root: Path, files: Mapping[str, str]) -> str:
+    """Code after which a run finds itself on a machine of 64 cores, with these files of cgroups."""
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    return CGROUPS.format(root=f"{root}/")
 
 
 def recorder(folder: Path, record: Path) -> str:

@@ -234,6 +234,12 @@ class Exchange:
         self._write(cut, status=answer.status)
         self._connection.close_connection = True
 
+    def reply_slowly(self, answer: Answer, seconds: float) -> None:
+        """Send the head of an answer, a byte every so many seconds."""
+        for byte in self._head(answer, chunked=False):
+            self._write(bytes([byte]), status=answer.status)
+            self.pause(seconds)
+
     def reset(self) -> None:
         """End the connection to the client with a TCP reset."""
         # A linger time of zero makes close() send RST rather than FIN.

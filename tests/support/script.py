@@ -62,6 +62,7 @@ HASTE = {
     "SIGNAL_GRACE_SECONDS = 8": "3",
     "FILES_PER_LANE = 500": "50",
     "STUCK_SECONDS = 120": "15",
+    "ANSWER_SECONDS = 25": "4",
 }
 
 
