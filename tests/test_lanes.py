@@ -336,24 +336,31 @@ def test_lanes_that_are_stuck_at_their_start_cost_no_file(job: Job, tmp_path: Pa
 # --- Trouble ---------------------------------------------------------------------------------
 
 
+@needs_proc
 def test_an_answer_that_comes_byte_by_byte_costs_a_lane_one_try(job: Job) -> None:
-    files = small_files(30)
-    job.write(files)
-    job.proxy.add_fault(Fault(trickle(0.5), operation="PutObject", key="d3/0003.dat", times=1))
-    assert_clean(job.run(*CRT, timeout=30))
+    files, lanes = job.make("a", "b", "c"), list[int]()
+
+    def note_lanes(_: Request) -> None:
+        lanes.extend(children_of(process.pid))
+
+    job.proxy.add_fault(Fault(trickle(0.5), operation="PutObject", key="b", times=1))
+    job.proxy.add_fault(Fault(call(note_lanes), operation="PutObject", key="b"))
+    process = job.start(*CRT)
+    assert_clean(finish(process))
     assert sorted(by_lanes(job)) == sorted(files)
-    assert sorted(job.puts()) == sorted([*files, "d3/0003.dat"])
+    assert sorted(job.puts()) == ["a", "b", "b", "c"]
+    assert len(lanes) == 1  # it gave up the one put, and was not ended
     job.check_all_is_there()
 
 
 @pytest.mark.long
-def test_a_put_that_is_answered_late_is_tried_once_by_a_lane(job: Job) -> None:
-    files = job.make("a", "b")
-    job.proxy.add_fault(Fault(delay(35), operation="PutObject", key="a"))
-    assert_clean(job.run(*CRT, real_time=True))
-    assert sorted(by_lanes(job)) == sorted(files)
-    assert sorted(job.puts()) == ["a", "a", "b"]
-    job.check_all_is_there()
+def test_a_put_that_is_answered_late_is_tried_once_by_a_lane(rclone_job: Job) -> None:
+    files = rclone_job.make("a", "b")
+    rclone_job.proxy.add_fault(Fault(delay(35), operation="PutObject", key="a", times=1))
+    assert_clean(rclone_job.run(*CRT, real_time=True))
+    assert sorted(by_lanes(rclone_job)) == sorted(files)
+    assert sorted(rclone_job.puts()) == ["a", "a", "b"]
+    rclone_job.check_all_is_there()
 
 
 @needs_cores
