@@ -3034,8 +3034,8 @@ class LaneSender:
     SLOW_READ_SECONDS, READERS = 0.002, 16
     BATCH_SECONDS = 0.005  # each message wakes the main process
 
-    def __init__(self, runtime: Any, messages: Iterator[Any]) -> None:
-        self._runtime, self._messages = runtime, messages
+    def __init__(self, runtime: Any, messages: Iterator[Any], pipe: IO[bytes]) -> None:
+        self._runtime, self._messages, self._pipe = runtime, messages, pipe
         self._template = PutTemplate(*next(messages))
         self._client, self._signing = self._make_client(), None
         # What the other threads, and those of the runtime, leave to the working one.
@@ -3081,7 +3081,7 @@ class LaneSender:
                 self._calls.get(timeout=self.BATCH_SECONDS if self._results else None)()
             if self._results and time.monotonic() - told_at > self.BATCH_SECONDS:
                 told_at = time.monotonic()
-                send_message(sys.stdout.buffer, self._results)
+                send_message(self._pipe, self._results)
                 self._results = []
 
     def _receive(self) -> None:
@@ -3195,17 +3195,19 @@ def run_lane() -> NoReturn:
         signal.signal(signum, signal.SIG_IGN)
     threading.excepthook = end_process
     raise_file_limit()
-    # Where the runtime cannot be had, or the run has ended, so does the lane.
-    with contextlib.suppress(ImportError, AttributeError, StopIteration, OSError):
+    # Where the runtime cannot be had, or the run has ended, so does the lane. The standard output
+    # that Python has opened may be without a buffer, and write half a message.
+    ends = contextlib.suppress(ImportError, AttributeError, StopIteration, OSError)
+    with ends, open(1, "wb", closefd=False) as pipe:
         import awscrt.auth
         import awscrt.http
         import awscrt.io
         import awscrt.s3
 
-        sender = LaneSender(awscrt, messages_of(sys.stdin.buffer))
+        sender = LaneSender(awscrt, messages_of(sys.stdin.buffer), pipe)
         gc.freeze()
         gc.enable()
-        send_message(sys.stdout.buffer, [])
+        send_message(pipe, [])
         sender.run()
     os._exit(0)
 
