@@ -3232,7 +3232,7 @@ class Lane:
 
     ARGUMENT = "be-a-lane"  # the only one; no option of the command line
     STUCK_SECONDS = 120
-    END_SECONDS = 1
+    END_SECONDS = 1  # are enough for a killed process
 
     def __init__(self) -> None:
         self.indexes: set[int] = set()
@@ -3295,11 +3295,8 @@ class Lane:
         return is_asked and time.monotonic() - self._heard_at > self.STUCK_SECONDS
 
     def kill(self) -> None:
-        """End it, whatever it does."""
+        """End it, whatever it does, and wait for that: in a container, nobody else may do so."""
         self._process.kill()  # it ignores SIGTERM, as signals are for the main process
-
-    def wait(self) -> None:
-        """Wait for its end: nobody else may do so in a container, and a zombie would stay."""
         with contextlib.suppress(subprocess.TimeoutExpired):  # a disk may hang (NFS)
             self._process.wait(self.END_SECONDS)
 
@@ -3383,16 +3380,13 @@ class Lanes:
                 self._lanes_max = len(self._lanes)
 
     def drop(self, lane: Lane) -> None:
-        """Have no more to do with a lane that was killed."""
+        """Have no more to do with a lane that has ended."""
         self._lanes.remove(lane)
-        lane.wait()
 
     def close(self) -> None:
-        """End all lanes, and leave none of them behind."""
+        """End all lanes, and leave no process behind."""
         for lane in self._lanes:
             lane.kill()
-        while self._lanes:
-            self.drop(self._lanes[-1])
 
     def _problem(self) -> str | None:
         """Return why small files cannot go through the AWS Common Runtime, or None if they can."""
