@@ -3177,7 +3177,7 @@ def end_process(failed: threading.ExceptHookArgs) -> None:
 
 
 def send_message(pipe: IO[bytes], message: object) -> None:
-    """Send a message through a pipe, as a line of JSON; raises OSError if its end is closed."""
+    """Send a message through a pipe, as a line of JSON; raises OSError if its other end is gone."""
     pipe.write(json.dumps(message).encode() + b"\n")
     pipe.flush()
 
@@ -3212,16 +3212,6 @@ def run_lane() -> NoReturn:
     os._exit(0)
 
 
-@contextlib.contextmanager
-def signals_held_back() -> Iterator[None]:
-    """Hold back the signals that end a run: a process that is started now will never get them."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, Interruption.SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 class Lane:
     """A lane as the main process sees it; `indexes` are those of the entries that it has.
 
@@ -3242,17 +3232,18 @@ class Lane:
         flags = {"isolated": "-I", "ignore_environment": "-E", "no_user_site": "-s"}
         flags |= {"safe_path": "-P", "utf8_mode": "-Xutf8"}
         like_this = [flag for name, flag in flags.items() if getattr(sys.flags, name, False)]
-        is_windows = sys.platform == "win32"
-        with contextlib.nullcontext() if is_windows else signals_held_back():
+        with contextlib.ExitStack() as held_back:
+            if sys.platform != "win32":
+                before = signal.pthread_sigmask(signal.SIG_BLOCK, Interruption.SIGNALS)
+                held_back.callback(signal.pthread_sigmask, signal.SIG_SETMASK, before)
             self._process = subprocess.Popen(
                 [sys.executable, *like_this, os.path.realpath(__file__), self.ARGUMENT],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                # There a console's Ctrl-C is for all processes of a group.
+                # On Windows: a console's Ctrl-C is for all processes of a group.
                 creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
             )
-        assert self._process.stdin
-        assert self._process.stdout
+        assert self._process.stdin and self._process.stdout
         self._to_it, self._from_it = self._process.stdin, self._process.stdout
 
     def open(
