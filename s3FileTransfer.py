@@ -72,6 +72,7 @@ import os
 import queue
 import random
 import re
+import select
 import signal
 import stat
 import subprocess
@@ -87,7 +88,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from decimal import Decimal
-from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn, TextIO, TypeVar
+from typing import IO, TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, TypeVar
 
 if TYPE_CHECKING:
     import boto3
@@ -99,8 +100,11 @@ if TYPE_CHECKING:
     import botocore.parsers
     import botocore.utils
     import s3transfer.utils
+    from botocore.awsrequest import AWSHTTPConnection
     from mypy_boto3_s3.client import S3Client
     from mypy_boto3_s3.type_defs import ObjectTypeDef, PartTypeDef
+else:
+    AWSHTTPConnection = object  # until boto3 is imported
 
 T = TypeVar("T")
 
@@ -320,7 +324,7 @@ class Result:
     sse: str | None = None
     error: str | None = None
     notice: str | None = None
-    is_trouble_of_server: bool = False
+    is_said_by_server: bool = False  # or by no answer, rather than by the file itself
     upload_id: str | None = None
     part_size: int | None = None
     seconds: float = 0.0
@@ -397,6 +401,9 @@ def read_error(error: OSError | UploadError) -> UploadError:
     return UploadError(f"{what}: {reason(error)}; {advice}")
 
 
+TEXT_MAX = 1000  # characters of what others say
+
+
 def shown(text: str) -> str:
     """Return `text` fit for one line of a terminal or a log: control characters escaped."""
     if text.isprintable():
@@ -405,11 +412,14 @@ def shown(text: str) -> str:
 
 
 def one_line(error: object) -> str:
-    """Return the text of `error` as one printable line, without a password in an address."""
-    # A password may have slashes; what follows a colon and a port is a path, though.
-    user = r"(?<=//)[^/\s]*@|[^/@:\s]+:(?!//|\d+/)\S*@|[^/@:\s]+:[^/\s]*@"
-    words = (w if w.startswith("arn:") else re.sub(user, "", w) for w in str(error).split())
-    return shown(" ".join(words)) or type(error).__name__
+    """Return the text of `error` as one printable line, without the user of an address.
+
+    A server may say what it wants, so it is cut before it is looked at, and again for the state.
+    """
+    # That no user or password ends elsewhere is for `check_address`.
+    text = re.sub(r"(?<=//)[^\s/?#]*@", "", str(error)[: 10 * TEXT_MAX])
+    text = shown(" ".join(text.split())) or type(error).__name__
+    return text if len(text) <= TEXT_MAX else f"{text[:TEXT_MAX]}…"
 
 
 # --- arguments --------------------------------------------------------------------
@@ -578,7 +588,7 @@ class Interruption:
     SECOND_SIGNAL_SECONDS = 0.3
 
     def __init__(self) -> None:
-        self.signum, self._came_at = 0, 0.0
+        self.signum, self._came_at, self._is_writing = 0, 0.0, False
         for signum in self.SIGNALS:
             # A signal that is ignored at the start (SIGHUP under nohup) stays ignored.
             if signal.getsignal(signum) != signal.SIG_IGN:
@@ -591,6 +601,33 @@ class Interruption:
             os._exit(self.exit_code)
         if not self.signum:
             self.signum, self._came_at = signum, now
+            if self._is_writing:  # to a pipe that nobody reads, perhaps
+                raise InterruptedError
+
+    def write(self, name: str, text: str = "") -> str:
+        """Write to `stderr`, or to `stdout`, which an empty text flushes; return why that failed.
+
+        A closed pipe or a full disk ends no backup; after a signal nothing waits for a reader.
+        """
+        try:
+            stream = getattr(sys, name)  # None when it was closed at the start
+            # Windows selects among sockets only.
+            if stream and self.signum and sys.platform != "win32":
+                if not select.select([], [stream], [], 0.1)[1]:
+                    stream = None
+                    setattr(sys, name, stream)  # or the last flush would wait for it
+            self._is_writing = threading.current_thread() is threading.main_thread()
+            if stream:
+                stream.write(text)
+                if name == "stderr" or not text:
+                    stream.flush()
+        except (BrokenPipeError, InterruptedError, ValueError):
+            pass  # its reader has enough, or the run ends
+        except OSError as error:
+            return reason(error)
+        finally:
+            self._is_writing = False
+        return ""
 
     @property
     def exit_code(self) -> int:
@@ -640,8 +677,8 @@ class Progress:
     RATE_SECONDS = 15  # the rate shown is that of this time
     ERASE = "\033[K"  # what is right of the cursor
 
-    def __init__(self, *, is_shown: bool) -> None:
-        self.is_shown = is_shown
+    def __init__(self, interruption: Interruption, *, is_shown: bool) -> None:
+        self._interruption, self.is_shown = interruption, is_shown
         # Of each large file, by the index of its entry: the bytes that are sent, and how many
         # of them an earlier run sent. The threads that send write here.
         self._moving: dict[int, int] = {}
@@ -742,25 +779,19 @@ class Progress:
         try:
             # Behind the line there must be room for the ^C that a terminal shows.
             room = (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 3
-        except (OSError, ValueError):
+        except (AttributeError, OSError, ValueError):
             room = 77
         while len(texts) > 1 and len("  ".join(text for _, text in texts)) > room:
             texts.remove(max(texts))
         line = "  ".join(text for _, text in texts)[:room]
-        self._write(f"\r{line}{self.ERASE}")
+        self._interruption.write("stderr", f"\r{line}{self.ERASE}")
         self._line, self._drawn_at = line, now
 
     def clear(self) -> None:
         """Take the line off the terminal, so that other text can be written."""
         if self._line:
-            self._write(f"\r{self.ERASE}")
+            self._interruption.write("stderr", f"\r{self.ERASE}")
             self._line = ""
-
-    @staticmethod
-    def _write(text: str) -> None:
-        with contextlib.suppress(OSError, ValueError):
-            sys.stderr.write(text)
-            sys.stderr.flush()
 
 
 @dataclass(slots=True)
@@ -782,20 +813,20 @@ class Report:
     # With more failures than fit on a screen, their reasons are counted at the end.
     FAILURES_ON_A_SCREEN, REASONS_MAX = 20, 5
 
-    def __init__(self, options: Options) -> None:
-        self._options = options
-        self._started = time.monotonic()
+    def __init__(self, options: Options, interruption: Interruption) -> None:
+        self._options, self._interruption = options, interruption
+        self._started, self._lost_list = time.monotonic(), ""
         self._notices: Counter[str] = Counter()
         self._reasons: Counter[str] = Counter()
         self.files = self.bytes = self.failed_files = 0
         self._unchanged_files = self._gone_files = 0
         is_terminal = bool(sys.stderr and sys.stderr.isatty()) and os.environ.get("TERM") != "dumb"
         is_shown = is_terminal and options.progress and not options.quiet
-        self.progress = Progress(is_shown=is_shown)
+        self.progress = Progress(interruption, is_shown=is_shown)
 
     def error(self, text: str) -> None:
         """Say what is wrong with the run."""
-        self._print(f"s3FileTransfer: {text}", sys.stderr)
+        self._print(f"s3FileTransfer: {text}", "stderr")
 
     def notice(self, kind: str, path: str) -> None:
         """Say that something at `path` is left out; many of a kind are counted, not listed."""
@@ -812,7 +843,7 @@ class Report:
 
     def _notify(self, text: str) -> None:
         if not self._options.quiet:
-            self._print(f"notice: {text}", sys.stderr)
+            self._print(f"notice: {text}", "stderr")
 
     def doing(self, text: str) -> None:
         """Show on the progress line what the run is doing."""
@@ -831,7 +862,7 @@ class Report:
         self.failed_files += 1
         self._reasons[entry.error or ""] += 1
         self.progress.failed(entry)
-        self._print(f"failed: {shown(entry.filepath)}: {entry.error}", sys.stderr)
+        self._print(f"failed: {shown(entry.filepath)}: {entry.error}", "stderr")
 
     def unchanged(self, entry: Entry) -> None:
         """Count a file that is in the bucket as it is here."""
@@ -842,7 +873,7 @@ class Report:
         """Count a file that the last state has and the folder no longer."""
         self._gone_files += 1
         if self._options.verbose:
-            self._print(f"gone: {shown(entry.filepath)}", sys.stderr)
+            self._print(f"gone: {shown(entry.filepath)}", "stderr")
 
     def uploaded(self, entry: Entry, seconds: float = 0.0) -> None:
         """Count an uploaded file (or one that a run without --dryrun would send), and list it."""
@@ -854,9 +885,9 @@ class Report:
         size = human_size(entry.size or 0)
         line = f"{shown(entry.filepath)} -> {self.url(entry.filename)} ({size}"
         if self._options.dryrun:
-            self._print(f"would upload: {line})", sys.stdout)
+            self._print(f"would upload: {line})", "stdout")
         else:
-            self._print(f"uploaded: {line}, {seconds:.1f} s)", sys.stderr)
+            self._print(f"uploaded: {line}, {seconds:.1f} s)", "stderr")
 
     def url(self, key: str) -> str:
         """Return what to call an object, or with an empty key the bucket."""
@@ -868,7 +899,7 @@ class Report:
             for why, count in self._reasons.most_common(self.REASONS_MAX):
                 if count == 1:
                     break
-                self._print(f"{count:,} of the {self.failed_files:,} failures: {why}", sys.stderr)
+                self._print(f"{count:,} of the {self.failed_files:,} failures: {why}", "stderr")
         if self._options.quiet:
             return
         seconds = time.monotonic() - self._started
@@ -883,7 +914,7 @@ class Report:
             bytes_a_second = human_size(self.bytes / max(seconds, 0.001))
             where = f"{self.url(self._options.prefix)} in {seconds:.1f} s ({bytes_a_second}/s)"
             text = f"sent {what} to {where}; {failed}; state: {shown(state_path)}"
-        self._print(text, sys.stdout)
+        self._print(text, "stdout")
 
     def interrupted(self, *, is_saved: bool) -> None:
         """Say that a signal has ended the run, and what is to be done."""
@@ -893,7 +924,7 @@ class Report:
     def wrong(self, kind: str, where: str, why: str | None) -> None:
         """Say that something is not what the state says of it."""
         self.failed_files += 1
-        self._print(": ".join(filter(None, (kind, where, why))), sys.stdout)
+        self._print(": ".join(filter(None, (kind, where, why))), "stdout")
 
     def verified(self, where: str, state_path: str, verdict: Verdict) -> None:
         """Say on stdout how a comparison with the state ended."""
@@ -907,14 +938,18 @@ class Report:
             wrong += f", {verdict.unproven_files:,} unproven"
         found = f"{right}, {human_size(verdict.bytes)}; {wrong}"
         text = f"verified in {where}: {found}, {verdict.left_files:,} not yet sent"
-        self._print(f"{text}; state: {shown(state_path)}", sys.stdout)
+        self._print(f"{text}; state: {shown(state_path)}", "stdout")
 
-    def _print(self, text: str, stream: TextIO | None) -> None:
+    def check_list(self) -> None:
+        """Raise StopRun if what the run was to list on stdout could not be written."""
+        if why := self._lost_list or self._interruption.write("stdout"):
+            raise StopRun(f"cannot write to stdout, so the list is lost: {why}")
+
+    def _print(self, text: str, name: str) -> None:
         self.progress.clear()
-        # A closed pipe or a full disk behind a stream must not end a backup.
-        with contextlib.suppress(OSError, ValueError):
-            if stream:  # None when it was closed at the start
-                print(text, file=stream, flush=stream is sys.stderr)
+        why = self._interruption.write(name, f"{text}\n")
+        if name == "stdout":
+            self._lost_list = self._lost_list or why
 
 
 # --- state ------------------------------------------------------------------------
@@ -958,7 +993,8 @@ def check_regular(path: str, what: str) -> None:
     """Raise StopRun for what is no regular file: a link could lead to anybody's."""
     with contextlib.suppress(OSError):
         if not stat.S_ISREG(os.lstat(path).st_mode):
-            raise StopRun(f"the {what} {shown(path)} is no regular file; move it away")
+            why = f"the {what} {shown(path)} is no regular file"
+            raise StopRun(f"{why}; move it away, or choose another --statefile")
 
 
 def has_own(path: str, what: str, pattern: bytes) -> bool:
@@ -1107,9 +1143,7 @@ class StateFile:
 
     def lock(self) -> None:
         """Take the lock, until this process ends, or raise StopRun if that cannot be."""
-        if os.path.lexists(self.path) and not os.path.isfile(self.path):
-            why = f"the state file {shown(self.path)} is no regular file"
-            raise StopRun(f"{why}; choose another with --statefile")
+        check_regular(self.path, "state file")
         check_links(self._given_path, "state file")
         has_own(self._lock_path, "lock", rb"\d+")  # the number of a process
         try:
@@ -1167,11 +1201,12 @@ class StateFile:
 
     def read(self) -> list[Entry] | None:
         """Return the entries, or None without a state; raise StopRun for a damaged one."""
+        check_regular(self.path, "state file")
         has_own(self.journal.path, "journal", Journal.HEAD)
         if self._lock:  # else nothing comes of it
             self._check_writers()
         try:
-            with open(self.path, "rb") as handle:
+            with open(self.path, "rb", opener=open_own) as handle:
                 text = handle.read().decode("utf-8-sig")
                 recent = self.journal.read(handle)
             entries = json.loads(text, object_hook=Entry.from_json) if text else None
@@ -1628,6 +1663,7 @@ def carry_uploads(
 # --- S3 ---------------------------------------------------------------------------
 
 
+@functools.cache
 def import_boto3() -> None:
     """Import boto3 for the functions below; it takes most of a second, so not for --help."""
     global boto3, botocore, s3transfer  # noqa: PLW0603
@@ -1652,6 +1688,62 @@ def import_boto3() -> None:
         del sys.modules["awscrt"]
         if runtime:
             sys.modules["awscrt"] = runtime
+    aws = botocore.awsrequest
+    pools: list[Any] = [aws.AWSHTTPConnectionPool, aws.AWSHTTPSConnectionPool]
+    for pool in pools:
+        pool.ConnectionCls = type("Connection", (ConnectionInTime, pool.ConnectionCls), {})
+    threading.Thread(target=ConnectionInTime.watch, daemon=True).start()
+
+
+class ConnectionInTime(AWSHTTPConnection):
+    """Ends a request that takes too long: no timeout of a socket does, while bytes trickle.
+
+    Stands before botocore's connections in the order of their classes.
+    """
+
+    ANSWER_SECONDS = 120
+    # S3 takes minutes to put many parts together, and sends spaces meanwhile; others send nothing.
+    COMPLETE_SECONDS = 900
+    STALL_SECONDS, PIECE_BYTES = 60, 256 * KIB  # of what is sent
+    SLOWEST_RATE = 100  # bytes a second; many requests may share a slow line
+    _ends_at: ClassVar[dict[ConnectionInTime, float]] = {}
+
+    def request(self, *args: Any, **more: Any) -> Any:
+        """Send a request: its method, and its path with the query."""
+        size = int((more.get("headers") or {}).get("Content-Length") or 0)
+        self._ends_at[self] = time.monotonic() + self.ANSWER_SECONDS + size / self.SLOWEST_RATE
+        self._is_complete = args[0] == "POST" and "uploadId=" in args[1]
+        return super().request(*args, **more)
+
+    def send(self, data: Any) -> None:
+        """Send a piece after the other: a timeout is one of a whole call."""
+        if self.sock:  # which has the shorter timeout of its connecting
+            self.sock.settimeout(self.STALL_SECONDS)
+        view: Any = memoryview(data if isinstance(data, bytes) else b"")
+        for start in range(0, len(view), self.PIECE_BYTES):
+            super().send(view[start : start + self.PIECE_BYTES])
+        if not view:  # a file, which an older urllib3 reads in pieces
+            super().send(data)
+
+    def getresponse(self) -> Any:
+        """Return the answer, of which only the head is read."""
+        seconds = self.ANSWER_SECONDS
+        if self._is_complete:
+            seconds = self.timeout = self.COMPLETE_SECONDS
+            self.sock.settimeout(seconds)
+        self._ends_at[self] = time.monotonic() + seconds
+        return super().getresponse()
+
+    @classmethod
+    def watch(cls) -> None:
+        """End what is late, in a thread of its own."""
+        never = threading.Event()
+        while not never.wait(1):
+            for connection, ends_at in cls._ends_at.copy().items():
+                if time.monotonic() > ends_at:
+                    cls._ends_at.pop(connection, None)
+                    with contextlib.suppress(AttributeError, OSError):  # it is closed
+                        connection.sock.settimeout(0.001)  # from its next byte on
 
 
 class Concurrency:
@@ -1685,8 +1777,21 @@ class Credentials(NamedTuple):
 
 def start_error(error: Exception) -> StopRun:
     """Return what to say when boto3 refuses its configuration."""
-    why = f"cannot start S3: {one_line(error)}"
-    return StopRun(f"{why}; check profile, credentials and endpoint")
+    why = one_line(error)
+    if not isinstance(error, botocore.exceptions.BotoCoreError):
+        why = why.partition(":")[0]  # what follows may be an address that no parser can read
+    return StopRun(f"cannot start S3: {why}; check profile, credentials and endpoint")
+
+
+def check_address(address: str, what: str) -> None:
+    """Raise StopRun, without quoting it, for an address whose user and password cannot be told."""
+    user, at, _ = address.rpartition("@")
+    netloc = ""
+    with contextlib.suppress(ValueError):
+        netloc = urllib.parse.urlsplit(address if "//" in address else f"//{address}").netloc
+    if at and (netloc.rpartition("@")[0] != user.rpartition("//")[2] or re.search(r"[\s@]", user)):
+        why = "has an @ where no password can end"
+        raise StopRun(f"the {what} {why}; write odd characters as %2F, %40, %23, %20")
 
 
 def send_small_body_at_once(params: Parameters, **_: object) -> None:
@@ -1715,8 +1820,12 @@ class Session:
     def __init__(self, options: Options) -> None:
         self._options = options
         self._clients: dict[str, S3Client] = {}
+        from urllib.request import getproxies  # which botocore has loaded
+
         # A role's provider asks the network, another program, or the user for a code.
         sources_fail = (botocore.exceptions.ClientError, OSError, EOFError)
+        for proxy in getproxies().values():
+            check_address(proxy, "proxy of the environment")
         try:
             self._session = boto3.Session(profile_name=options.profile)
             credentials = self._session.get_credentials()
@@ -1775,6 +1884,7 @@ class Session:
             )
         except (botocore.exceptions.BotoCoreError, ValueError) as error:
             raise start_error(error) from error
+        check_address(client.meta.endpoint_url, "endpoint")
         client.meta.events.register_first("before-call.s3.PutObject", send_small_body_at_once)
         if options.expected_bucket_owner:
             name_owner = functools.partial(name_bucket_owner, options.expected_bucket_owner)
@@ -1827,6 +1937,9 @@ MEANINGS = (
     Meaning(Trouble.REFUSAL,
             "check the policy (s3:PutObject; to list, s3:ListBucket) and whose bucket it is",
             "AccessDenied Forbidden 403"),
+    Meaning(Trouble.OF_FILE,
+            "send it in parts by a lower --multipart-threshold, or raise the limit of the proxy",
+            "413 EntityTooLarge RequestEntityTooLarge"),
     Meaning(Trouble.DAMAGED, "the network or the server damages data",
             "BadDigest InvalidDigest XAmzContentSHA256Mismatch XAmzContentChecksumMismatch "
             "IncompleteBody"),
@@ -1847,13 +1960,13 @@ def error_of_answer(response: Answer) -> UploadError:
     """Return what an error answer of S3 means; the code decides, then the HTTP status."""
     status = str(response.get("ResponseMetadata", {}).get("HTTPStatusCode", ""))
     error = response.get("Error", {})
-    code = str(error.get("Code") or status)
-    said = f"S3 answered {shown(code)}"
-    message = shown(" ".join(str(error.get("Message") or "").split())).rstrip(".")
-    if message.replace(" ", "").lower() not in ("", code.lower()):
+    code = one_line(error.get("Code") or status)
+    said = f"S3 answered {code}"
+    message = one_line((error.get("Message") or "").strip() or code).rstrip(".")
+    if message.replace(" ", "").lower() != code.lower():
         said += f" ({message})"
     meaning, of_status = MEANING_OF.get(code), MEANING_OF.get(status)
-    if not meaning and of_status and of_status.trouble in PASSING:
+    if not meaning and of_status and of_status.trouble is not Trouble.REFUSAL:
         meaning = of_status
     if not meaning:
         return UploadError(said, code=code)
@@ -1982,7 +2095,13 @@ class Retries:
 
 def etag_of(answer: Answer) -> str:
     """Return the ETag of an answer without its quotes, or an empty string."""
-    return str(answer.get("ETag") or "").strip('"').lower()
+    return str(answer.get("ETag") or "")[:TEXT_MAX].strip('"').lower()
+
+
+# There is nothing left of it: it was completed, or somebody aborted it.
+UPLOAD_GONE = frozenset({"NoSuchUpload", "404"})
+# It cannot be gone on with: or the server has lost parts of it.
+USELESS_UPLOAD = UPLOAD_GONE | {"InvalidPart", "InvalidPartOrder"}
 
 
 class Bucket:
@@ -2118,7 +2237,7 @@ class Bucket:
         try:
             retries.run(request, may_stop_run=False)
         except UploadError as error:
-            if error.code not in ("NoSuchUpload", "404"):
+            if error.code not in UPLOAD_GONE:
                 what = f"multipart upload {shown(upload_id)} could not be aborted"
                 return f"{what}, and its parts are paid for until it is"
         return None
@@ -2146,10 +2265,10 @@ def opaque_encryption(answer: Answer) -> str | None:
 
     https://docs.aws.amazon.com/AmazonS3/latest/API/API_Object.html
     """
-    encryption = str(answer.get("ServerSideEncryption") or "")
+    encryption = str(answer.get("ServerSideEncryption") or "")[:TEXT_MAX]
     if encryption.startswith("aws:kms"):
         return encryption
-    return str(answer.get("SSECustomerAlgorithm") or "") or None
+    return str(answer.get("SSECustomerAlgorithm") or "")[:TEXT_MAX] or None
 
 
 def proven_etag(answer: Answer, md5: bytes) -> str:
@@ -2388,7 +2507,7 @@ class Uploader:
         self.retries, self.bandwidth, self.part_threads = retries, bandwidth, part_threads
         # Returns when the disk has the id of an entry's new multipart upload.
         self.save_upload = save_upload
-        # Set once S3 has taken something of this run, so that a refusal is not of all files.
+        # Set when S3 has taken something, so that a refusal is not of all files.
         self.accepted = threading.Event()
         self._progress = run.report.progress
         self._run_parameters = run.options.object_parameters()
@@ -2405,7 +2524,8 @@ class Uploader:
         except UploadError as error:
             if error.trouble is Trouble.REFUSAL:
                 result.outcome = Outcome.REFUSED
-            result.is_trouble_of_server = error.trouble in PASSING
+            elif error.code or error.trouble in PASSING:
+                result.is_said_by_server = True
             result.error = str(error)
         except StopRun as error:
             result.outcome, result.error = Outcome.STOPS_RUN, str(error)
@@ -2465,9 +2585,12 @@ class Uploader:
 
         try:
             self.retries.run(put, damaged_tries=int(task.was_in_lane))
-        except UploadError:
+        except UploadError as error:
             # A file that changes between hashing and sending is refused as damaged.
             source.check_unchanged(md5)
+            if error.trouble is Trouble.NO_ANSWER and body.tell():
+                why = f"{error}, or send it in parts by a lower --multipart-threshold"
+                raise UploadError(why, trouble=error.trouble) from error
             raise
         source.check_unchanged(md5)
 
@@ -2588,13 +2711,19 @@ class MultipartProof:
             raise DigestMismatch(self._mismatch(answer))
         return etag_of(answer)
 
-    def proven_etag_in_place(self) -> str | None:
-        """Return the ETag of the object if it is there and provably holds the bytes."""
-        head = self._head() or {}
-        if head.get("ContentLength") != self._file.size:
-            return None
-        self._file.digests = self._file.digests or self._file.read_again()
-        return etag_of(head) if self._compare(head) else None
+    def proven_etag_in_place(self, *, within_seconds: float = 0) -> str | None:
+        """Return the ETag of the object once it is there and provably holds the bytes."""
+        give_up_at = time.monotonic() + within_seconds
+        while True:
+            head = self._head() or {}
+            if head.get("ContentLength") == self._file.size:
+                self._file.digests = self._file.digests or self._file.read_again()
+                if self._compare(head):
+                    return etag_of(head)
+            if time.monotonic() >= give_up_at:
+                return None
+            self._retries.stop.wait(Retries.BACKOFF_MAX_SECONDS)
+            self._retries.check_stopped()
 
     def _mismatch(self, answer: Answer) -> str:
         if self._has_crc32(answer):
@@ -2649,6 +2778,9 @@ class PartsClient:
     run can go on. https://docs.aws.amazon.com/AmazonS3/latest/userguide/mpuoverview.html
     """
 
+    # An object may still be put together after the answer to Complete was lost.
+    APPEARS_SECONDS = 180
+
     def __init__(
         self, uploader: Uploader, task: Task, file: FileInParts, *,
         result: Result, proof: MultipartProof, on_s3: Mapping[int, PartTypeDef],
@@ -2671,7 +2803,7 @@ class PartsClient:
 
             def create() -> str:
                 answer = self._client.create_multipart_upload(**parameters)
-                if not answer.get("UploadId"):
+                if not 0 < len(answer.get("UploadId", "")) <= TEXT_MAX:
                     raise DigestMismatch("the answer has no UploadId")
                 return answer["UploadId"]
 
@@ -2738,15 +2870,29 @@ class PartsClient:
             if self._file.has_crc32:
                 parts[-1]["ChecksumCRC32"] = base64_of(digests.crc32)
         parameters["MultipartUpload"] = {"Parts": parts}
-        complete = functools.partial(self._client.complete_multipart_upload, **parameters)
+        tries = 0
+
+        def complete() -> Answer:
+            nonlocal tries
+            tries += 1
+            return self._client.complete_multipart_upload(**parameters)
+
         try:
-            answer = self._retries.run(complete)
+            # Silence may mean that the server is at work on it.
+            answer = self._retries.run(complete, may_stop_run=False)
         except UploadError as error:
-            # Perhaps a first request did complete it, and only its answer was lost.
-            etag = self._proof.proven_etag_in_place() if error.code == "NoSuchUpload" else None
-            if not etag:
+            if error.is_of_all_requests:
+                raise StopRun(str(error)) from error
+            if error.code not in USELESS_UPLOAD and error.trouble not in PASSING:
                 raise
-            self.etag = etag
+            # Perhaps a first request does complete it, and only its answer was lost.
+            seconds = self.APPEARS_SECONDS if tries > 1 else 0
+            self.etag = self._proof.proven_etag_in_place(within_seconds=seconds) or ""
+            if not self.etag and tries > 1:  # what may be completed still is not aborted
+                why = f"{error}; no answer said that it is complete, and it does not appear"
+                raise UploadError(why, trouble=error.trouble) from error
+            if not self.etag:
+                raise
         else:
             self.etag = self._proof.proven_etag(answer)
         return {}
@@ -2761,9 +2907,6 @@ class MultipartUpload:
 
     `result.upload_id` is the upload that a later run can go on with, if any.
     """
-
-    # There is nothing left to go on with: somebody aborted it, or the server lost parts of it.
-    USELESS_UPLOAD = frozenset({"NoSuchUpload", "InvalidPart", "InvalidPartOrder"})
 
     def __init__(self, uploader: Uploader, task: Task, source: SourceFile, result: Result) -> None:
         self._uploader, self._retries = uploader, uploader.retries
@@ -2790,7 +2933,7 @@ class MultipartUpload:
                 if tries == Retries.DAMAGED_TRIES:
                     raise error_of(error) from error
             except UploadError as error:
-                if error.code not in self.USELESS_UPLOAD or tries == Retries.DAMAGED_TRIES:
+                if error.code not in USELESS_UPLOAD or tries == Retries.DAMAGED_TRIES:
                     raise
                 self._uploader.abort(self._task, self._result)
                 self._forget_upload()
@@ -2807,7 +2950,7 @@ class MultipartUpload:
             try:
                 on_s3 = self._find_parts(file)
             except UploadError as error:
-                if error.code != "NoSuchUpload":
+                if error.code not in UPLOAD_GONE:
                     raise
                 on_s3 = None
                 # Perhaps it was completed, and only the answer was lost.
@@ -2862,7 +3005,7 @@ class MultipartUpload:
             on_s3 = self._retries.run(list_parts, may_stop_run=False)
         except UploadError as error:
             is_unknown = error.trouble in PASSING or error.is_of_all_requests
-            if is_unknown or error.code == "NoSuchUpload":
+            if is_unknown or error.code in UPLOAD_GONE:
                 raise
         if on_s3 is None:
             self._uploader.abort(self._task, self._result)
@@ -3414,6 +3557,7 @@ class Way(enum.Enum):
     LANE = "by a lane, which tries it once"
     THREAD = "in one part, by a thread of this process"
     PARTS = "in parts, by a thread of this process and those of S3Transfer"
+    SAMPLE = "as it is, but before others: to see whether what these meet is met by all"
 
 
 class Backlog:
@@ -3488,7 +3632,7 @@ class Transfer:
     # One that cannot be opened, longer than a kernel leaves a file to who has a lease (45 s).
     OPEN_TRIES = 25
     TRY_LATER_SECONDS = 2
-    # So many files that the server fails to take, one after the other: it takes none.
+    # So many files that the server does not take, one after the other: perhaps it takes none.
     FAILED_IN_A_ROW_MAX = 20
 
     def __init__(self, run: Run, bucket: Bucket, entries: list[Entry], lanes: Lanes) -> None:
@@ -3505,6 +3649,7 @@ class Transfer:
         self._pools = {
             Way.THREAD: ThreadPoolExecutor(self._concurrency.threads),
             Way.PARTS: ThreadPoolExecutor(self.LARGE_FILES_AT_ONCE),
+            Way.SAMPLE: ThreadPoolExecutor(3),
         }
         # What threads and lanes have to say: calls for the main thread.
         self._news: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -3518,6 +3663,9 @@ class Transfer:
         self._uploads_unwritten: list[threading.Event] = []
         self._refused: list[tuple[Task, Result]] = []
         self._failed_in_a_row = 0
+        # What every file seems to meet, and how many from elsewhere in the plan are to tell.
+        self._doubt: str | None = None
+        self._samples: int | None = None
         self.stop_message: str | None = None
         if lanes:
             make_template = functools.partial(PutTemplate.of, bucket, options)
@@ -3539,24 +3687,27 @@ class Transfer:
             if is_stopping:
                 stop_at = min(stop_at, time.monotonic() + SIGNAL_GRACE_SECONDS)
                 self._retries.stop.set()
-            elif not self._refused:
+            elif not self._doubt:
                 self._hand_out()
             if not self._under_way and (is_stopping or not self._is_waiting()):
                 break
             self._take_news()
             for lane in [lane for lane in self._lanes if lane.is_stuck()]:
                 self._drop_lane(lane)
-            self._settle_refused()
+            self._settle_doubt()
             self._report.draw_progress(is_stopping=is_stopping)
 
     # --- What is handed out ---
 
     def _tasks(self, wanted: Way) -> Iterator[Task]:
-        for index, entry in enumerate(self._entries):
+        for index in range(len(self._entries)):
             if self._ways[index] is wanted:
-                path, key, size = entry.filepath, entry.filename, entry.size or 0
-                of_object = entry.upload_id, entry.part_size, entry.etag
-                yield Task(index, path, key, size, *of_object)
+                yield self._task(index)
+
+    def _task(self, index: int) -> Task:
+        entry = self._entries[index]
+        path, key, size = entry.filepath, entry.filename, entry.size or 0
+        return Task(index, path, key, size, entry.upload_id, entry.part_size, entry.etag)
 
     def _way_of(self, entry: Entry) -> Way:
         if self._options.is_multipart(entry.size or 0):
@@ -3568,7 +3719,7 @@ class Transfer:
         return Way.THREAD
 
     def _is_waiting(self) -> bool:
-        return bool(self._has_next() or self._try_later or self._refused)
+        return bool(self._has_next() or self._try_later or self._refused or self._doubt)
 
     def _has_next(self) -> bool:
         return any(backlog.next for backlog in self._backlogs.values())
@@ -3593,6 +3744,24 @@ class Transfer:
         while backlog.next and self._has_room(way, backlog.next):
             self._begin_in_thread(way, backlog.next)
             backlog.advance()
+
+    def _hand_out_samples(self) -> int:
+        """Hand out the first, the middle and the last file that waits; return how many."""
+
+        def waiting() -> Iterator[tuple[int, Backlog]]:
+            for index, way in enumerate(self._ways):
+                task = self._backlogs[way].next if way else None
+                if way and task and index >= task.entry_index:
+                    yield index, self._backlogs[way]
+
+        count = sum(1 for _ in waiting())
+        places = {0, count // 2, count - 1}
+        for index, backlog in [at for place, at in enumerate(waiting()) if place in places]:
+            task, self._ways[index] = self._task(index), None
+            if backlog.next == task:
+                backlog.advance()
+            self._begin_in_thread(Way.SAMPLE, task)
+        return min(count, len(places))
 
     def _has_room(self, way: Way, task: Task) -> bool:
         """Tell whether a file may be handed to a thread now."""
@@ -3768,6 +3937,7 @@ class Transfer:
                 self._stop(result.error)
             case Outcome.REFUSED:
                 self._refused.append((task, result))
+                self._doubt = self._doubt or result.error
             case Outcome.TRY_LATER if task.tries < tries_max:
                 again = task._replace(
                     tries=task.tries + 1,
@@ -3786,22 +3956,31 @@ class Transfer:
     def _note_failed(self, entry: Entry, result: Result) -> None:
         entry.error = result.error
         self._report.failed(entry)
-        self._failed_in_a_row += result.is_trouble_of_server
-        if self._failed_in_a_row >= self.FAILED_IN_A_ROW_MAX:
-            self._stop(f"one file after the other fails: {entry.error}")
+        self._failed_in_a_row += result.is_said_by_server
+        if self._failed_in_a_row == self.FAILED_IN_A_ROW_MAX:
+            self._uploader.accepted.clear()
+            self._doubt = f"one file after the other fails: {entry.error}"
 
     def _stop(self, message: str | None) -> None:
         """Have the run stop; what is said is the first trouble, not what follows from it."""
         self.stop_message = self.stop_message or message
 
-    def _settle_refused(self) -> None:
-        """Decide whether a refusal is of one key or of all; while nothing tells, wait."""
-        if self._uploader.accepted.is_set():
+    def _settle_doubt(self) -> None:
+        """Decide whether what some files meet is met by all; while nothing tells, wait."""
+        if not self._doubt:
+            return
+        if self._uploader.accepted.is_set() or (self._samples == 0 and self._report.files):
             for task, result in self._refused:
                 self._note_failed(self._entries[task.entry_index], result)
             self._refused.clear()
-        elif self._refused and not self._under_way:
-            self._stop(self._refused[0][1].error)
+            self._doubt = self._samples = None
+            if self._failed_in_a_row >= self.FAILED_IN_A_ROW_MAX:
+                self._failed_in_a_row = 0
+        elif self._samples is None:
+            self._samples = self._hand_out_samples()
+        # A refusal comes at once; other trouble may take each file a minute.
+        elif not (self._under_way if self._refused else self._backlogs[Way.SAMPLE].under_way):
+            self._stop(self._doubt)
 
     def save(self) -> None:
         """Save the state; when that fails, a run goes on without, for the data's sake."""
@@ -4271,17 +4450,19 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     options = parse_arguments(argv)
-    run = Run(options, StateFile(options.statefile), Report(options), interruption)
+    run = Run(options, StateFile(options.statefile), Report(options, interruption), interruption)
     if sys.getfilesystemencoding() != "utf-8":
         run.report.error("file names would be read wrongly in this locale; set PYTHONUTF8=1")
         return 2
     try:
-        if options.dryrun:
-            return show_plan(run)
-        if options.verify == "folder":
-            return verify_folder(run)
-        run.state.lock()
-        return verify_bucket(run) if options.verify else back_up(run)
+        if options.dryrun or options.verify == "folder":
+            code = show_plan(run) if options.dryrun else verify_folder(run)
+        else:
+            run.state.lock()
+            code = verify_bucket(run) if options.verify else back_up(run)
+        if options.dryrun or options.verify:
+            run.report.check_list()
+        return code
     except (StopRun, UploadError) as error:
         run.report.error(str(error))
         return 2
@@ -4291,6 +4472,8 @@ def main(argv: list[str] | None = None) -> int:
         else:
             run.report.error("interrupted before anything was sent")
         return interruption.exit_code
+    finally:
+        interruption.write("stdout")
 
 
 def guard() -> NoReturn:

@@ -8,8 +8,17 @@ from typing import NoReturn
 
 import pytest
 from conftest import NewJob
-from support.checks import assert_clean, assert_stopped
-from support.faults import Fault, answer, delay, drop, drop_after_forward, drop_mid_body, stall
+from support.checks import assert_clean, assert_stopped, lines_with
+from support.faults import (
+    Fault,
+    answer,
+    delay,
+    drop,
+    drop_after_forward,
+    drop_mid_body,
+    stall,
+    trickle,
+)
 from support.files import IN_PARTS, LARGE_BYTES, small_files, some_bytes
 from support.job import Job
 from support.proxy import Action, Answer, Exchange, pass_on
@@ -21,6 +30,17 @@ from support.servers import S3Server
 def small_job(new_job: NewJob, rclone_server: S3Server, each_client: tuple[str, ...]) -> Job:
     """A job by each of the clients."""
     return new_job(rclone_server, *each_client)
+
+
+def say(body: bytes) -> Action:
+    """Answer with 200 and that, as a web server may that is no S3 server."""
+
+    def act(exchange: Exchange) -> None:
+        exchange.discard_body()
+        headers = [("Content-Type", "text/html"), ("Content-Length", str(len(body)))]
+        exchange.reply(Answer(200, "OK", headers, [body], len(body)))
+
+    return act
 
 
 # --- Trouble that stays ----------------------------------------------------------------------
@@ -74,6 +94,30 @@ def test_a_server_that_stalls_once_is_ridden_out(new_job: NewJob, server: S3Serv
     job.check_all_is_there()
 
 
+@pytest.mark.parametrize(
+    "operation", ["PutObject", pytest.param("UploadPart", marks=pytest.mark.long)]
+)
+def test_an_answer_that_trickles_is_given_up(
+    new_job: NewJob, server: S3Server, operation: str
+) -> None:
+    job = new_job(server, "--preferred-transfer-client", "classic")
+    job.write({"f": b"some bytes", "large": some_bytes(LARGE_BYTES)})
+    job.proxy.add_fault(Fault(trickle(0.4), operation=operation, times=1))
+    assert_clean(job.run(*IN_PARTS))
+    assert len(job.requests("PutObject", "UploadPart")) == 5
+    job.check_all_is_there()
+
+
+@pytest.mark.long
+def test_a_server_that_takes_its_time_to_read_gets_a_body_of_some_megabytes(job: Job) -> None:
+    # It waits for longer than a connection may take to be made.
+    job.write({"f": some_bytes(8_000_000)})
+    job.proxy.add_fault(Fault(delay(2.5), operation="PutObject"))
+    assert_clean(job.run())
+    assert job.puts() == ["f"]
+    job.check_all_is_there()
+
+
 def test_what_every_file_meets_from_some_moment_on_stops_the_run(small_job: Job) -> None:
     job, code = small_job, "ExpiredToken"
     job.write(small_files(100))
@@ -112,6 +156,62 @@ def test_a_server_that_fails_at_every_file_stops_the_run(job: Job) -> None:
     assert "stopped: one file after the other fails: S3 answered InternalError" in completed.stderr
     assert len(job.errors()) < len(files)
     assert job.state() == dict.fromkeys(files, 0)
+
+
+# How each put is answered, and what the last sentence has to name.
+REFUSALS_OF_ALL = [
+    pytest.param(answer(402, "PaymentRequired"), "Payment", id="402", marks=pytest.mark.long),
+    pytest.param(answer(413, "413"), "--multipart-threshold", id="413"),
+    pytest.param(answer(507, "NoRoom"), "NoRoom", id="507", marks=pytest.mark.long),
+    pytest.param(say(b""), "ETag", id="nothing"),
+    # Which some versions of botocore take for an error 500.
+    pytest.param(say(b"<html>Welcome</html>"), "", id="page", marks=pytest.mark.long),
+]
+
+
+@pytest.mark.parametrize(("action", "said"), REFUSALS_OF_ALL)
+def test_the_same_answer_to_every_file_stops_the_run(
+    job: Job, client: tuple[str, ...], action: Action, said: str
+) -> None:
+    files = small_files(120)
+    job.write(files)
+    job.proxy.add_fault(Fault(action, operation=("PutObject", "HeadObject")))
+    completed = job.run(*client)
+    assert completed.returncode == 2
+    (sentence,) = lines_with(completed.stderr, "stopped: one file after the other fails: ")
+    assert said in sentence
+    assert job.state() == dict.fromkeys(files, 0)
+    assert 20 <= len(job.errors()) < 100
+
+
+@pytest.mark.parametrize(
+    ("way", "status", "code"),
+    [
+        ("crt", 403, "AccessDenied"),
+        ("classic", 403, "AccessDenied"),
+        ("classic", 400, "SomethingNew"),
+        pytest.param("classic", 500, "InternalError", marks=pytest.mark.long),
+        pytest.param("crt", 500, "InternalError", marks=pytest.mark.long),
+    ],
+)
+def test_bad_keys_do_not_stop_the_good_ones(job: Job, way: str, status: int, code: str) -> None:
+    bad = [f"aaa/{number:02}" for number in range(49)]
+    good = [f"zzz/{number:03}" for number in range(100)]
+    job.make(*bad, *good)
+    job.proxy.add_fault(
+        Fault(answer(status, code), operation="PutObject", key=lambda key: key in bad)
+    )
+    completed = job.run("--preferred-transfer-client", way)
+    job.check_failed(completed, *bad, said=code)
+    assert job.uploaded() == set(good)
+    assert set(job.in_bucket()) == set(good)
+
+
+@pytest.mark.long
+def test_a_body_that_breaks_off_again_and_again_should_go_in_parts(job: Job) -> None:
+    job.write({"f": some_bytes(9_000_000), "g": b"g"})
+    job.proxy.add_fault(Fault(drop_mid_body(), operation="PutObject", key="f"))
+    job.check_failed(job.run(), "f", said="--multipart-threshold")
 
 
 @pytest.mark.long
@@ -266,17 +366,12 @@ def test_the_pauses_between_tries_grow_to_ten_seconds_within_a_minute(
 
 
 def test_an_error_inside_a_good_answer_to_complete_is_an_error(job: Job) -> None:
-    def act(exchange: Exchange) -> None:
-        body = (
-            b'<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>InternalError</Code>'
-            b"<Message>We encountered an internal error.</Message></Error>"
-        )
-        exchange.discard_body()
-        headers = [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))]
-        exchange.reply(Answer(200, "OK", headers, [body], len(body)))
-
+    body = (
+        b'<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>InternalError</Code>'
+        b"<Message>We encountered an internal error.</Message></Error>"
+    )
     job.write({"large": some_bytes(LARGE_BYTES)})
-    fault = job.proxy.add_fault(Fault(act, operation="CompleteMultipartUpload", times=1))
+    fault = job.proxy.add_fault(Fault(say(body), operation="CompleteMultipartUpload", times=1))
     assert_clean(job.run(*IN_PARTS))
     assert fault.hits == 1
     assert len(job.requests("CompleteMultipartUpload")) == 2

@@ -17,6 +17,8 @@ from support.faults import (
     Fault,
     answer,
     call,
+    delay,
+    drop,
     drop_after_forward,
     flip_byte,
     replace_in_answer,
@@ -254,6 +256,54 @@ def test_a_lost_answer_to_complete_costs_no_part(job: Job) -> None:
     in_parts(job, Fault(drop_after_forward(), operation="CompleteMultipartUpload", times=1))
     assert_clean(job.run(*IN_PARTS))
     assert job.sent_parts() == [1, 2, 3]
+    job.check_all_is_there()
+
+
+@pytest.mark.long
+def test_a_slow_complete_is_waited_for(job: Job) -> None:
+    # Longer than the server may be silent otherwise.
+    in_parts(job, Fault(delay(6), operation="CompleteMultipartUpload"))
+    assert_clean(job.run(*IN_PARTS))
+    assert job.proxy.count("CompleteMultipartUpload") == 1
+    assert job.sent_parts() == [1, 2, 3]
+    job.check_all_is_there()
+
+
+@pytest.mark.parametrize(
+    ("status", "code"),
+    [(400, "InvalidPart"), (404, ""), pytest.param(504, "", marks=pytest.mark.long)],
+)
+def test_an_object_that_appears_after_a_lost_complete_is_waited_for(
+    job: Job, status: int, code: str
+) -> None:
+    in_parts(
+        job,
+        Fault(drop_after_forward(), operation="CompleteMultipartUpload", times=1),
+        Fault(answer(status, code), operation="CompleteMultipartUpload"),
+        Fault(answer(404, ""), operation="HeadObject", times=2),
+    )
+    assert_clean(job.run(*IN_PARTS))
+    assert job.sent_parts() == [1, 2, 3]
+    assert job.proxy.count("HeadObject") == 3
+    assert job.proxy.count("AbortMultipartUpload") == 0
+    job.check_all_is_there()
+
+
+def test_an_upload_that_may_be_completed_still_is_not_aborted(job: Job) -> None:
+    job.write({"small": b"small"})
+    in_parts(
+        job,
+        Fault(drop(), operation="CompleteMultipartUpload", times=1),
+        Fault(answer(400, "InvalidPart"), operation="CompleteMultipartUpload"),
+    )
+    job.check_failed(job.run(*IN_PARTS), "large", said="does not appear")
+    assert job.sent_parts() == [1, 2, 3]
+    assert job.proxy.count("AbortMultipartUpload") == 0
+    assert job.entry("large")["upload_id"]
+    job.proxy.clear_faults()
+    since = job.seen()
+    assert job.crash_run(*IN_PARTS).returncode == 0
+    assert job.sent_parts(since) == []
     job.check_all_is_there()
 
 

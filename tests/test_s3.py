@@ -334,6 +334,9 @@ URLS_WITH_PASSWORD = [
     f"http://gate-user:{SECRET}@",
     f"http://gate-user:{SECRET}/more@127.0.0.1:1",
     f"http://gate-user:more/{SECRET}@127.0.0.1:1",
+    f"http://gate-user:12/{SECRET}@127.0.0.1:1",
+    f"http://gate-user:more {SECRET}@127.0.0.1:1",
+    f"http://gate-user:more@{SECRET}@127.0.0.1:1",
 ]
 
 
@@ -349,6 +352,16 @@ def test_the_password_of_an_endpoint_is_never_shown(job: Job, url: str, source: 
     assert completed.returncode == 2
     said = completed.stdout + completed.stderr
     assert "endpoint" in said
+    assert SECRET not in said
+    assert "gate-user" not in said
+
+
+@pytest.mark.parametrize("url", [*URLS_WITH_PASSWORD[1:3], *URLS_WITH_PASSWORD[-4:]])
+def test_the_password_of_a_proxy_is_never_shown(job: Job, url: str) -> None:
+    job.make("a.dat")
+    completed = job.run("--verbose", env={"HTTP_PROXY": url, "HTTPS_PROXY": url})
+    assert completed.returncode == 2
+    said = completed.stdout + completed.stderr
     assert SECRET not in said
     assert "gate-user" not in said
 
@@ -517,6 +530,22 @@ def test_what_one_file_meets_is_its_failure_alone(job: Job, code: str) -> None:
     job.proxy.add_fault(Fault(answer(400, code), operation="PutObject", key="b.dat"))
     job.check_failed(job.run(), "b.dat", said=code)
     assert job.puts().count("b.dat") == 1
+
+
+def test_of_what_a_server_says_only_the_beginning_is_looked_at(
+    job: Job, client: tuple[str, ...]
+) -> None:
+    files = small_files(8)
+    job.write(files)
+    words = "a:" * 150_000
+    job.proxy.add_fault(Fault(answer(400, "SomethingNew" * 9_000, words), operation="PutObject"))
+    started = time.monotonic()
+    completed = job.run(*client)
+    assert completed.returncode == 1
+    assert time.monotonic() - started < 10
+    assert "SomethingNew" in completed.stderr
+    texts = completed.stderr, job.state_path.read_text()
+    assert [len(text) < 4_000 * len(files) for text in texts] == [True, True]
 
 
 @pytest.mark.parametrize(

@@ -692,6 +692,16 @@ def test_runs_with_states_of_their_own_go_side_by_side(job: Job, tmp_path: Path)
 
 
 @needs_fifos
+@pytest.mark.parametrize("what", [("--dryrun",), ("--verify", "folder"), ()], ids=" ".join)
+def test_a_state_that_is_a_fifo_is_refused(job: Job, what: tuple[str, ...]) -> None:
+    job.make("a.dat")
+    os.mkfifo(job.state_path)
+    completed = job.run(*what, timeout=20)
+    assert_stopped(completed, f"the state file {job.state_path} is no regular file")
+    assert job.puts() == []
+
+
+@needs_fifos
 @pytest.mark.parametrize("what", LINKED)
 def test_a_lock_that_is_no_regular_file_is_refused(job: Job, tmp_path: Path, what: str) -> None:
     job.back_up("a.dat")

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import re
+import signal
+import sys
 from pathlib import Path
+from typing import IO
 
 import pytest
-from support.checks import assert_clean, assert_failed, lines_with
+from support.checks import assert_clean, assert_failed, assert_stopped, lines_with
 from support.faults import Fault, answer
 from support.job import Job, shell
-from support.script import Completed, finish
+from support.script import Completed, finish, wait_until
 from support.systems import needs_fifos, needs_full_device, needs_odd_names, needs_shell
 
 # --- Output ----------------------------------------------------------------------------------
@@ -155,3 +158,46 @@ def test_reader_of_stdout_that_went_away_does_not_matter(job: Job) -> None:
     process.stdout = None
     assert finish(process).returncode == 0
     assert job.state() == {"a.dat": 1}
+
+
+@needs_shell
+@needs_full_device
+@pytest.mark.parametrize(
+    "what", [("--dryrun",), ("--verify",), ("--verify", "folder")], ids=" ".join
+)
+def test_a_list_that_cannot_be_written_is_an_error(job: Job, what: tuple[str, ...]) -> None:
+    job.back_up("a.dat")
+    completed = job.run(*what, python_flags=shell(">/dev/full"))
+    assert_stopped(completed, "stdout", "no space left")
+    assert job.state() == {"a.dat": 1}
+
+
+def waiting_bytes(pipe: IO[str] | None) -> int:
+    """The number of bytes that wait in a pipe for its reader."""
+    import fcntl
+    import termios
+
+    assert pipe
+    return int.from_bytes(fcntl.ioctl(pipe, termios.FIONREAD, b"\0" * 4), sys.byteorder)
+
+
+@needs_fifos
+@pytest.mark.parametrize("stream", ["stderr", "stdout"])
+def test_a_signal_ends_a_run_whose_output_nobody_reads(job: Job, stream: str) -> None:
+    job.make("a.dat")
+    for number in range(450):
+        path = job.folder / f"{number:03}{'x' * 180}"
+        path.symlink_to("missing" if stream == "stderr" else "a.dat")
+    process = job.start() if stream == "stderr" else job.start("--dryrun")
+    seen = [0, 1]
+
+    def is_full() -> bool:  # and nothing more gets into it
+        seen[:] = seen[1], waiting_bytes(getattr(process, stream))
+        return seen[0] == seen[1] > 50_000
+
+    wait_until(is_full, 60, "a full pipe")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 143
+    assert finish(process).returncode == 143
+    if stream == "stderr":
+        assert len(job.state()) == 451
