@@ -44,10 +44,10 @@ from support.faults import (
     wrong_etag,
 )
 from support.files import MIB, PART_BYTES, md5
-from support.job import Job
+from support.job import NOBODY, Job
 from support.proxy import Action, FaultProxy, Request
 from support.servers import S3Server
-from support.systems import needs_proc, needs_shell
+from support.systems import needs_permissions, needs_proc, needs_shell
 
 BODY = bytes(range(256)) * 40
 
@@ -389,7 +389,7 @@ def test_a_fork_is_what_a_started_program_is(job: Job, tmp_path: Path) -> None:
     py_compile.compile(str(source), cfile=str(path), doraise=True)
     environment = {**script.base_environment(tmp_path), **job.endpoint.environment()}
     arguments = ["--prefix", "3", "ü", "\udcff"]
-    fork = forks.start(path, arguments, cwd=tmp_path, env=environment, user=None)
+    fork = forks.start(Path(sys.executable), path, *arguments, cwd=tmp_path, env=environment)
     program = subprocess.Popen(
         [sys.executable, path, *arguments],
         cwd=tmp_path,
@@ -403,6 +403,19 @@ def test_a_fork_is_what_a_started_program_is(job: Job, tmp_path: Path) -> None:
     assert json.loads(said) == json.loads(wanted)
     assert error == wanted_error == r"to the end\udcff"
     assert fork.returncode == program.returncode == 3
+
+
+@needs_permissions
+def test_another_user_gets_at_all_that_a_run_needs(job: Job) -> None:
+    job.make("a.dat")
+    # The standard library, the packages, and the interpreter, wherever they were at first.
+    late = "import boto3, botocore, subprocess, sys, wave; open(botocore.__file__).close()"
+    start = "subprocess.run([sys.executable, '-c', 'import boto3, wave'], check=True)"
+    tell = "import os; print(os.getuid(), file=sys.stderr)"
+    completed = job.run(user=NOBODY, python_flags=script.prelude(f"{late}; {start}; {tell}"))
+    assert completed.returncode == 0, completed.stderr
+    user = NOBODY if script.is_root() else os.getuid()
+    assert completed.stderr.splitlines()[0] == str(user)
 
 
 @needs_proc

@@ -30,9 +30,6 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 PYC_HEADER_BYTES = 16
-# What Python itself imports in the middle of a run, where another user may not read it.
-CODECS = ("ascii", "idna", "latin_1", "utf_8_sig")
-LATE = ("_strptime", *(f"encodings.{name}" for name in CODECS))
 REQUEST_MAX_BYTES = 1 << 20
 
 
@@ -50,7 +47,7 @@ def preload(code: types.CodeType) -> None:
     """Import what a run would import, by doing without a server what it does first."""
     # The script has boto3 do without it too; botocore looks for it once.
     os.environ["BOTO_DISABLE_CRT"] = "true"
-    for name in (*imports_of(code), *LATE):
+    for name in imports_of(code):
         with contextlib.suppress(ImportError):  # some are of another system
             importlib.import_module(name)
     boto3, loaders = map(importlib.import_module, ("boto3", "botocore.loaders"))

@@ -17,7 +17,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ TEXT_PIPES: dict[str, Any] = {
 }
 # What Python itself looks at when it starts.
 PYTHON_READS = ("PYTHON", "LC_", "LANG", "LD_", "TZ")
+
+Command = tuple[Path, Path]  # an interpreter and a script
 
 is_wanted = sys.platform == "linux" and hasattr(os, "pidfd_open")
 _lock = threading.Lock()
@@ -45,11 +47,11 @@ def can_run(env: Mapping[str, str]) -> bool:
 
 
 @functools.cache
-def _server(script: Path) -> socket.socket:
+def _server(python: Path, script: Path) -> socket.socket:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
         process = subprocess.Popen(
-            [sys.executable, SERVER, script, str(theirs.fileno())],
+            [python, SERVER, script, str(theirs.fileno())],
             env={"PATH": os.environ["PATH"]},
             stdin=subprocess.DEVNULL,
             pass_fds=[theirs.fileno()],
@@ -64,9 +66,9 @@ def _server(script: Path) -> socket.socket:
     return ours
 
 
-def _ask(script: Path, request: object, files: tuple[int, ...] = ()) -> Any:
+def _ask(command: Command, request: object, files: tuple[int, ...] = ()) -> Any:
     with _lock:
-        server = _server(script)
+        server = _server(*command)
         socket.send_fds(server, [json.dumps(request).encode()], files)
         answer = server.recv(1 << 16)
         assert answer, "the process that forks has ended; what it said is above"
@@ -74,35 +76,36 @@ def _ask(script: Path, request: object, files: tuple[int, ...] = ()) -> Any:
 
 
 def start(
+    python: Path,
     script: Path,
-    args: Sequence[str | Path],
-    *,
+    *args: str | Path,
     cwd: Path,
     env: Mapping[str, str],
-    user: int | None,
+    user: int | None = None,
     before: str = "",
 ) -> subprocess.Popen[str]:
     """Start a script that is compiled, in a session of its own, as that user or as this one.
 
-    `before` is code that its process runs first.
+    `python` and all that it imports must be within reach of the user. `before` is code that the
+    script's process runs first.
     """
     words = [os.fspath(arg) for arg in args]
     run = {"args": words, "cwd": os.fspath(cwd), "env": env, "user": user, "before": before}
-    return Fork([sys.executable, script, *words], run=run)
+    return Fork((python, script), words, run=run)
 
 
 class Fork(subprocess.Popen[str]):
     """A run in a fork: a Popen whose process is the child of another one than this."""
 
-    def __init__(self, args: list[str | Path], *, run: Mapping[str, object]) -> None:
-        self._script, self._run = Path(args[1]), run
-        super().__init__(args, **TEXT_PIPES)
+    def __init__(self, command: Command, words: list[str], *, run: Mapping[str, object]) -> None:
+        self._command, self._run = command, run
+        super().__init__([*command, *words], **TEXT_PIPES)
 
     # The arguments are those of subprocess's own, by their places.
     def _execute_child(self, *arguments: Any) -> None:
         p2cread, _, _, c2pwrite, _, errwrite = arguments[10:16]
         try:
-            self.pid = _ask(self._script, self._run, (p2cread, c2pwrite, errwrite))
+            self.pid = _ask(self._command, self._run, (p2cread, c2pwrite, errwrite))
         finally:
             for file in (p2cread, c2pwrite, errwrite):
                 os.close(file)
@@ -123,5 +126,5 @@ class Fork(subprocess.Popen[str]):
         return self.returncode
 
     def _note_end(self) -> None:
-        self.returncode = os.waitstatus_to_exitcode(_ask(self._script, self.pid))
+        self.returncode = os.waitstatus_to_exitcode(_ask(self._command, self.pid))
         os.close(self._pidfd)

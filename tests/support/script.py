@@ -147,23 +147,31 @@ def start_script(
     `finish` waits for it. A test that signals it uses `process.send_signal` or `os.killpg`.
     """
     switch = user if is_root() else None
+    launch = launch_for(switch, real_time=real_time)
     own = {
         **base_environment(shared_folder() / "home"),
         **(server.environment() if server else {}),
         **(env or {}),
     }
+    environment = {**launch.environment, **own}
     before = python_flags.code if isinstance(python_flags, Prelude) else ""
     if not real_time and (before or not python_flags) and forks.can_run(own):
-        script = launch_for(None).script
-        return forks.start(script, args, cwd=cwd, env=own, user=switch, before=before)
-    launch = launch_for(switch, real_time=real_time)
+        return forks.start(
+            launch.python,
+            launch.script,
+            *args,
+            cwd=cwd,
+            env=environment,
+            user=switch,
+            before=before,
+        )
     identity: dict[str, Any] = {}
     if switch is not None:
         identity = {"user": switch, "group": switch, "extra_groups": []}
     return subprocess.Popen(
         [launch.python, *python_flags, launch.script, *args],
         cwd=cwd,
-        env={**launch.environment, **own},
+        env=environment,
         **forks.TEXT_PIPES,
         start_new_session=True,
         **identity,
@@ -277,7 +285,8 @@ def with_haste(text: str, haste: Mapping[str, str]) -> str:
 
 
 def _can_launch(launch: Launch, user: int) -> bool:
-    check = "import boto3, sys; open(sys.argv[1]).close()"
+    find = "importlib.util.find_spec('boto3').origin"  # to import it takes half a second
+    check = f"import importlib.util, sys; open(sys.argv[1]).close(); open({find}).close()"
     try:
         completed = subprocess.run(
             [launch.python, "-c", check, launch.script],
