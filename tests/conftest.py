@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import signal
 import socket
 import subprocess
@@ -53,6 +54,11 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "long: takes long; runs with --long only")
     if config.getoption("--long"):
         forks.is_wanted = False
+    # Another user, as whom root runs some tests, must get at their folders.
+    temporary = Path(tempfile.gettempdir()).resolve()
+    is_open = all(folder.stat().st_mode & 0o001 for folder in (temporary, *temporary.parents))
+    if script.is_root() and not is_open:
+        tempfile.tempdir = "/tmp"
     # In the background of a shell and under nohup they are ignored: so they would be by the script,
     # which inherits that. A handler is not inherited.
     for signum, handler in HANDLERS.items():
@@ -257,7 +263,7 @@ def tmp_path() -> Iterator[Path]:
     """A folder for the test, in place of pytest's own.
 
     That one lies below a folder which only its owner may enter, and some tests run the script as
-    another user.
+    another user. For the same reason the tester's umask does not count.
     """
     # Windows does not remove a file that a process still has open.
     is_lenient = sys.platform == "win32"
@@ -266,7 +272,9 @@ def tmp_path() -> Iterator[Path]:
     ) as name:
         path = Path(name).resolve()
         path.chmod(0o755)
+        umask = os.umask(0o022)
         yield path
+        os.umask(umask)
 
 
 @pytest.fixture
