@@ -546,6 +546,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def options_problem(options: Options) -> str | None:
     """Return what is wrong with the options that argparse cannot tell, or None."""
+    for name, value in vars(options).items():
+        # An unset variable of a shell script: what it should guard would not be guarded.
+        if name != "prefix" and "" in (value if isinstance(value, list) else [value]):
+            return f"--{name.replace('_', '-')} is empty"
     if options.sse_kms_key_id and not (options.sse or "").startswith("aws:kms"):
         return "--sse-kms-key-id needs --sse aws:kms"
     if options.verify and (options.crashrun or options.dryrun or options.skip_unchanged):
@@ -557,9 +561,6 @@ def options_problem(options: Options) -> str | None:
     for name in ("sse_kms_key_id", "expected_bucket_owner"):
         if not re.fullmatch(r"[!-~]+", getattr(options, name) or "none"):
             return f"--{name.replace('_', '-')} has white space or other odd characters"
-    for name in ("backupfolder", "statefile"):
-        if not getattr(options, name):  # an unset variable of a shell script
-            return f"--{name} is empty"
     return None
 
 
@@ -1345,6 +1346,39 @@ def globs_matcher(globs: list[str]) -> Callable[[str], object]:
     return re.compile("|".join(map(fnmatch.translate, globs)) or r"(?!)").match
 
 
+class Excludes:
+    """The globs of --exclude, for paths relative to the folder; `idle` are those without a match.
+
+    As for `aws s3`, a glob leaves out files: what a folder of such a name holds stays.
+    """
+
+    def __init__(self, globs: list[str]) -> None:
+        self.match = globs_matcher(globs)
+        # A glob that ends in * and matches "folder/" matches all that is below it, too.
+        self._match_all_below = globs_matcher([g for g in globs if g.endswith("*")])
+        self.idle, self._match_idle = globs, self.match
+
+    def note_left_out(self, path: str) -> None:
+        """Take note that a file is left out."""
+        if self._match_idle(path):
+            self._note_used(lambda glob: fnmatch.fnmatchcase(path, glob))
+
+    def leaves_out_all_below(self, folder: str) -> bool:
+        """Tell whether all below a folder, given with a slash at its end, is left out."""
+
+        def may_match_below(glob: str) -> bool:  # where nobody looks now
+            head = re.split(r"[*?[]", glob)[0]
+            return head.startswith(folder) or folder.startswith(head)
+
+        if is_left_out := bool(self._match_all_below(folder)):
+            self._note_used(may_match_below)
+        return is_left_out
+
+    def _note_used(self, is_used: Callable[[str], bool]) -> None:
+        self.idle = [glob for glob in self.idle if not is_used(glob)]
+        self._match_idle = globs_matcher(self.idle)
+
+
 # Windows lacks what it takes to open a path name by name: there, each is looked at before.
 OPENS_BY_NAME = NO_FOLLOW and os.open in os.supports_dir_fd and os.scandir in os.supports_fd
 FOLDER = getattr(os, "O_DIRECTORY", 0)
@@ -1453,9 +1487,7 @@ class Walk:
         self._run, self._options, options = run, run.options, run.options
         self._report, self._interruption = run.report, run.interruption
         self._root = options.backupfolder
-        self._excludes = globs_matcher(options.exclude)
-        # A glob that ends in * and matches "folder/" matches all that is below it, too.
-        self._excludes_folder = globs_matcher([g for g in options.exclude if g.endswith("*")])
+        self.excludes = Excludes(options.exclude)
         self._own_files: dict[Identity, set[str]] = {}
         for own in run.state.own_files():
             with contextlib.suppress(OSError):
@@ -1543,13 +1575,11 @@ class Walk:
                 yield found
 
     def _excludes_file(self, path: str) -> bool:
-        # As for `aws s3`, a glob leaves out files: what a folder of such a name holds stays.
-        if not self._options.exclude:
+        if not self._options.exclude or not self.excludes.match(relative := self._relative(path)):
             return False
-        return bool(self._excludes(self._relative(path))) and not os.path.isdir(path)
-
-    def _excludes_all_below(self, path: str) -> bool:
-        return bool(self._excludes_folder(self._relative(path) + "/"))
+        if is_left_out := not os.path.isdir(path):
+            self.excludes.note_left_out(relative)
+        return is_left_out
 
     def _relative(self, path: str) -> str:
         return path[len(os.path.join(self._root, "")) :].replace(os.sep, "/")
@@ -1573,7 +1603,7 @@ class Walk:
                 entry.error = f"{what}: {reason(error)}; {advice}"
             return entry
         if stat.S_ISDIR(status.st_mode):
-            is_left_out = self._excludes_all_below(path)
+            is_left_out = self.excludes.leaves_out_all_below(self._relative(path) + "/")
             return None if is_left_out else Subfolder(path, key + "/", is_link=is_link)
         if not stat.S_ISREG(status.st_mode):
             self._report.notice("socket, FIFO or device, skipped", path)
@@ -1607,11 +1637,15 @@ def find_files(run: Run, previous: list[Entry] | None) -> Iterator[Entry]:
     lists files of the folder: they must not be forgotten.
     """
     options, root, entry = run.options, run.options.backupfolder, None
-    for count, entry in enumerate(Walk(run).entries(previous), start=1):
+    found = Walk(run)
+    for count, entry in enumerate(found.entries(previous), start=1):
         if count % 1000 == 0:
             run.report.doing(f"{count:,} files found")
         if is_in_shard(entry, options):
             yield entry
+    for glob in found.excludes.idle if entry and not options.crashrun else ():
+        how = "give paths relative to the folder, and all below one as 'NAME/*'"
+        run.report.notice(f"--exclude matched no file; {how}", glob)
     if entry:
         return
     for old in previous or ():

@@ -37,6 +37,12 @@ NO_RATES = [
 ]
 NO_SHARDS = ["0/2", "3/2", "x", "1/0", "1", "1/2/3", "", "1/", "/2", "-1/2", "1/-2", "1.0/2"]
 
+# An unset variable of a shell script: what seems to be set would not be.
+NEVER_EMPTY = """
+    --backupfolder --endpoint-url --exclude --expected-bucket-owner --profile --region
+    --sse-kms-key-id --statefile --storage-class
+""".split()
+
 EXPRESS = ["--x-s3", "S3 Express directory bucket", "takes no Content-MD5"]
 
 # At the end of the process say whether boto3 or botocore were imported.
@@ -110,6 +116,8 @@ def refused_job(job: Job) -> Job:
             for value in NO_RATES
         ],
         *[([f"--shard={value}"], ["--shard", "I/N"]) for value in NO_SHARDS],
+        *[(["--sse=aws:kms", option, ""], [f"{option} is empty"]) for option in NEVER_EMPTY],
+        (["--exclude", "*.tmp", "--exclude", ""], ["--exclude is empty"]),
     ],
     ids=" ".join,
 )
@@ -179,6 +187,12 @@ def test_what_is_no_folder_is_refused(refused_job: Job, name: str, words: str) -
     assert str(folder) in completed.stderr.splitlines()[-1]
     assert refused_job.proxy.requests == []
     assert refused_job.state_path.read_text() == "[]\n"
+
+
+def test_an_empty_prefix_is_none(job: Job) -> None:
+    job.make("a.dat")
+    assert_clean(job.run("--prefix", ""))
+    job.check_all_is_there()
 
 
 def test_a_usage_error_ends_the_run_before_it_has_done_anything(refused_job: Job) -> None:

@@ -701,6 +701,20 @@ TREE = (
 )
 
 
+def excluding(*globs: str) -> list[str]:
+    """The options that exclude what matches these globs."""
+    return [word for glob in globs for word in ("--exclude", glob)]
+
+
+def without_match(completed: Completed) -> list[str]:
+    """The globs that a run says to have matched no file, when it says nothing else."""
+    notice = "notice: --exclude matched no file; "
+    how = "give paths relative to the folder, and all below one as 'NAME/*': "
+    lines = completed.stderr.splitlines()
+    assert all(line.startswith(notice + how) for line in lines), completed.stderr
+    return [line.removeprefix(notice + how) for line in lines]
+
+
 # As `aws s3 cp --recursive --exclude`: fnmatch of the whole relative path of each file, where `*`
 # matches "/" too; a folder is no more than a part of its files' paths.
 @pytest.mark.parametrize(
@@ -726,9 +740,43 @@ TREE = (
 )
 def test_exclude(job: Job, globs: list[str], left_out: set[str]) -> None:
     job.make(*TREE)
-    listed = job.run("--dryrun", *(word for glob in globs for word in ("--exclude", glob)))
-    assert (listed.returncode, listed.stderr) == (0, "")
+    listed = job.run("--dryrun", *excluding(*globs))
+    assert listed.returncode == 0
+    assert without_match(listed) == ([] if left_out else globs)
     assert {name for name in TREE if f" {job.folder / name} " not in listed.stdout} == left_out
+
+
+@pytest.mark.parametrize(
+    ("globs", "idle"),
+    [
+        ([".ssh"], [".ssh"]),
+        ([".ssh/"], [".ssh/"]),
+        (["/.ssh/*"], ["/.ssh/*"]),
+        (["*/deep"], ["*/deep"]),
+        (["*.bak", "*.tmp"], ["*.bak"]),
+        # All that match a file count, and not only the first of them.
+        (["*.tmp", "a.*", "a.tmp", "[a]*"], []),
+        # What is below a folder that is left out is not looked at, and may match.
+        ([".ssh/*", "*.key", ".ssh/i*", ".ssh/sub/x"], []),
+        ([".ssh/*", "sub/x.key", ".sshd"], ["sub/x.key", ".sshd"]),
+    ],
+    ids=" ".join,
+)
+def test_a_glob_that_matches_no_file_is_told(job: Job, globs: list[str], idle: list[str]) -> None:
+    job.make("a.dat", "a.tmp", ".ssh/id", "sub/deep/c.dat")
+    assert without_match(job.run("--dryrun", *excluding(*globs))) == idle
+    completed = job.run(*excluding(*globs))
+    assert completed.returncode == 0
+    assert without_match(completed) == idle
+    assert job.run("--quiet", *excluding(*globs)).stderr == ""
+
+
+def test_many_globs_that_match_no_file_are_counted(job: Job) -> None:
+    job.make("a.dat")
+    completed = job.run("--dryrun", *excluding(*"bcdefg"))
+    *globs, more = without_match(completed)
+    assert globs == ["b", "c", "d"]
+    assert more.startswith("3 more")
 
 
 def test_excluded_files_are_neither_sent_nor_in_the_state(job: Job) -> None:
@@ -752,8 +800,7 @@ def test_excluded_trouble_is_no_trouble(job: Job) -> None:
     (job.folder / "secret.dat").chmod(0)
     (job.folder / "broken").symlink_to("missing")
     os.mkfifo(job.folder / "fifo")
-    excluded = [word for name in ("secret.dat", "broken", "fifo") for word in ("--exclude", name)]
-    assert_clean(job.run(*excluded, user=NOBODY))
+    assert_clean(job.run(*excluding("secret.dat", "broken", "fifo"), user=NOBODY))
     assert job.state() == {"a.dat": 1}
 
 
