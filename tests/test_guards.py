@@ -1,0 +1,154 @@
+"""Guards that only the last moment meets: what is put where the script opens, and a power cut."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from support.checks import assert_clean, assert_stopped
+from support.faults import Fault, call
+from support.files import IN_PARTS, LARGE_BYTES, some_bytes
+from support.job import NOBODY, Job
+from support.proxy import Request
+from support.script import Prelude, is_root, journal_of, prelude
+from support.systems import needs_fifos, needs_permissions, needs_proc
+
+if sys.platform != "win32":
+    import fcntl
+
+# --- Between the look at a file and its opening ----------------------------------------------
+
+# The event comes before a file is opened, or made.
+PUT_IN_PLACE = """
+import os, sys
+put = []
+def put_in_place(event, args):
+    if event == "open" and isinstance(args[0], str) and os.path.basename(args[0]) == {name!r}:
+        if not put:
+            put.append(True)
+            if os.path.lexists({path!r}):
+                os.unlink({path!r})
+            {make}
+sys.addaudithook(put_in_place)
+"""
+MAKES = {
+    "link": "os.symlink({target!r}, {path!r})",
+    "link to nowhere": "os.symlink({target!r} + '-new', {path!r})",
+    "other name": "os.link({target!r}, {path!r})",
+    "fifo": "os.mkfifo({path!r})",
+}
+HUNG_SECONDS = 30
+
+
+def putting(what: str, path: Path, target: Path) -> Prelude:
+    """Python flags by which something lies at a path just when the script first opens it."""
+    names = {"path": str(path), "target": str(target)}
+    return prelude(PUT_IN_PLACE.format(name=path.name, make=MAKES[what].format(**names), **names))
+
+
+@needs_fifos
+@pytest.mark.parametrize(
+    ("companion", "what"),
+    [
+        ("lock", "link"),
+        ("lock", "link to nowhere"),
+        ("lock", "other name"),
+        ("tmp", "link"),
+        ("tmp", "other name"),
+        ("journal", "link"),
+        ("journal", "other name"),
+    ],
+)
+def test_nothing_is_written_into_what_is_put_in_place(
+    job: Job, tmp_path: Path, companion: str, what: str
+) -> None:
+    job.write({"large": some_bytes(LARGE_BYTES)})
+    target = tmp_path / "target"
+    target.write_bytes(b"precious")
+    target.chmod(0o604)
+    path = job.state_path.with_name(f"{job.state_path.name}.{companion}")
+    completed = job.run(*IN_PARTS, python_flags=putting(what, path, target), timeout=HUNG_SECONDS)
+    assert completed.returncode in (0, 2)
+    assert target.read_bytes() == b"precious"
+    assert target.stat().st_mode & 0o777 == 0o604
+    assert not target.with_name("target-new").exists()
+    assert set(job.in_bucket()) == ({"large"} if completed.returncode == 0 else set())
+
+
+@needs_fifos
+@pytest.mark.parametrize("what", ["link", "fifo"])
+def test_no_journal_is_believed_that_is_put_in_place(job: Job, tmp_path: Path, what: str) -> None:
+    job.make("a.dat")
+    job.write_state(job.pending_entry("a.dat"))
+    target, journal = tmp_path / "target", journal_of(job.state_path)
+    job.write_journal(job.uploaded_entry("a.dat")).rename(target)
+    job.write_journal(job.pending_entry("a.dat"))
+    flags = putting(what, journal, target)
+    completed = job.crash_run(python_flags=flags, timeout=HUNG_SECONDS)
+    if completed.returncode == 2:
+        assert job.sent() == []
+        assert '"uploadedSuccess": 0' in job.state_path.read_text()
+    else:
+        assert_clean(completed)
+        assert set(job.in_bucket()) == {"a.dat"}
+
+
+@needs_permissions
+def test_a_link_of_ones_own_is_followed_by_another_user_than_root(job: Job) -> None:
+    job.make("a.dat")
+    job.state_path.symlink_to("target.json")
+    if is_root():
+        os.chown(job.state_path, NOBODY, NOBODY, follow_symlinks=False)
+    assert_clean(job.run(user=NOBODY))
+    assert job.state_path.is_symlink()
+    assert job.state() == {"a.dat": 1}
+
+
+@needs_permissions
+def test_what_a_lock_of_another_says_does_not_reach_the_terminal(job: Job) -> None:
+    job.make("a.dat")
+    with job.state_path.with_name("state.json.lock").open("w") as lock:
+        lock.write("\x1b[31m1\x07")
+        lock.flush()
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        completed = job.run()
+    assert_stopped(completed, "another run", r"\x1b[31m1\x07")
+    assert not {"\x1b", "\x07"} & set(completed.stderr)
+
+
+# --- What a power cut leaves -----------------------------------------------------------------
+
+SIZES = """
+import os
+def noted(name, real):
+    def call(*args):
+        path = f"/proc/self/fd/{{args[0]}}" if name == "fsync" else args[0]
+        with open({record!r}, "a") as record:
+            what = os.path.basename(os.path.realpath(path))
+            print(name, what, os.stat(path).st_size, file=record)
+        return real(*args)
+    return call
+os.fsync, os.replace = noted("fsync", os.fsync), noted("replace", os.replace)
+"""
+
+
+@needs_proc
+def test_what_is_flushed_to_the_disk_is_whole(job: Job, tmp_path: Path) -> None:
+    job.write({"large": some_bytes(LARGE_BYTES)})
+    record, journal = tmp_path / "record", journal_of(job.state_path)
+    seen: list[str] = []
+
+    def look(_: Request) -> None:
+        seen.append(f"fsync {journal.name} {journal.stat().st_size}")
+        assert seen[0] in record.read_text().splitlines()
+
+    job.proxy.add_fault(Fault(call(look), operation="UploadPart", times=1))
+    assert_clean(job.run(*IN_PARTS, python_flags=prelude(SIZES.format(record=str(record)))))
+    assert len(seen) == 1
+    calls = record.read_text().splitlines()
+    saves = [n for n, line in enumerate(calls) if line.startswith("replace ")]
+    assert len(saves) >= 3
+    for n in saves:
+        assert calls[n - 1] == calls[n].replace("replace ", "fsync ")
