@@ -1186,25 +1186,28 @@ def test_disk_that_fills_during_the_run_keeps_the_last_state(job: Job) -> None:
 @needs_limits_of_others
 def test_a_disk_that_is_full_for_a_while_spoils_no_journal(job: Job) -> None:
     files = job.make(*(f"{number:03}" for number in range(60)))
-    pids: list[int] = []
+    journal, pids, written_ns = journal_of(job.state_path), list[int](), list[int]()
 
-    def limit(size_bytes: int) -> Callable[[object], None]:
-        def act(_: object) -> None:
-            wait_until(lambda: pids, 60, "the process")
-            hard = resource.RLIM_INFINITY
-            resource.prlimit(pids[0], resource.RLIMIT_FSIZE, (size_bytes, hard))
+    def limit(size_bytes: int) -> None:
+        resource.prlimit(pids[0], resource.RLIMIT_FSIZE, (size_bytes, resource.RLIM_INFINITY))
 
-        return act
+    def fill(_: object) -> None:
+        # All that was sent is in it; of the next line it has room for a piece.
+        wait_until(lambda: pids and len(job.uploaded()) == 5, 60, "a journal of all so far")
+        written_ns.append(journal.stat().st_mtime_ns)
+        limit(journal.stat().st_size + 10)
 
-    for key, size_bytes in (("005", 100), ("035", resource.RLIM_INFINITY)):
-        job.proxy.add_fault(Fault(call(limit(size_bytes)), operation="PutObject", key=key))
+    def make_room(_: object) -> None:
+        wait_until(lambda: journal.stat().st_mtime_ns != written_ns[0], 60, "a torn line")
+        limit(resource.RLIM_INFINITY)
+
+    job.proxy.add_fault(Fault(call(fill), operation="PutObject", key="005"))
+    job.proxy.add_fault(Fault(call(make_room), operation="PutObject", key="035"))
     job.proxy.add_fault(Fault(stall(600), operation="PutObject", key="059"))
-    job.proxy.add_fault(Fault(delay(0.05), operation="PutObject"))
-    process = job.start("--max-concurrency", "1")
+    # In real time, no save of the whole comes between.
+    process = job.start("--max-concurrency", "1", real_time=True)
     pids.append(process.pid)
-    wait_until(
-        lambda: job.state_path.exists() and len(job.uploaded()) >= 50, 60, "what was sent meanwhile"
-    )
+    wait_until(lambda: written_ns and len(job.uploaded()) >= 50, 60, "what was sent meanwhile")
     kill(process)
     job.check_state_is_true()
     job.proxy.clear_faults()
