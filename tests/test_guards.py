@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -106,6 +108,21 @@ def test_a_link_of_ones_own_is_followed_by_another_user_than_root(job: Job) -> N
     assert job.state() == {"a.dat": 1}
 
 
+@pytest.mark.parametrize("option", [(), ("--dryrun",), ("--crashrun", "1")], ids=" ".join)
+def test_files_of_ones_own_that_a_kill_left_are_no_backup(
+    job: Job, option: tuple[str, ...]
+) -> None:
+    job.make("a.dat")
+    state = job.folder / "state.json"
+    job = replace(job, state_path=state)
+    job.write_state(job.pending_entry("", filepath=str(job.folder)))
+    for companion in ("lock", "tmp", "journal"):
+        state.with_name(f"state.json.{companion}").touch()
+    completed = job.run(*option)
+    assert completed.returncode == 0
+    assert re.search(r"(sent|would send) 1 file, 14 B", completed.stdout)
+
+
 @needs_permissions
 def test_what_a_lock_of_another_says_does_not_reach_the_terminal(job: Job) -> None:
     job.make("a.dat")
@@ -121,31 +138,38 @@ def test_what_a_lock_of_another_says_does_not_reach_the_terminal(job: Job) -> No
 # --- What a power cut leaves -----------------------------------------------------------------
 
 SIZES = """
-import os
+import os, time
 def noted(name, real):
     def call(*args):
         path = f"/proc/self/fd/{{args[0]}}" if name == "fsync" else args[0]
+        line = f"{{name}} {{os.path.basename(os.path.realpath(path))}} {{os.stat(path).st_size}}"
+        if ".journal" in line:  # what does not wait for it comes first
+            until = time.monotonic() + 0.5
+            while not os.path.exists({comes!r}) and time.monotonic() < until:
+                time.sleep(0.01)
+        result = real(*args)
         with open({record!r}, "a") as record:
-            what = os.path.basename(os.path.realpath(path))
-            print(name, what, os.stat(path).st_size, file=record)
-        return real(*args)
+            print(line, file=record)
+        return result
     return call
 os.fsync, os.replace = noted("fsync", os.fsync), noted("replace", os.replace)
 """
 
 
 @needs_proc
-def test_what_is_flushed_to_the_disk_is_whole(job: Job, tmp_path: Path) -> None:
+def test_what_is_flushed_to_the_disk_is_whole_and_waited_for(job: Job, tmp_path: Path) -> None:
     job.write({"large": some_bytes(LARGE_BYTES)})
-    record, journal = tmp_path / "record", journal_of(job.state_path)
+    record, comes, journal = tmp_path / "record", tmp_path / "comes", journal_of(job.state_path)
     seen: list[str] = []
 
     def look(_: Request) -> None:
+        comes.touch()
         seen.append(f"fsync {journal.name} {journal.stat().st_size}")
         assert seen[0] in record.read_text().splitlines()
 
     job.proxy.add_fault(Fault(call(look), operation="UploadPart", times=1))
-    assert_clean(job.run(*IN_PARTS, python_flags=prelude(SIZES.format(record=str(record)))))
+    code = SIZES.format(record=str(record), comes=str(comes))
+    assert_clean(job.run(*IN_PARTS, python_flags=prelude(code)))
     assert len(seen) == 1
     calls = record.read_text().splitlines()
     saves = [n for n, line in enumerate(calls) if line.startswith("replace ")]
