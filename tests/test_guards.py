@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from support.checks import assert_clean, assert_stopped
-from support.faults import Fault, call
-from support.files import IN_PARTS, LARGE_BYTES, some_bytes
+from support.faults import Fault, answer, call, replace_in_answer
+from support.files import IN_PARTS, LARGE_BYTES, PART_BYTES, some_bytes
 from support.job import NOBODY, Job
+from support.kills import left_in_parts
 from support.proxy import Request
 from support.script import Prelude, is_root, journal_of, prelude
 from support.systems import needs_fifos, needs_permissions, needs_proc
@@ -176,3 +178,53 @@ def test_what_is_flushed_to_the_disk_is_whole_and_waited_for(job: Job, tmp_path:
     assert len(saves) >= 3
     for n in saves:
         assert calls[n - 1] == calls[n].replace("replace ", "fsync ")
+
+
+# --- What a server says of an upload ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("said", "instead"),
+    [
+        (b"<Key>large</Key>", b"<Key>another</Key>"),
+        (b"<Size>%d</Size>" % PART_BYTES, b"<Size>1</Size>"),
+        (b"<PartNumber>1</PartNumber>", b"<PartNumber>2</PartNumber>"),
+    ],
+    ids=["another-key", "another-size", "another-number"],
+)
+def test_parts_that_are_not_those_of_the_file_are_sent_again(
+    moto_job: Job, said: bytes, instead: bytes
+) -> None:
+    job = moto_job
+    left_in_parts(job, kept=[1])
+    change = replace_in_answer(lambda body: body.replace(said, instead))
+    job.proxy.add_fault(Fault(change, operation="ListParts"))
+    assert_clean(job.crash_run(*IN_PARTS))
+    assert job.sent_parts() == [1, 2, 3]
+    job.check_all_is_there()
+    assert job.open_uploads() == []
+
+
+def abort(job: Job) -> None:
+    """Abort the upload that the state knows of, as somebody else would."""
+    upload_id = left_in_parts(job, kept=[1])
+    client = job.server.client()
+    client.abort_multipart_upload(Bucket=job.bucket, Key="large", UploadId=upload_id)
+
+
+def lose(job: Job) -> None:
+    """Have the server know nothing of an upload that is to be completed."""
+    left_in_parts(job, kept=[1])
+    gone = answer(404, "NoSuchUpload")
+    job.proxy.add_fault(Fault(gone, operation="CompleteMultipartUpload", times=1))
+
+
+@pytest.mark.parametrize("leave", [abort, lose])
+def test_an_older_object_is_not_taken_for_the_one_of_an_upload_that_is_gone(
+    moto_job: Job, leave: Callable[[Job], None]
+) -> None:
+    job = moto_job
+    job.put("large", some_bytes(LARGE_BYTES, seed=1))
+    leave(job)
+    assert_clean(job.crash_run(*IN_PARTS))
+    job.check_all_is_there()
