@@ -137,6 +137,30 @@ def test_what_a_lock_of_another_says_does_not_reach_the_terminal(job: Job) -> No
     assert not {"\x1b", "\x07"} & set(completed.stderr)
 
 
+RED = "\x1b[31m\n\u202e"
+
+
+@pytest.mark.parametrize(
+    ("entry", "arguments"),
+    [
+        ({}, ("--profile", RED)),
+        ({"bucket": RED}, ()),
+        ({"shard": RED}, ()),
+        ({"filepath": f"/elsewhere/{RED}"}, ()),
+        ({"filename": RED, "uploadedSuccess": 1}, ("--verify", "folder", "--prefix", "p/")),
+    ],
+    ids=["profile", "bucket", "shard", "folder", "key"],
+)
+def test_what_a_state_or_a_configuration_says_does_not_reach_the_terminal(
+    job: Job, entry: dict[str, object], arguments: tuple[str, ...]
+) -> None:
+    job.make("a.dat")
+    job.write_state(job.pending_entry("a.dat", **entry))
+    completed = job.run(*arguments)
+    assert_stopped(completed, r"\x1b[31m")
+    assert completed.stderr.removesuffix("\n").isprintable()
+
+
 # --- What a power cut leaves -----------------------------------------------------------------
 
 SIZES = """
