@@ -13,11 +13,11 @@ import pytest
 from support.checks import assert_clean, assert_stopped
 from support.faults import Fault, answer, call, replace_in_answer
 from support.files import IN_PARTS, LARGE_BYTES, PART_BYTES, some_bytes
-from support.job import NOBODY, Job
+from support.job import NOBODY, Job, with_state
 from support.kills import left_in_parts
 from support.proxy import Request
 from support.script import Prelude, is_root, journal_of, prelude
-from support.systems import needs_fifos, needs_permissions, needs_proc
+from support.systems import needs_fifos, needs_odd_names, needs_permissions, needs_proc
 
 if sys.platform != "win32":
     import fcntl
@@ -159,6 +159,20 @@ def test_what_a_state_or_a_configuration_says_does_not_reach_the_terminal(
     completed = job.run(*arguments)
     assert_stopped(completed, r"\x1b[31m")
     assert completed.stderr.removesuffix("\n").isprintable()
+
+
+@needs_odd_names
+def test_no_summary_or_list_tells_a_name_as_it_is(job: Job) -> None:
+    job.make(RED)
+    job = with_state(job, f"state {RED}")
+    job.write_state(job.uploaded_entry(RED))
+    for arguments in (("--verify",), ()):  # the bucket has nothing, and takes nothing
+        completed = job.run(*arguments)
+        assert completed.returncode == 1
+        lines = completed.stdout.splitlines()
+        assert [line for line in lines if not line.isprintable()] == []
+        assert completed.stdout.count(r"state \x1b[31m\n") == 1
+        job.refuse(RED)
 
 
 # --- What a power cut leaves -----------------------------------------------------------------
