@@ -62,7 +62,6 @@ import fnmatch
 import functools
 import gc
 import hashlib
-import importlib.util
 import io
 import itertools
 import json
@@ -85,7 +84,7 @@ import zlib
 from argparse import ArgumentTypeError
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import IO, TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, TypeVar
@@ -93,11 +92,13 @@ from typing import IO, TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, TypeV
 if TYPE_CHECKING:
     import boto3
     import boto3.s3.transfer
+    import botocore.auth
     import botocore.awsrequest
     import botocore.config
     import botocore.exceptions
     import botocore.httpsession
     import botocore.parsers
+    import botocore.session
     import botocore.utils
     import s3transfer.utils
     from botocore.awsrequest import AWSHTTPConnection
@@ -570,15 +571,50 @@ def parse_arguments(argv: list[str] | None) -> Options:
     options = Options(**vars(parser.parse_args(argv)))
     if problem := options_problem(options):
         parser.error(problem)
-    folder = os.path.abspath(options.backupfolder)
+    try:
+        folder, statefile = map(os.path.abspath, (options.backupfolder, options.statefile))
+    except FileNotFoundError:
+        parser.error("the current directory does not exist any more; change to another")
     if not os.path.isdir(folder):
         there = os.path.lexists(folder)
         what = "is not a folder" if there else "does not exist (is its disk mounted?)"
         parser.error(f"--backupfolder {shown(folder)} {what}")
-    return replace(options, backupfolder=folder)
+    return replace(options, backupfolder=folder, statefile=statefile)
 
 
 # --- terminal ---------------------------------------------------------------------
+
+
+class Threads:
+    """Threads that do what they are handed: `count`, or as many as can be had."""
+
+    def __init__(self, count: int) -> None:
+        self._count, self._started = count, 0
+        self._waiting: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+
+    def submit(self, function: Callable[..., T], *arguments: object) -> Future[T]:
+        """Have a thread call `function`; raise StopRun when there is none."""
+        answer: Future[T] = Future()
+
+        def call() -> None:
+            try:
+                answer.set_result(function(*arguments))
+            except BaseException as error:
+                answer.set_exception(error)
+
+        self._waiting.put(call)
+        if self._started < self._count:
+            try:
+                threading.Thread(target=self._run, daemon=True).start()
+                self._started += 1
+            except RuntimeError as error:
+                if not self._started:
+                    raise StopRun(f"{error}; raise the limit (ulimit -u, ulimit -v)") from error
+        return answer
+
+    def _run(self) -> None:
+        while True:
+            self._waiting.get()()
 
 
 class Interruption:
@@ -589,7 +625,8 @@ class Interruption:
     SECOND_SIGNAL_SECONDS = 0.3
 
     def __init__(self) -> None:
-        self.signum, self._came_at, self._is_writing = 0, 0.0, False
+        self.signum, self._came_at, self._thread = 0, 0.0, Threads(1)
+        self._is_writing = False
         for signum in self.SIGNALS:
             # A signal that is ignored at the start (SIGHUP under nohup) stays ignored.
             if signal.getsignal(signum) != signal.SIG_IGN:
@@ -645,7 +682,7 @@ class Interruption:
 
         Raises Stopped after a signal, and NoAnswer when it takes longer than `seconds`.
         """
-        answer = ThreadPoolExecutor(max_workers=1).submit(function)
+        answer = self._thread.submit(function)
         deadline = time.monotonic() + seconds
         while not wait([answer], timeout=0.05).done:
             self.check()
@@ -1701,32 +1738,28 @@ def carry_uploads(
 def import_boto3() -> None:
     """Import boto3 for the functions below; it takes most of a second, so not for --help."""
     global boto3, botocore, s3transfer  # noqa: PLW0603
-    # Without the AWS Common Runtime, with which botocore reads every body through Python to sign
-    # it: three times slower. To load it would take a tenth of the time before the walk, too.
-    runtime = sys.modules.get("awscrt")
-    sys.modules["awscrt"] = None  # type: ignore[assignment]
     try:
         import boto3
         import boto3.s3.transfer
+        import botocore.auth
         import botocore.awsrequest
         import botocore.config
         import botocore.exceptions
         import botocore.httpsession
         import botocore.parsers
+        import botocore.session
         import botocore.utils
         import s3transfer.utils
     except ImportError as error:
         how = "in a virtual environment, run: python3 -m pip install 'boto3[crt]'"
         raise StopRun(f"boto3 is not installed; {how}") from error
-    finally:
-        del sys.modules["awscrt"]
-        if runtime:
-            sys.modules["awscrt"] = runtime
+    # The signers of the AWS Common Runtime read each body through Python: three times slower.
+    botocore.auth.AUTH_TYPE_MAPS.update(v4=botocore.auth.SigV4Auth, s3v4=botocore.auth.S3SigV4Auth)
     aws = botocore.awsrequest
     pools: list[Any] = [aws.AWSHTTPConnectionPool, aws.AWSHTTPSConnectionPool]
     for pool in pools:
         pool.ConnectionCls = type("Connection", (ConnectionInTime, pool.ConnectionCls), {})
-    threading.Thread(target=ConnectionInTime.watch, daemon=True).start()
+    Threads(1).submit(ConnectionInTime.watch)
 
 
 class ConnectionInTime(AWSHTTPConnection):
@@ -1801,6 +1834,43 @@ Answer = Mapping[str, Any]
 Parameters = dict[str, Any]
 
 
+def request_errors() -> tuple[type[Exception], ...]:
+    """Return what a request, or the proof of its answer, may raise."""
+    return (
+        DigestMismatch,
+        botocore.exceptions.ClientError,
+        botocore.exceptions.BotoCoreError,
+        botocore.parsers.ResponseParserError,
+    )
+
+
+INSTALL_RUNTIME = "awscrt is missing, old or disabled; run: python3 -m pip install -U 'boto3[crt]'"
+
+
+def configuration_error(error: Exception) -> StopRun:
+    """Return what to say when boto3 refuses what it is configured to do."""
+    advice, why = "check profile, credentials and endpoint", one_line(error)
+    if isinstance(error, botocore.exceptions.NoCredentialsError):
+        advice = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or run: aws configure"
+    elif isinstance(error, botocore.exceptions.MissingDependencyException):
+        why, advice = "this needs more than boto3", INSTALL_RUNTIME
+    elif not isinstance(error, request_errors()):
+        why = why.partition(":")[0]  # what follows may be an address that no parser can read
+    return StopRun(f"cannot use S3: {why}; {advice}")
+
+
+def answer_of_source(ask: Callable[[], T]) -> T:
+    """Return what `ask` returns; botocore ends in any error when a source of credentials errs."""
+    try:
+        return ask()
+    except (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError):
+        raise
+    except Exception as error:
+        raise botocore.exceptions.CredentialRetrievalError(
+            provider="their source", error_msg=one_line(error)
+        ) from error
+
+
 class Credentials(NamedTuple):
     """Credentials as a request is signed with them."""
 
@@ -1809,12 +1879,67 @@ class Credentials(NamedTuple):
     token: str | None
 
 
-def start_error(error: Exception) -> StopRun:
-    """Return what to say when boto3 refuses its configuration."""
-    why = one_line(error)
-    if not isinstance(error, botocore.exceptions.BotoCoreError):
-        why = why.partition(":")[0]  # what follows may be an address that no parser can read
-    return StopRun(f"cannot start S3: {why}; check profile, credentials and endpoint")
+class CredentialSource:
+    """The credentials of a run, and where they come from: to botocore a provider of itself.
+
+    botocore renews what it knows to expire. Others may be renewed by another program: the source is
+    asked once more when a server calls them expired. Raises as botocore does, and StopRun.
+    """
+
+    EXPIRED_CODES = frozenset(  # the answer to HEAD has none but 400
+        "400 ExpiredToken ExpiredTokenException TokenRefreshRequired InvalidToken "
+        "InvalidAccessKeyId InvalidClientTokenId".split()
+    )
+
+    def __init__(self, profile: str | None) -> None:
+        self._profile, self._lock = profile, threading.Lock()
+        # What the source gave last: botocore's own object, and what that held.
+        self._known = self._ask()
+        self._asked_about: tuple[Any, Credentials] | None = None
+
+    def load_credentials(self) -> CredentialSource:
+        """Return the credentials, as botocore's providers do."""
+        return self
+
+    def get_deferred_property(self, *_: object, **__: object) -> None:
+        """Tell botocore that their account is not known."""
+
+    def get_frozen_credentials(self) -> Credentials:
+        """Return the credentials of this moment."""
+        return self._frozen(self._known[0])
+
+    def renewing(self, attempt: Callable[[], T]) -> T:
+        """Return what `attempt` returns; repeat it if there are others than expired credentials."""
+        used = self._known
+        try:
+            return attempt()
+        except botocore.exceptions.ClientError as error:
+            is_expired = error.response.get("Error", {}).get("Code") in self.EXPIRED_CODES
+            if is_expired and self._has_others_than(used):
+                return attempt()
+            raise
+
+    def _has_others_than(self, used: tuple[Any, Credentials]) -> bool:
+        with self._lock:  # of all threads that meet the same, one asks
+            if self._known is used and self._asked_about is not used:
+                others, self._asked_about = self._ask(), used
+                self._known = used if others[1] == used[1] else others
+            return self._known is not used
+
+    def _ask(self) -> tuple[Any, Credentials]:
+        session = botocore.session.Session(profile=self._profile)  # reads all files anew
+        if credentials := answer_of_source(session.get_credentials):
+            return credentials, self._frozen(credentials)
+        raise botocore.exceptions.NoCredentialsError
+
+    @staticmethod
+    def _frozen(credentials: Any) -> Credentials:
+        frozen = answer_of_source(credentials.get_frozen_credentials)
+        found = [str(text or "") for text in (frozen.access_key, frozen.secret_key, frozen.token)]
+        # As headers that cannot be sent they would be shown in the error.
+        if not re.fullmatch("([!-~]+ ){2}[!-~]*", " ".join(found)):
+            raise StopRun("credentials with no key, white space or odd characters; set them again")
+        return Credentials(found[0], found[1], found[2] or None)
 
 
 def check_address(address: str, what: str) -> None:
@@ -1856,74 +1981,60 @@ class Session:
         self._clients: dict[str, S3Client] = {}
         from urllib.request import getproxies  # which botocore has loaded
 
-        # A role's provider asks the network, another program, or the user for a code.
-        sources_fail = (botocore.exceptions.ClientError, OSError, EOFError)
         for proxy in getproxies().values():
             check_address(proxy, "proxy of the environment")
+        # Content-MD5 is the checksum that every server understands; what is configured wins.
+        checksums = "request_checksum_calculation", "response_checksum_validation"
+        own: Any = {n: (n, f"AWS_{n.upper()}", "when_required", None) for n in checksums}
         try:
-            self._session = boto3.Session(profile_name=options.profile)
-            credentials = self._session.get_credentials()
-            if credentials is None:
-                what = "no credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-                raise StopRun(f"{what}, or run: aws configure")
-            self._credentials = credentials
-            frozen = self.credentials()
-        except sources_fail as error:
-            why = f"cannot get credentials: {one_line(error)}"
-            raise StopRun(f"{why}; check their source in the AWS configuration") from error
-        except (botocore.exceptions.BotoCoreError, ValueError) as error:
-            raise start_error(error) from error
-        # As headers that cannot be sent they would be shown in the error.
-        if any(re.search(r"[^!-~]", text or "") for text in frozen):
-            what = "the credentials have white space or other odd characters in them"
-            raise StopRun(f"{what}; set them again")
-
-    def credentials(self) -> Credentials:
-        """Return the credentials of this moment; raises what their source raises."""
-        frozen = self._credentials.get_frozen_credentials()
-        return Credentials(frozen.access_key or "", frozen.secret_key or "", frozen.token)
+            self.source = CredentialSource(options.profile)
+            self._core = botocore.session.Session(profile=options.profile, session_vars=own)
+            self._core.register_component("credential_provider", self.source)
+            self._session = boto3.Session(botocore_session=self._core)
+            configured = self._core.get_config_variable("ca_bundle")
+            # An empty one would have boto3 trust any certificate.
+            self._ca_bundle: Any = configured or os.environ.get("REQUESTS_CA_BUNDLE") or True
+        except request_errors() as error:
+            raise configuration_error(error) from error
 
     def ca_path(self) -> str:
-        """Return the file, or folder, with the certificate authorities that boto3 trusts."""
-        configured = self._session._session.get_config_variable("ca_bundle")
-        own: Any = configured or os.environ.get("REQUESTS_CA_BUNDLE") or True
-        return str(botocore.httpsession.get_cert_path(own))
+        """Return the file with the certificate authorities that the run trusts."""
+        return str(botocore.httpsession.get_cert_path(self._ca_bundle))
 
     def client(self, region: str | None = None) -> S3Client:
         """Return boto3's S3 client for a region; raise StopRun when it cannot be had."""
-        options = self._options
-        region = region or options.region or self._session.region_name or DEFAULT_REGION
-        if known := self._clients.get(region):
-            return known
+        try:
+            region = region or self._options.region or self._session.region_name or DEFAULT_REGION
+            if region not in self._clients:
+                self._clients[region] = self._new_client(region)
+        except Exception as error:  # botocore takes any configuration for a good one
+            raise configuration_error(error) from error
+        check_address(self._clients[region].meta.endpoint_url, "endpoint")
+        return self._clients[region]
+
+    def _new_client(self, region: str) -> S3Client:
+        # Over plain http, boto3 would sign a SHA-256 of each body too; the signature already
+        # covers its Content-MD5.
+        s3: Any = {"payload_signing_enabled": False}
         config = botocore.config.Config(
             # The one retry loop is Retries: botocore's own has a quota per client, which many
             # threads spend within a second on a dead endpoint.
             retries={"mode": "standard", "total_max_attempts": 1},
             max_pool_connections=THREADS_MAX,
-            # Over plain http, boto3 would sign a SHA-256 of each body too; the signature already
-            # covers its Content-MD5.
-            s3={"payload_signing_enabled": False},
-            # Content-MD5 is the checksum that every server understands.
-            request_checksum_calculation="when_required",
-            response_checksum_validation="when_required",
-            # boto3 would put its own together anew for each request, a tenth of the CPU time.
-            user_agent=f"s3FileTransfer/{__version__}",
+            s3=s3 | (self._core.get_config_variable("s3") or {}),
+            user_agent_extra=f"s3FileTransfer/{__version__}",
             tcp_keepalive=True,
             connect_timeout=self.CONNECT_TIMEOUT_SECONDS,
             read_timeout=self.READ_TIMEOUT_SECONDS,
         )
-        try:
-            client = self._session.client(
-                "s3", region_name=region, endpoint_url=options.endpoint_url, config=config
-            )
-        except (botocore.exceptions.BotoCoreError, ValueError) as error:
-            raise start_error(error) from error
-        check_address(client.meta.endpoint_url, "endpoint")
+        url, owner = self._options.endpoint_url, self._options.expected_bucket_owner
+        client = self._session.client(
+            "s3", region_name=region, endpoint_url=url, verify=self._ca_bundle, config=config
+        )
         client.meta.events.register_first("before-call.s3.PutObject", send_small_body_at_once)
-        if options.expected_bucket_owner:
-            name_owner = functools.partial(name_bucket_owner, options.expected_bucket_owner)
+        if owner:
+            name_owner = functools.partial(name_bucket_owner, owner)
             client.meta.events.register("provide-client-params.s3", name_owner)
-        self._clients[region] = client
         return client
 
 
@@ -2007,17 +2118,6 @@ def error_of_answer(response: Answer) -> UploadError:
     return UploadError(f"{said}; {meaning.advice}", code=code, trouble=meaning.trouble)
 
 
-def request_errors() -> tuple[type[Exception], ...]:
-    """Return what a request, or the proof of its answer, may raise."""
-    return (
-        DigestMismatch,
-        botocore.exceptions.ClientError,
-        botocore.exceptions.BotoCoreError,
-        botocore.parsers.ResponseParserError,
-        OSError,  # of the source of the credentials, when they are renewed
-    )
-
-
 def error_of(error: Exception) -> UploadError:
     """Return what `error`, one of `request_errors`, means."""
     exceptions, text = botocore.exceptions, one_line(error)
@@ -2029,15 +2129,12 @@ def error_of(error: Exception) -> UploadError:
             what = f"{text}; check the source of the credentials"
             return UploadError(what, trouble=Trouble.OF_ALL)
         return error_of_answer(error.response)
-    if isinstance(error, exceptions.SSLError) and "CERTIFICATE" in text.upper():
-        what = f"the server's certificate is not trusted ({text})"
+    if isinstance(error, exceptions.SSLError) and re.search(r"certificate|\[errno", text.lower()):
+        what = f"the server's certificate cannot be trusted ({text})"
         return UploadError(f"{what}; set AWS_CA_BUNDLE to its CA file", trouble=Trouble.OF_ALL)
     cause = getattr(error, "kwargs", {}).get("error")
     if isinstance(cause, UploadError):  # raised by the body, while it was sent
         return cause
-    if isinstance(cause, FileNotFoundError):
-        what = f"{text}; check the CA file in AWS_CA_BUNDLE"
-        return UploadError(what, trouble=Trouble.OF_ALL)
     broken = exceptions.ConnectionError, exceptions.HTTPClientError
     if isinstance(error, (*broken, botocore.parsers.ResponseParserError)):
         what = f"the server could not be reached or broke off ({text})"
@@ -2047,8 +2144,7 @@ def error_of(error: Exception) -> UploadError:
         return UploadError(what, trouble=Trouble.NO_ANSWER)
     if isinstance(error, exceptions.ParamValidationError):
         return UploadError(text)
-    what = f"{text}; check the credentials and the configuration"
-    return UploadError(what, trouble=Trouble.OF_ALL)
+    return UploadError(str(configuration_error(error)), trouble=Trouble.OF_ALL)
 
 
 class Retries:
@@ -2065,8 +2161,10 @@ class Retries:
     BACKOFF_MAX_SECONDS = 10
     DAMAGED_TRIES = 3  # of what arrives damaged
 
-    def __init__(self, *, slots: int | None = None, is_first_request: bool = False) -> None:
-        self.stop = threading.Event()
+    def __init__(
+        self, source: CredentialSource, *, slots: int | None = None, is_first_request: bool = False
+    ) -> None:
+        self._source, self.stop = source, threading.Event()
         self.slots = threading.BoundedSemaphore(slots) if slots else None
         self._slot = self.slots or contextlib.nullcontext()
         self._patience_seconds: float = self.PATIENCE_SECONDS
@@ -2098,7 +2196,7 @@ class Retries:
             try:
                 with self._slot:
                     self.check_stopped()  # to wait for the slot may have taken long
-                    answer = attempt()
+                    answer = self._source.renewing(attempt)
             except request_errors() as raised:
                 error = error_of(raised)
             else:
@@ -2160,8 +2258,8 @@ class Bucket:
         self.name = run.options.bucketname
         # Its source may be another program, or a server that does not answer.
         self.session = self._interruption.wait_for(lambda: Session(run.options))
-        self.client = self.session.client()
-        look = functools.partial(self._head, self.client, Retries(is_first_request=True))
+        self.client, source = self.session.client(), self.session.source
+        look = functools.partial(self._head, self.client, Retries(source, is_first_request=True))
         try:
             status, region = self._interruption.wait_for(look, seconds=self.FIRST_REQUEST_SECONDS)
         except NoAnswer as error:
@@ -2218,7 +2316,7 @@ class Bucket:
         """Ask for the bucket; return why that fails, or None when it is there."""
         create = functools.partial(client.create_bucket, Bucket=self.name, **location)
         try:
-            Retries().run(create, may_stop_run=False)
+            Retries(self.session.source).run(create, may_stop_run=False)
         except UploadError as error:
             if error.code not in ("BucketAlreadyOwnedByYou", "BucketAlreadyExists"):
                 return error
@@ -2230,7 +2328,7 @@ class Bucket:
 
     def _status_soon(self, client: S3Client, *, seconds: int) -> int:
         """Return what HeadBucket says, once it is not 404 or so much time has passed."""
-        deadline, retries = time.monotonic() + seconds, Retries()
+        deadline, retries = time.monotonic() + seconds, Retries(self.session.source)
         while True:
             status, _region = self._head(client, retries)
             if status != 404 or time.monotonic() > deadline:
@@ -2247,7 +2345,7 @@ class Bucket:
             return
         prefix = os.path.commonprefix(list(entries))  # noqa: RUF071 (of strings, not of paths)
         request = functools.partial(self.client.list_objects_v2, Bucket=self.name, Prefix=prefix)
-        get, retries, count, token = request, Retries(), 0, None
+        get, retries, count, token = request, Retries(self.session.source), 0, None
         while True:
             page = self._interruption.wait_for(
                 functools.partial(retries.run, get, may_stop_run=False)
@@ -2565,6 +2663,8 @@ class Uploader:
             result.outcome, result.error = Outcome.STOPS_RUN, str(error)
         except Stopped:
             result.outcome = Outcome.STOPPED
+        except MemoryError:
+            result.outcome, result.error = Outcome.TRY_LATER, "there is no memory left to send it"
         except OSError as error:
             if error.errno in self.CANNOT_OPEN_NOW:
                 result.outcome = Outcome.TRY_LATER
@@ -2946,7 +3046,9 @@ class MultipartUpload:
         self._uploader, self._retries = uploader, uploader.retries
         self._task, self._source, self._result = task, source, result
         # Other servers may not know CRC32; Content-MD5 proves the parts everywhere.
-        self._wants_crc32 = is_aws(uploader.client)
+        config: Any = uploader.client.meta.config
+        is_asked_for = config.request_checksum_calculation == "when_supported"
+        self._wants_crc32 = is_asked_for or is_aws(uploader.client)
 
     def send(self) -> None:
         """Send the file, and note the object's proven ETag; raises what `upload` knows."""
@@ -3007,8 +3109,9 @@ class MultipartUpload:
         self._result.upload_id, self._result.sse = None, proof.sse
         return client.etag
 
-    def _transfer(self, client: Any, file: FileInParts) -> None:
+    def _transfer(self, client: Any, file: FileInParts, *, use_threads: bool = True) -> None:
         config: Any = boto3.s3.transfer.TransferConfig(
+            use_threads=use_threads,
             multipart_threshold=1,
             multipart_chunksize=file.part_size,
             max_concurrency=self._uploader.part_threads,
@@ -3022,8 +3125,13 @@ class MultipartUpload:
         if file.has_crc32:
             extra_args["ChecksumAlgorithm"] = "CRC32"
         bucket, key = self._uploader.bucket.name, self._task.key
-        with boto3.s3.transfer.S3Transfer(client, config, files) as transfer:
-            transfer.upload_file(file.path, bucket, key, None, extra_args)
+        try:
+            with boto3.s3.transfer.S3Transfer(client, config, files) as transfer:
+                transfer.upload_file(file.path, bucket, key, None, extra_args)
+        except RuntimeError:  # there are no more threads to be had
+            if not use_threads:
+                raise
+            self._transfer(client, file, use_threads=False)
 
     def _forget_upload(self) -> None:
         self._result.upload_id = self._result.part_size = None
@@ -3118,7 +3226,7 @@ class PutTemplate(NamedTuple):
             events.unregister("before-send.s3.PutObject", take)
         (request,) = requests
         url = urllib.parse.urlsplit(request.url)
-        headers = {"Host": url.netloc}
+        headers = {"Host": url.netloc.rpartition("@")[2]}
         for name, value in request.headers.items():
             if name.lower() not in OF_ONE_PUT:
                 headers[name] = value.decode("ascii") if isinstance(value, bytes) else value
@@ -3219,7 +3327,7 @@ class LaneSender:
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._results: list[LaneResult] = []
         self._under_way: dict[Any, float] = {}  # requests, and when they were begun
-        self._read_seconds, self._readers = 0.0, ThreadPoolExecutor(self.READERS)
+        self._read_seconds, self._readers = 0.0, Threads(self.READERS)
 
     def _make_client(self) -> Any:
         io, s3, template = self._runtime.io, self._runtime.s3, self._template
@@ -3230,12 +3338,8 @@ class LaneSender:
         loops = io.EventLoopGroup(1)
         modes, tls = s3.S3RequestTlsMode, None
         if template.is_https:
-            options, ca_path = io.TlsContextOptions(), template.ca_path
-            is_folder = os.path.isdir(ca_path)
-            options.override_default_trust_store_from_path(
-                ca_dirpath=ca_path if is_folder else None,
-                ca_filepath=None if is_folder else ca_path,
-            )
+            options = io.TlsContextOptions()
+            options.override_default_trust_store_from_path(ca_filepath=template.ca_path)
             tls = io.ClientTlsContext(options).new_connection_options()
         return s3.S3Client(
             bootstrap=io.ClientBootstrap(loops, io.DefaultHostResolver(loops)),
@@ -3372,9 +3476,10 @@ def run_lane() -> NoReturn:
         signal.signal(signum, signal.SIG_IGN)
     threading.excepthook = end_process
     raise_file_limit()
-    # Where the runtime cannot be had, or the run has ended, so does the lane. The standard output
-    # that Python has opened may be without a buffer, and write half a message.
-    ends = contextlib.suppress(ImportError, AttributeError, StopIteration, OSError)
+    # Where the runtime or its threads cannot be had, or the run has ended, so does the lane. The
+    # standard output that Python has opened may be without a buffer, and write half a message.
+    no_threads = RuntimeError, StopRun
+    ends = contextlib.suppress(ImportError, AttributeError, StopIteration, OSError, *no_threads)
     with ends, open(1, "wb", closefd=False) as pipe:
         import awscrt.auth
         import awscrt.http
@@ -3424,7 +3529,7 @@ class Lane:
         self._to_it, self._from_it = self._process.stdin, self._process.stdout
 
     def open(
-        self, template: PutTemplate, session: Session, *,
+        self, template: PutTemplate, source: CredentialSource, *,
         on_results: Callable[[Lane, list[LaneResult]], None], on_end: Callable[[Lane], None],
     ) -> None:  # fmt: skip
         """Let it take files; both functions are called from threads of its own.
@@ -3441,8 +3546,11 @@ class Lane:
                 on_end(self)
 
         self._heard_at = time.monotonic()
-        for work in (functools.partial(self._feed, template, session), listen):
-            threading.Thread(target=work, daemon=True).start()
+        for work in (functools.partial(self._feed, template, source), listen):
+            try:
+                threading.Thread(target=work, daemon=True).start()
+            except RuntimeError:  # no more threads: it cannot be of use
+                on_end(self)
 
     def add(self, task: Task) -> None:
         """Have it send a file, with the next `flush`."""
@@ -3468,14 +3576,15 @@ class Lane:
         with contextlib.suppress(subprocess.TimeoutExpired):  # a disk may hang (NFS)
             self._process.wait(self.END_SECONDS)
 
-    def _feed(self, template: PutTemplate, session: Session) -> None:
+    def _feed(self, template: PutTemplate, source: CredentialSource) -> None:
         # In a thread: to renew credentials can take long, and so can a pipe that is full.
         known: Credentials | None = None
         # Their source may fail, or the lane: its pipe closes, and so it ends.
-        with contextlib.suppress(*request_errors()), self._to_it:
+        with contextlib.suppress(OSError, StopRun, *request_errors()), self._to_it:
             send_message(self._to_it, template)
             while True:
-                tasks, credentials = self._outbox.get(), session.credentials()
+                tasks = self._outbox.get()
+                credentials = source.renewing(source.get_frozen_credentials)
                 send_message(self._to_it, (credentials if credentials != known else None, tasks))
                 known = credentials
 
@@ -3560,21 +3669,21 @@ class Lanes:
         """Return why small files cannot go through the AWS Common Runtime, or None if they can."""
         client = self._bucket.client
         if not self._has_runtime():
-            return "awscrt is missing or too old; run: python3 -m pip install -U 'boto3[crt]'"
+            return INSTALL_RUNTIME
         if self._bucket.name.startswith("arn:"):
             return "it does not know access points"
-        if botocore.utils.get_environ_proxies(client.meta.endpoint_url):
+        url = client.meta.endpoint_url
+        if urllib.parse.urlsplit(url).scheme in botocore.utils.get_environ_proxies(url):
             return "it does not know the proxy of the environment"
-        if client.meta.config.signature_version != "s3v4":  # type: ignore[attr-defined]
-            return "it does not know the signature version of the configuration"
+        config: Any = client.meta.config
+        wanted = config.signature_version, config.request_checksum_calculation
+        if wanted != ("s3v4", "when_required") or config.s3["payload_signing_enabled"]:
+            return "it does not know the signature or the digests of the configuration"
         if not os.path.isfile(globals().get("__file__", "")):
             return "its processes need the script as a file"
         return None
 
     def _has_runtime(self) -> bool:
-        # To import it takes long; a lane that then cannot do so ends, and nothing is lost.
-        if not self._is_asked_for:
-            return importlib.util.find_spec("awscrt") is not None
         try:
             import awscrt.s3
         except ImportError:
@@ -3674,17 +3783,19 @@ class Transfer:
         self._options, self._state, self._report = options, run.state, run.report
         self._interruption, self._entries, self._lanes = run.interruption, entries, lanes
         self._concurrency = Concurrency(options, files_max=raise_file_limit())
-        self._retries = Retries(slots=self._concurrency.requests)
+        self._retries = Retries(bucket.session.source, slots=self._concurrency.requests)
         self._bandwidth = Bandwidth(options.max_bandwidth) if options.max_bandwidth else None
         self._uploader = Uploader(
             run, bucket, retries=self._retries, bandwidth=self._bandwidth,
             part_threads=self._concurrency.part_threads, save_upload=self._save_upload,
         )  # fmt: skip
         self._pools = {
-            Way.THREAD: ThreadPoolExecutor(self._concurrency.threads),
-            Way.PARTS: ThreadPoolExecutor(self.LARGE_FILES_AT_ONCE),
-            Way.SAMPLE: ThreadPoolExecutor(3),
+            Way.THREAD: Threads(self._concurrency.threads),
+            Way.PARTS: Threads(self.LARGE_FILES_AT_ONCE),
+            Way.SAMPLE: Threads(3),
         }
+        for pool in self._pools.values():
+            pool.submit(int)  # one thread each before one pool takes all that can be had
         # What threads and lanes have to say: calls for the main thread.
         self._news: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         # Decided once: no later change of an entry, and no end of a lane, hands a file out twice.
@@ -3702,12 +3813,11 @@ class Transfer:
         self._samples: int | None = None
         self.stop_message: str | None = None
         if lanes:
+            source = bucket.session.source
             make_template = functools.partial(PutTemplate.of, bucket, options)
-            template = run.interruption.wait_for(lambda: Retries().run(make_template))
+            template = run.interruption.wait_for(lambda: Retries(source).run(make_template))
             for lane in lanes:
-                lane.open(
-                    template, bucket.session, on_results=self._tell_results, on_end=self._tell_end
-                )
+                lane.open(template, source, on_results=self._tell_results, on_end=self._tell_end)
 
     def run(self) -> None:
         """Send every pending entry, until all is done or the run must stop (`stop_message`).
@@ -4111,7 +4221,8 @@ def difference(run: Run, bucket: Bucket, entry: Entry, listed: ObjectTypeDef) ->
         if re.fullmatch(r"[0-9a-f]{32}", etag) and source.md5().hex() != etag:
             head = bucket.client.head_object
             request = functools.partial(head, Bucket=bucket.name, Key=entry.filename)
-            if not opaque_encryption(Retries().run(request, may_stop_run=False)):
+            retries = Retries(bucket.session.source)
+            if not opaque_encryption(retries.run(request, may_stop_run=False)):
                 return "it has other bytes there than here"
     return None
 
@@ -4236,7 +4347,7 @@ class FolderCheck:
 
     def run(self, entries: list[Entry]) -> Iterator[tuple[Entry, str, str]]:
         """Yield each entry, the verdict on its file ("" for a right one), and the reason."""
-        pool, waiting = ThreadPoolExecutor(self.THREADS), iter(entries)
+        pool, waiting = Threads(self.THREADS), iter(entries)
         under_way: deque[Future[tuple[str, str]]] = deque()
         for count, entry in enumerate(entries):
             for later in itertools.islice(waiting, self.AHEAD - len(under_way)):
@@ -4327,7 +4438,7 @@ def verify_folder(run: Run) -> int:
 
 def abort_uploads(run: Run, bucket: Bucket, abandoned: list[Entry]) -> None:
     """Abort recorded multipart uploads that no file goes on with."""
-    retries = Retries(is_first_request=True)
+    retries = Retries(bucket.session.source, is_first_request=True)
     for old in abandoned:
         abort = functools.partial(bucket.abort, retries, old.filename, old.upload_id or "")
         if problem := run.interruption.wait_for(abort):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import types
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 from conftest import NewJob
@@ -354,7 +354,8 @@ def test_the_pauses_between_tries_grow_to_ten_seconds_within_a_minute(
     error = module.UploadError("away", trouble=module.Trouble.NO_ANSWER)
     monkeypatch.setattr(module, "request_errors", lambda: (ConnectionResetError,))
     monkeypatch.setattr(module, "error_of", lambda _: error)
-    retries = module.Retries()
+    plain: Any = types.SimpleNamespace(renewing=lambda attempt: attempt())
+    retries = module.Retries(plain)
     monkeypatch.setattr(retries.stop, "wait", wait)
     with pytest.raises(module.UploadError, match="away"):
         retries.run(attempt, may_stop_run=False)

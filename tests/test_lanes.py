@@ -582,7 +582,6 @@ def test_a_low_limit_of_open_files_is_raised(job: Job) -> None:
 # imported is imported before.
 WINDOWS = """\
 import errno, fcntl, os, signal, subprocess, sys, types
-os.environ["BOTO_DISABLE_CRT"] = "true"  # the script has boto3 do without it
 import awscrt.s3, boto3.s3.transfer
 
 real_open = os.open

@@ -298,7 +298,7 @@ def test_a_signal_while_a_crash_run_looks_at_its_files_ends_it(job: Job, tmp_pat
 def test_what_waits_for_its_turn_is_not_sent_after_a_signal() -> None:
     module, sent = program(), []
     module.import_boto3()
-    retries = module.Retries(slots=1)
+    retries = module.Retries(None, slots=1)
 
     class Slot:
         def __enter__(self) -> None:

@@ -45,8 +45,6 @@ def imports_of(code: types.CodeType) -> Iterator[str]:
 
 def preload(code: types.CodeType) -> None:
     """Import what a run would import, by doing without a server what it does first."""
-    # The script has boto3 do without it too; botocore looks for it once.
-    os.environ["BOTO_DISABLE_CRT"] = "true"
     for name in imports_of(code):
         with contextlib.suppress(ImportError):  # some are of another system
             importlib.import_module(name)
