@@ -41,7 +41,8 @@ TESTED = {
         "test_a_server_that_stalls_once_is_ridden_out",
         "test_a_fifth_refused_and_a_twentieth_dropped_loses_nothing",
     ],
-    "…for good; the token expires; the bucket is gone": [
+    "…for good; the token expires, not renewed; the bucket is gone": [
+        "test_a_token_that_nobody_renewed_stops_the_run",
         "test_an_endpoint_that_goes_away_for_good_stops_the_run_with_one_message",
         "test_what_every_file_meets_from_some_moment_on_stops_the_run",
         "test_what_every_file_would_meet_stops_the_run_with_one_message",
