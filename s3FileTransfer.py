@@ -13,9 +13,10 @@ crash, sends what the state file marks as not uploaded.
 
 The state file is a JSON list with one entry a line: filepath (absolute),
 uploadedSuccess (0 or 1), filename (the object's key) and, where known, bucket,
-endpoint, size, mtime_ns, ctime_ns, etag, shard, error, part_size, sse and, of
-an open multipart upload, upload_id. What happens between two saves of it is
-appended to STATEFILE.journal.
+endpoint, size, mtime_ns, ctime_ns, etag, shard, error, part_size, sse, of an
+open multipart upload upload_id and, until a file is sent again, known_etag and
+what else is known of the object that it replaces. What happens between two
+saves of it is appended to STATEFILE.journal.
 
 exit codes:
   0    everything that should be in the bucket is there
@@ -54,6 +55,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import bisect
 import contextlib
 import ctypes
 import enum
@@ -67,6 +69,7 @@ import itertools
 import json
 import math
 import mimetypes
+import operator
 import os
 import queue
 import random
@@ -80,8 +83,10 @@ import threading
 import time
 import traceback
 import urllib.parse
+import xml.etree.ElementTree as ET
 import zlib
 from argparse import ArgumentTypeError
+from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, wait
@@ -103,7 +108,7 @@ if TYPE_CHECKING:
     import s3transfer.utils
     from botocore.awsrequest import AWSHTTPConnection
     from mypy_boto3_s3.client import S3Client
-    from mypy_boto3_s3.type_defs import ObjectTypeDef, PartTypeDef
+    from mypy_boto3_s3.type_defs import PartTypeDef
 else:
     AWSHTTPConnection = object  # until boto3 is imported
 
@@ -128,6 +133,9 @@ DEFAULT_THRESHOLD_BYTES = 10**9
 DEFAULT_PART_BYTES = 16 * MIB
 
 THREADS_MAX = 64  # more only wait for the interpreter lock
+# For larger bodies the runtime of the lanes is no faster, and keeps a copy.
+LANE_FILE_MAX_BYTES = 256 * KIB
+LARGE_READ_BYTES = 256 * KIB  # of a body that is not in memory, at a time
 # What is under way when the run is told to stop has so long to end.
 SIGNAL_GRACE_SECONDS = 8
 
@@ -176,6 +184,11 @@ class Options:
         return " ".join(filter(None, (self.sse, self.sse_kms_key_id))) or None
 
     @property
+    def piece_bytes(self) -> int:
+        """How much is read or sent at once: so little that even many connections never rest."""
+        return min(LARGE_READ_BYTES, max(KIB, (self.max_bandwidth or TIB) // 10))
+
+    @property
     def no_links_below(self) -> str | None:
         """The folder below which no symbolic link is followed; None: all are."""
         return None if self.follow_symlinks else self.backupfolder
@@ -216,6 +229,15 @@ def key_problem(key: str) -> str | None:
     return None
 
 
+class Known(NamedTuple):
+    """What is known of the object that the bucket has under a key; the file had this ctime then."""
+
+    etag: str | None = None
+    ctime_ns: int | None = None
+    part_size: int | None = None
+    sse: str | None = None
+
+
 @dataclass(slots=True)
 class Entry:
     """One line of the state file: a file (or an unreadable folder) and its object."""
@@ -237,6 +259,26 @@ class Entry:
     # Of an open upload: the encryption that was asked for. Of an object: the one that S3 told
     # of, if its ETag is no MD5.
     sse: str | None = None
+    # While it is to be sent: what the last state knew of its object, when the file had this
+    # size and mtime. It counts until S3 has other bytes, or is seen to have.
+    known_etag: str | None = None
+    known_ctime_ns: int | None = None
+    known_part_size: int | None = None
+    known_sse: str | None = None
+
+    line: str | None = None  # of the state file, as it was read
+
+    @property
+    def known(self) -> Known:
+        """What is known of its object."""
+        # Version 1.1 knew of a pending entry no more than an ETag, with a ctime of 0.
+        if self.uploaded or (self.ctime_ns == 0 and not self.known_etag):
+            return Known(self.etag, self.ctime_ns, self.part_size, self.sse)
+        return Known(self.known_etag, self.known_ctime_ns, self.known_part_size, self.known_sse)
+
+    def keep(self, known: Known) -> None:
+        """Keep what is known of its object while it is to be sent; `Known()` forgets it."""
+        self.known_etag, self.known_ctime_ns, self.known_part_size, self.known_sse = known
 
     @property
     def is_pending(self) -> bool:
@@ -244,24 +286,27 @@ class Entry:
         return not (self.uploaded or self.error)
 
     @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> Entry:
+    def from_json(cls, fields: dict[str, Any], line: str | None = None) -> Entry:
         """Return the entry that a JSON object of a state file is; raise ValueError if none."""
-        path, key, done = (fields.get(k) for k in ("filepath", "filename", "uploadedSuccess"))
-        if not (isinstance(path, str) and path and isinstance(key, str) and done in (0, 1)):
+        get = fields.get
+        path, key, done = get("filepath"), get("filename"), get("uploadedSuccess")
+        if not (type(path) is str and path and type(key) is str and done in (0, 1)):
             raise ValueError("an entry lacks filepath, filename or an uploadedSuccess of 0 or 1")
-        if b"\0" in os.fsencode(path):
-            raise ValueError("an entry's filepath is not valid")
-        known = {name: fields[name] for name in OPTIONAL_FIELDS if fields.get(name) is not None}
-        for name, value in known.items():
-            if type(value) is not OPTIONAL_FIELDS[name]:
+        for name, value in fields.items():
+            if value is not None and type(value) is not OPTIONAL_FIELDS.get(name, type(value)):
                 raise ValueError(f"an entry's {name} is not valid")
-        for name in {"bucket", "endpoint", "shard"} & known.keys():
-            known[name] = sys.intern(known[name])
+        if "\0" in path or not path.isprintable():
+            os.fsencode(path)  # raises UnicodeEncodeError for what can be no path
+            if "\0" in path:
+                raise ValueError("an entry's filepath is not valid")
+        if path[0] != "/" or "//" in path or "/." in path:
+            path = os.path.abspath(path)
+        if done and not (key.isascii() and 0 < len(key) <= KEY_MAX_BYTES) and key_problem(key):
+            raise ValueError("an uploaded entry's filename can be no key")
+        entry = cls(path, key, done == 1, *map(get, OPTIONAL_FIELDS), line)  # type: ignore[call-arg]
         if done:
-            known.pop("error", None)
-            if key_problem(key):
-                raise ValueError("an uploaded entry's filename can be no key")
-        return cls(os.path.abspath(path), key, done == 1, **known)
+            entry.error = None
+        return entry
 
     def to_json(self) -> str:
         """Return the entry as one line of JSON, the three original fields first."""
@@ -282,12 +327,23 @@ READABLE_JSON = json.JSONEncoder(ensure_ascii=False)
 OPTIONAL_FIELDS = {"bucket": str, "endpoint": str, "size": int, "mtime_ns": int, "ctime_ns": int}
 OPTIONAL_FIELDS |= {"etag": str, "shard": str, "error": str, "upload_id": str}
 OPTIONAL_FIELDS |= {"part_size": int, "sse": str}
+OPTIONAL_FIELDS |= {f"known_{name}": OPTIONAL_FIELDS[name] for name in Known._fields}
+
+
+class Way(enum.IntEnum):
+    """How a file is sent; those that come first are handed out first."""
+
+    NONE = 0  # it is not to be sent
+    LANE = 1  # by a lane, which tries it once
+    THREAD = 2  # in one part, by a thread of this process
+    PARTS = 3  # in parts, by a thread of this process and those of S3Transfer
+    SAMPLE = 4  # as it is, but before others: to see whether what these meet is met by all
 
 
 class Task(NamedTuple):
     """One file to send: what threads and lanes get to see of its entry."""
 
-    entry_index: int
+    entry_index: int  # the number of its line in the state file
     filepath: str
     key: str
     size: int
@@ -296,6 +352,8 @@ class Task(NamedTuple):
     etag: str | None = None  # what the bucket has; the file is sent only if it has another
     tries: int = 1  # of the whole file, this one among them
     was_in_lane: bool = False
+    # MD5 and ETag of what S3 has taken from a lane, if it is only to be looked at.
+    accepted: tuple[str | None, str | None] = (None, None)
 
 
 class Outcome(enum.Enum):
@@ -362,11 +420,6 @@ class UploadError(Exception):
         super().__init__(message)
         self.code, self.trouble = code, trouble
 
-    @property
-    def is_of_all_requests(self) -> bool:
-        """Whether no request of the run can succeed; NotImplemented is said of one kind of them."""
-        return self.trouble is Trouble.OF_ALL and self.code != "NotImplemented"
-
 
 class FileChanged(UploadError):
     """The file changed while it was read or sent."""
@@ -413,13 +466,13 @@ def shown(text: str) -> str:
 
 
 def one_line(error: object) -> str:
-    """Return the text of `error` as one printable line, without the user of an address.
+    """Return the text of `error` as one printable line, without full stop and passwords.
 
     A server may say what it wants, so it is cut before it is looked at, and again for the state.
     """
     # That no user or password ends elsewhere is for `check_address`.
     text = re.sub(r"(?<=//)[^\s/?#]*@", "", str(error)[: 10 * TEXT_MAX])
-    text = shown(" ".join(text.split())) or type(error).__name__
+    text = shown(" ".join(text.split())).rstrip(".") or type(error).__name__
     return text if len(text) <= TEXT_MAX else f"{text[:TEXT_MAX]}…"
 
 
@@ -730,15 +783,12 @@ class Progress:
         self._is_begun = False
         self._past: deque[tuple[float, int, int]] = deque()
 
-    def begin(self, pending: Iterable[Entry]) -> None:
-        """Take note of what is to be sent."""
+    def begin(self, files: int, size: int, *, small_files: int) -> None:
+        """Take note of what is to be sent: files and bytes."""
         self._is_begun = True
         self._past.append((time.monotonic(), 0, 0))
-        for entry in pending if self.is_shown else ():
-            self._total_files += 1
-            self._total_bytes += entry.size or 0
-            self._small_left += (entry.size or 0) < MIB
-        self._small_total = self._small_left
+        self._total_files, self._total_bytes = files, size
+        self._small_left = self._small_total = small_files
 
     def moved(self, entry_index: int, size: int, sent_earlier: int) -> None:
         """Take note of how many bytes of a large file have been sent, in all and earlier."""
@@ -907,11 +957,15 @@ class Report:
         self._unchanged_files += 1
         self.progress.unchanged(entry)
 
+    def detail(self, text: str) -> None:
+        """Say what is of interest to who wants to know all."""
+        if self._options.verbose:
+            self._print(text, "stderr")
+
     def gone(self, entry: Entry) -> None:
         """Count a file that the last state has and the folder no longer."""
         self._gone_files += 1
-        if self._options.verbose:
-            self._print(f"gone: {shown(entry.filepath)}", "stderr")
+        self.detail(f"gone: {shown(entry.filepath)}")
 
     def uploaded(self, entry: Entry, seconds: float = 0.0) -> None:
         """Count an uploaded file (or one that a run without --dryrun would send), and list it."""
@@ -1063,13 +1117,14 @@ def check_links(path: str, what: str) -> None:
 
 
 class Journal:
-    """What happened since the last save of the state: an entry a line, the last of a file counts.
+    """What happened since the last save of the state: an entry a line.
 
-    Its first line has the CRC32 of the state file that it continues; beside any other it is
-    ignored.
+    Each has the number of the state's line in whose place it stands; number 1, the line of the
+    opening bracket, stands before all entries. The last of a number counts. The first line of the
+    journal has the CRC32 of the state file that it continues; beside any other it is ignored.
     """
 
-    HEAD = rb'\{"(crc32|filepath)": .*'  # the latter where a power cut has cost the first line
+    HEAD = rb'\{"(crc32|line|filepath)": .*'  # the latter where a power cut has cost the first line
     INTERVAL_SECONDS = 1.0
 
     def __init__(self, path: str) -> None:
@@ -1077,6 +1132,10 @@ class Journal:
         self._handle: IO[bytes] | None = None
         self._state_crc32 = self._size = 0
         self._tried_at = -math.inf
+        # By the number of the state's line: where its last word begins here; 0 where it has none.
+        self._offsets = array("q")
+        # Version 1.1 wrote no numbers.
+        self.unnumbered: dict[tuple[str, str], Entry] = {}
 
     def begin(self, state_crc32: int) -> None:
         """Delete it: the state file, with this CRC32 now, holds all that it had."""
@@ -1087,6 +1146,7 @@ class Journal:
     def remove(self) -> None:
         """Delete it, to stay deleted through a power cut; raises OSError."""
         old, self._handle, self._size = self._handle, None, 0
+        self._offsets, self.unnumbered = array("q"), {}
         with contextlib.suppress(OSError):  # to close fails too, on a full network disk
             if old:
                 old.close()
@@ -1104,16 +1164,17 @@ class Journal:
         """Tell whether the last entries were added long enough ago."""
         return time.monotonic() - self._tried_at >= self.INTERVAL_SECONDS
 
-    def add(self, entries: Iterable[Entry]) -> None:
-        """Add entries, to stay through a power cut; raise OSError when that fails."""
+    def add(self, entries: Mapping[int, Entry]) -> None:
+        """Add entries, by line, to stay through a power cut; raise OSError when that fails."""
         self._tried_at = time.monotonic()
-        text = "".join(f"{entry.to_json()}\n" for entry in entries)
         if not self._handle:
-            self._handle = open(self.path, "xb", buffering=0, opener=open_own)  # noqa: SIM115
-            fsync_folder_of(self.path)
-        if not self._size:
-            text = self._first_line(self._state_crc32) + text
-        data = memoryview(text.encode())
+            self._handle = self._open()
+        head = b"" if self._size else self._first_line(self._state_crc32).encode()
+        lines = [
+            f'{{"line": {number}, {entry.to_json()[1:]}\n'.encode()
+            for number, entry in entries.items()
+        ]
+        data = memoryview(head + b"".join(lines))
         try:
             written = 0
             while written < len(data):
@@ -1124,23 +1185,81 @@ class Journal:
                 self._handle.truncate(self._size)
                 self._handle.seek(self._size)
             raise
-        self._size += len(data)
+        offset = self._size + len(head)
+        for number, line in zip(entries, lines, strict=True):
+            self._note(number, offset)
+            offset += len(line)
+        self._size = offset
 
-    def read(self, state: IO[bytes]) -> dict[tuple[str, str], Entry]:
-        """Return the entries that it has for this state, by path and key; raises OSError."""
-        entries = {}
-        try:
-            with open(self.path, encoding="utf-8", errors="replace", opener=open_own) as lines:
-                if lines.readline() != self._first_line(crc32_of(state)):
-                    return {}
-                for line in lines:
-                    with contextlib.suppress(ValueError, RecursionError):  # torn by a kill
-                        entry = json.loads(line, object_hook=Entry.from_json)
-                        if type(entry) is Entry:
-                            entries[entry.filepath, entry.filename] = entry
-        except FileNotFoundError:
-            return {}
-        return entries
+    def _open(self) -> IO[bytes]:
+        """Open it to be continued, or create it."""
+        if not self._size:
+            self.remove()  # it is of another state
+            new = open(self.path, "xb", buffering=0, opener=open_own)  # noqa: SIM115
+            fsync_folder_of(self.path)
+            return new
+        old = open(self.path, "r+b", buffering=0, opener=open_own)  # noqa: SIM115
+        old.truncate(self._size)  # a last line may be torn
+        old.seek(self._size)
+        return old
+
+    def take_first_back(self) -> None:
+        """Take the entry before all others back, the last that was added; raises OSError."""
+        if self._handle and len(self._offsets) > 1 and (offset := self._offsets[1]):
+            if offset == len(self._first_line(self._state_crc32)):
+                self.remove()
+                return
+            self._offsets[1], self._size = 0, offset
+            self._handle.truncate(offset)
+            self._handle.seek(offset)
+            os.fsync(self._handle.fileno())
+
+    def _note(self, number: int, offset: int) -> None:
+        if number >= len(self._offsets):
+            self._offsets.extend(itertools.repeat(0, number + 1 - len(self._offsets)))
+        self._offsets[number] = offset
+
+    def load(self, state: IO[bytes]) -> None:
+        """Find what it has for this state; raises OSError."""
+        self._size, self._offsets, self.unnumbered = 0, array("q"), {}
+        self._state_crc32 = crc32_of(state)
+        with (
+            contextlib.suppress(FileNotFoundError),
+            open(self.path, "rb", opener=open_own) as lines,
+        ):
+            size = len(first := lines.readline())
+            if first.decode(errors="replace") != self._first_line(self._state_crc32):
+                return
+            lines_max = state.seek(0, os.SEEK_END)  # a number is never higher
+            for line in lines:
+                if line.endswith(b"\n"):
+                    with contextlib.suppress(ValueError, RecursionError):  # torn by a power cut
+                        self._note_line(json.loads(line), size, lines_max=lines_max)
+                    size += len(line)
+            self._size = size
+
+    def _note_line(self, fields: dict[str, Any], offset: int, *, lines_max: int) -> None:
+        """Note where a line stands; raise ValueError if it is none of a journal."""
+        entry, number = Entry.from_json(fields), fields.get("line")
+        if number is None:
+            self.unnumbered[entry.filepath, entry.filename] = entry
+        elif type(number) is int and 0 < number < lines_max:
+            self._note(number, offset)
+
+    def last_words(self) -> Callable[[int], str | None]:
+        """Return a function that returns what stands in place of a line of the state, or None."""
+        if not self._offsets:
+            return lambda _number: None
+        offsets, lines = self._offsets, open(self.path, "rb", opener=open_own)  # noqa: SIM115
+
+        def last_word(number: int) -> str | None:
+            if number >= len(offsets) or not offsets[number]:
+                return None
+            lines.seek(offsets[number])
+            # Without the number, which belongs to the journal.
+            return "{" + lines.readline().decode().partition(", ")[2].rstrip("\n")
+
+        return last_word
 
     @staticmethod
     def _first_line(state_crc32: int) -> str:
@@ -1171,7 +1290,7 @@ class StateFile:
         self._temporary, self._lock_path = self.path + ".tmp", self.path + ".lock"
         self._lock: IO[str] | None = None
         self._save_seconds = 0.0
-        self._saved_at = -math.inf
+        self._saved_at, self._crc32 = -math.inf, 0
         self.is_saved = False  # by this run, at its last try
 
     def own_files(self) -> list[str]:
@@ -1237,83 +1356,150 @@ class StateFile:
         why = f"the lock {shown(self._lock_path)} was deleted, so that another run may have begun"
         raise StopRun(f"{why}; when none is left, send the rest with --crashrun 1")
 
-    def read(self) -> list[Entry] | None:
-        """Return the entries, or None without a state; raise StopRun for a damaged one."""
+    def lines(self, recent: Mapping[int, Entry] | None = None) -> Iterator[str]:
+        """Yield the lines of the state's entries, each with its last word, without commas.
+
+        That is the entry in `recent`, by the number of its line, or else the journal's. Raises
+        ValueError for a state that is not written as this program writes it, and OSError.
+        """
+        if self.journal.unnumbered:
+            raise ValueError("its journal has no numbers")
+        last_word = self.journal.last_words()
+        with open(self.path, encoding="utf-8", newline="\n") as lines:
+            number, line = 1, next(lines, "")
+            if first := last_word(1):
+                yield first
+            if line == "[]\n":
+                return
+            if line != "[\n":
+                raise ValueError("its first line is another")
+            for number, line in enumerate(lines, start=2):
+                if recent and number in recent:
+                    yield recent[number].to_json()
+                elif line[0] == "{":
+                    yield last_word(number) or line.rstrip(",\n")
+            if line != "]\n":
+                raise ValueError("its last line is another")
+
+    def sorted_lines(self) -> list[str]:
+        """Return the lines of a state in another order, or written in another way.
+
+        Raises ValueError for a damaged state, and OSError.
+        """
+        with open(self.path, "rb") as handle:
+            entries = json.loads(handle.read().decode("utf-8-sig"), object_hook=Entry.from_json)
+        if not (isinstance(entries, list) and all(type(entry) is Entry for entry in entries)):
+            raise ValueError("it is not a list of entries")
+        recent, last_word = self.journal.unnumbered, self.journal.last_words()
+        entries = [
+            Entry.from_json(json.loads(word))
+            if (word := last_word(number))
+            else recent.get((entry.filepath, entry.filename), entry)
+            for number, entry in enumerate(entries, start=2)
+        ]
+        entries.sort(key=lambda entry: entry.filename)
+        first = last_word(1)
+        return [*([first] if first else ()), *map(Entry.to_json, entries)]
+
+    def load_journal(self) -> bool:
+        """Find what the journal has for the state; return whether there is a state.
+
+        Raises StopRun.
+        """
         check_regular(self.path, "state file")
         has_own(self.journal.path, "journal", Journal.HEAD)
         if self._lock:  # else nothing comes of it
             self._check_writers()
+        not_there = contextlib.suppress(FileNotFoundError)
+        with self.unreadable_stops(), not_there, open(self.path, "rb") as handle:
+            self.journal.load(handle)
+            return handle.seek(0, os.SEEK_END) > 0
+        return False
+
+    @contextlib.contextmanager
+    def unreadable_stops(self) -> Iterator[None]:
+        """Raise StopRun where the state cannot be read, or is damaged."""
         try:
-            with open(self.path, "rb", opener=open_own) as handle:
-                text = handle.read().decode("utf-8-sig")
-                recent = self.journal.read(handle)
-            entries = json.loads(text, object_hook=Entry.from_json) if text else None
-            if text and not (isinstance(entries, list) and all(type(e) is Entry for e in entries)):
-                raise ValueError("it is not a list of entries")
-        except FileNotFoundError:
-            return None
+            yield
         except OSError as error:
             why = f"cannot read the state file {shown(self.path)}: {reason(error)}"
             raise StopRun(f"{why}; run as its owner, or choose another --statefile") from error
         except (ValueError, RecursionError) as error:
             why = f"the state file {shown(self.path)} is damaged: {one_line(error)}"
             raise StopRun(f"{why}; move it away, or choose another --statefile") from error
-        if entries and recent:
-            entries = [recent.get((entry.filepath, entry.filename), entry) for entry in entries]
-        return entries
 
     def has_journal(self) -> bool:
         """Tell whether there is more to the state than its file."""
         return os.path.exists(self.journal.path)
 
-    def save(self, entries: Iterable[Entry]) -> None:
+    def save(self, lines: Iterable[str]) -> None:
         """Replace the state file, all or nothing; raise OSError, or StopRun if the lock is gone."""
-        started, self.is_saved = time.monotonic(), False
+        self.write(lines)
+        self.put_in_place()
+
+    def write(self, lines: Iterable[str]) -> None:
+        """Write lines of entries to the disk beside the state; raises as `save`."""
+        started, is_written = time.monotonic(), False
         self._check_lock()
         try:
-            crc32 = self._write(entries)
+            self._write(lines)
+            is_written = True
+        except OSError:
+            self.is_saved = False
+            raise
+        finally:
+            if not is_written:
+                self._drop_temporary()
+            self._saved_at = time.monotonic()
+            self._save_seconds = self._saved_at - started
+
+    def put_in_place(self) -> None:
+        """Make what was written the state; raises as `save`."""
+        self.is_saved = False
+        self._check_lock()
+        try:
             # Wherever a kill or a power cut ends the run, the old state with its journal is there
             # until os.replace, and the new one alone from then on, since a journal with another
             # CRC32 is ignored. Where both have the same, the old state without a journal is the
             # new one already (or, once in four billion such saves, lags behind it).
-            if self.journal.is_of(crc32):
+            if self.journal.is_of(self._crc32):
                 self.journal.remove()
             os.replace(self._temporary, self.path)
         except OSError:
-            with contextlib.suppress(OSError):
-                os.unlink(self._temporary)
+            self._drop_temporary()
             raise
-        finally:
-            self._saved_at = time.monotonic()
-            self._save_seconds = self._saved_at - started
         fsync_folder_of(self.path)
-        self.journal.begin(crc32)
+        self.journal.begin(self._crc32)
         self.is_saved = True
 
-    def save_or_stop(self, entries: Iterable[Entry]) -> None:
-        """Save the state; raise StopRun when that fails, since nothing has been sent yet."""
+    def _drop_temporary(self) -> None:
+        with contextlib.suppress(OSError):
+            os.unlink(self._temporary)
+
+    @contextlib.contextmanager
+    def failing_stops(self) -> Iterator[None]:
+        """Raise StopRun where the state cannot be saved, since nothing has been sent yet."""
         try:
-            self.save(entries)
+            yield
         except OSError as error:
             why = f"cannot save the state file {shown(self.path)}: {reason(error)}"
             advice = "make room" if error.errno in NO_ROOM else "check its permissions"
             raise StopRun(f"{why}; {advice}, or choose another place with --statefile") from error
 
-    def _write(self, entries: Iterable[Entry]) -> int:
-        """Write the temporary file, and return the CRC32 of what it holds."""
+    def _write(self, lines: Iterable[str]) -> None:
+        lines, before, self._crc32 = iter(lines), "[\n", 0
         with open(self._temporary, "xb", opener=open_own) as handle:
             if hasattr(os, "fchmod") and os.path.exists(self.path):
                 os.fchmod(handle.fileno(), stat.S_IMODE(os.stat(self.path).st_mode))
-            lines, before, crc32 = map(Entry.to_json, entries), "[\n", 0
             while batch := list(itertools.islice(lines, 1000)):
                 data = (before + ",\n".join(batch)).encode()
                 handle.write(data)
-                before, crc32 = ",\n", zlib.crc32(data, crc32)
+                before, self._crc32 = ",\n", zlib.crc32(data, self._crc32)
             end = b"[]\n" if before == "[\n" else b"\n]\n"
             handle.write(end)
             handle.flush()
             os.fsync(handle.fileno())
-        return zlib.crc32(end, crc32)
+        self._crc32 = zlib.crc32(end, self._crc32)
 
     def is_due(self) -> bool:
         """Tell whether a save now keeps saving below its share of the run's time."""
@@ -1334,7 +1520,9 @@ class Run:
 
 def is_within(path: str, folder: str) -> bool:
     """Tell whether `path` is `folder` or below it."""
-    return path == folder or path.startswith(os.path.join(folder, ""))
+    if path == folder or not path.startswith(folder):
+        return path == folder
+    return folder.endswith(os.sep) or path[len(folder)] == os.sep
 
 
 def other_job(entry: Entry, run: Run) -> str | None:
@@ -1352,27 +1540,1008 @@ def other_job(entry: Entry, run: Run) -> str | None:
     return None
 
 
-def check_previous(previous: list[Entry] | None, run: Run) -> None:
-    """Raise StopRun for a run that would bury another job's failures, and name the ways out."""
-    options = run.options
-    needs_state = "--crashrun 1" if options.crashrun else "--verify" if options.verify else None
-    if needs_state and previous is None:
-        why = f"{needs_state} needs the state file of an earlier run, and there is none"
-        raise StopRun(f"{why}; run without {needs_state.split()[0]}, or name it with --statefile")
-    if needs_state and not previous:
-        why = f"the state file {shown(os.path.realpath(options.statefile))} lists nothing"
-        raise StopRun(f"{why}; run without {needs_state.split()[0]}")
-    for entry in previous or ():
-        if entry.uploaded and not needs_state:
-            continue
-        if (job := other_job(entry, run)) is None:
-            continue
-        if needs_state:
-            what = f"the state file is of {job}"
+class KeySample:
+    """Every so many of ascending keys, and the last: they cut a listing into ranges."""
+
+    # A page holds 1,000: there may be some objects more.
+    INTERVAL = 900
+
+    def __init__(self) -> None:
+        self.keys: list[str] = []
+        self.last, self._count = "", 0
+        self._first_keys: list[str] = []
+
+    def add(self, key: str) -> None:
+        """Take note of a key."""
+        if self._count % self.INTERVAL == 0:
+            self.keys.append(key)
+        if self._count < self.INTERVAL:
+            self._first_keys.append(key)
+        self.last, self._count = key, self._count + 1
+
+    def some(self) -> list[str]:
+        """Return the first key, one from the middle, and the last."""
+        keys = self.keys if self._count > self.INTERVAL else self._first_keys
+        return [*keys[:1], *keys[len(keys) // 2 :][:1], self.last]
+
+    def ranges(self) -> Iterator[tuple[str, str]]:
+        """Yield the bounds of ranges that have all keys; the lower bound is not in its range."""
+        if self.keys:
+            bounds = [self.keys[0][:-1], *self.keys[1:], self.last]
+            yield from itertools.pairwise(bounds)
+
+
+# In the entry of a folder in which there was nothing: a crash run looks again.
+NOTHING_TO_SEND = "there was nothing to send in it"
+
+
+class LastState:
+    """What the last run left, in the order of its keys; read from the disk as often as needed.
+
+    Raises StopRun where it is damaged, or where the run may not go on from it.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._state, self._run = run.state, run
+        self._decode = json.JSONDecoder().raw_decode
+        # In memory if another version, or a person, has written it in another way.
+        self._sorted_lines: list[str] | None = None
+        with self._state.unreadable_stops():
+            try:
+                self._look_through()
+            except ValueError:
+                self._sorted_lines = self._state.sorted_lines()
+                self._look_through()
+        self.check_job(run)
+
+    @classmethod
+    def read(cls, run: Run) -> LastState | None:
+        """Return what the last run left, or None without a state; raise StopRun as above."""
+        options = run.options
+        if options.crashrun or options.verify:
+            return cls.read_needed(run)
+        return cls(run) if run.state.load_journal() else None
+
+    @classmethod
+    def read_needed(cls, run: Run) -> LastState:
+        """Return what the last run left for a run that goes on from it; raise StopRun as above."""
+        option = "--crashrun" if run.options.crashrun else "--verify"
+        if not run.state.load_journal():
+            why = f"{option}{' 1' * run.options.crashrun} needs the state file of an earlier run"
+            advice = f"run without {option}, or name it with --statefile"
+            raise StopRun(f"{why}, and there is none; {advice}")
+        last = cls(run)
+        if not last.files:
+            why = f"the state file {shown(run.state.path)} lists nothing"
+            raise StopRun(f"{why}; run without {option}")
+        return last
+
+    def entries(self) -> Iterator[Entry]:
+        """Yield the entries; raises ValueError and OSError."""
+        return map(self._entry_of, self._lines())
+
+    def _lines(self) -> Iterable[str]:
+        return self._state.lines() if self._sorted_lines is None else self._sorted_lines
+
+    def _entry_of(self, line: str) -> Entry:
+        fields, end = self._decode(line)
+        if end != len(line) or type(fields) is not dict:
+            raise ValueError("a line of it is no entry")
+        return Entry.from_json(fields, line)
+
+    def _plain_line(self) -> re.Pattern[str]:
+        """Return a pattern of the lines that most files of this job have: key and endpoint.
+
+        To match it takes a fourth of the time in which an entry is read.
+        """
+        options = self._run.options
+        folder, bucket, shard = (
+            re.escape(READABLE_JSON.encode(text or "")[1:-1])
+            for text in (os.path.join(options.backupfolder, ""), options.bucketname, options.shard)
+        )
+        of_shard = f', "shard": "{shard}"' if shard else ""
+        return re.compile(
+            rf'\{{"filepath": "{folder}[^"\\]+", "uploadedSuccess": 1, "filename": "([^"\\]+)", '
+            rf'"bucket": "{bucket}", (?:"endpoint": "([^"\\]*)", )?"size": [0-9]+, '
+            rf'"mtime_ns": -?[0-9]+, (?:"ctime_ns": [0-9]+, )?"etag": "[^"\\]+"{of_shard}\}}'
+        )
+
+    def candidates(self) -> KeySample:
+        """Return the keys of objects that may be what this run would send."""
+        options = self._run.options
+        if options.skip_unchanged or (options.crashrun and self.has_folder):
+            return self.known
+        return self.pending if options.crashrun else KeySample()
+
+    def pending_entries(self) -> Iterator[Entry]:
+        """Yield the entries that are not uploaded."""
+        return (entry for entry in self.entries() if not entry.uploaded)
+
+    def _look_through(self) -> None:
+        self.files = self.uploaded_files = self.left_files = 0
+        self.has_folder, self.is_done = False, True
+        self.lists_uploaded = self.lists_pending = False
+        self.other_job: str | None = None
+        self._buried_job: str | None = None  # with files that are not yet uploaded
+        # Of the objects that the bucket may have, and of those that are to be sent.
+        self.known, self.pending = KeySample(), KeySample()
+        # Those of the buckets, and whether files are not yet uploaded to one.
+        self._endpoints: dict[str | None, bool] = {}
+        previous, is_plain = "", self._plain_line().fullmatch
+        for line in self._lines():
+            if plain := is_plain(line):
+                key, endpoint = plain.groups()
+                self.uploaded_files += 1
+                self.lists_uploaded = True
+                self.known.add(key)
+                if endpoint not in self._endpoints:
+                    self._endpoints[endpoint] = False
+            else:
+                key = self._look_at(self._entry_of(line))
+            if key < previous:
+                raise ValueError("its entries are in another order")
+            previous = key
+            self.files += 1
+
+    def _look_at(self, entry: Entry) -> str:
+        """Take note of what an entry tells, and return its key."""
+        key, root, is_there = entry.filename, self._run.options.backupfolder, entry.uploaded
+        is_below = entry.filepath != root and is_within(entry.filepath, root)
+        if job := other_job(entry, self._run):
+            self.other_job = self.other_job or job
+            if not is_there:
+                self._buried_job = self._buried_job or job
+        if not is_there or entry.endpoint not in self._endpoints:
+            self._endpoints[entry.endpoint] = not is_there
+        if is_there or entry.known.etag:
+            self.known.add(key)
+        self.is_done = self.is_done and is_there and entry.upload_id is None
+        if is_there:
+            self.uploaded_files += job is None
+            self.lists_uploaded = self.lists_uploaded or is_below
+        else:
+            self.left_files += entry.error != NOTHING_TO_SEND
+            self.lists_pending = self.lists_pending or is_below
+            self._run.interruption.check()  # to look at many files on a network disk takes long
+            self.has_folder = self.has_folder or (
+                entry.size is None and os.path.isdir(entry.filepath)
+            )
+            if entry.known.etag:
+                self.pending.add(key)
+        return key
+
+    def check_job(self, run: Run) -> None:
+        """Raise StopRun for a run that would bury another job's failures, and name the ways out.
+
+        To be called again when the run knows its endpoint.
+        """
+        for endpoint, is_pending in self._endpoints.items() if run.endpoint else ():
+            if endpoint not in (None, run.endpoint):
+                job = f"endpoint {shown(endpoint or '')}"
+                self.other_job = self.other_job or job
+                self._buried_job = self._buried_job or (job if is_pending else None)
+        if self.other_job and (run.options.crashrun or run.options.verify):
+            what = f"the state file is of {self.other_job}"
             raise StopRun(f"{what}; give that job's options, or another --statefile")
-        what = f"the state file lists files not yet uploaded, of {job}"
-        ways_out = "finish that job with --crashrun 1, or give this one its own --statefile"
-        raise StopRun(f"{what}; {ways_out}")
+        if self._buried_job:
+            what = f"the state file lists files not yet uploaded, of {self._buried_job}"
+            ways_out = "finish that job with --crashrun 1, or give this one its own --statefile"
+            raise StopRun(f"{what}; {ways_out}")
+
+
+# --- S3 ---------------------------------------------------------------------------
+
+
+@functools.cache
+def import_boto3() -> None:
+    """Import boto3 for the functions below; it takes most of a second, so not for --help."""
+    global boto3, botocore, s3transfer  # noqa: PLW0603
+    try:
+        import boto3
+        import boto3.s3.transfer
+        import botocore.auth
+        import botocore.awsrequest
+        import botocore.config
+        import botocore.exceptions
+        import botocore.httpsession
+        import botocore.parsers
+        import botocore.session
+        import botocore.utils
+        import s3transfer.utils
+    except ImportError as error:
+        how = "in a virtual environment, run: python3 -m pip install 'boto3[crt]'"
+        raise StopRun(f"boto3 is not installed; {how}") from error
+    # The signers of the AWS Common Runtime read each body through Python: three times slower.
+    botocore.auth.AUTH_TYPE_MAPS.update(v4=botocore.auth.SigV4Auth, s3v4=botocore.auth.S3SigV4Auth)
+    aws = botocore.awsrequest
+    pools: list[Any] = [aws.AWSHTTPConnectionPool, aws.AWSHTTPSConnectionPool]
+    for pool in pools:
+        pool.ConnectionCls = type("Connection", (ConnectionInTime, pool.ConnectionCls), {})
+    Threads(1).submit(ConnectionInTime.watch)
+
+
+class ConnectionInTime(AWSHTTPConnection):
+    """Ends a request that takes too long: no timeout of a socket does, while bytes trickle.
+
+    Stands before botocore's connections in the order of their classes.
+    """
+
+    ANSWER_SECONDS = 120
+    # S3 takes minutes to put many parts together, and sends spaces meanwhile; others send nothing.
+    COMPLETE_SECONDS = 900
+    STALL_SECONDS, PIECE_BYTES = 60, 256 * KIB  # of what is sent
+    SLOWEST_RATE = 100  # bytes a second; many requests may share a slow line
+    _ends_at: ClassVar[dict[ConnectionInTime, float]] = {}
+
+    def request(self, *args: Any, **more: Any) -> Any:
+        """Send a request: its method, and its path with the query."""
+        size = int((more.get("headers") or {}).get("Content-Length") or 0)
+        self._ends_at[self] = time.monotonic() + self.ANSWER_SECONDS + size / self.SLOWEST_RATE
+        self._is_complete = args[0] == "POST" and "uploadId=" in args[1]
+        return super().request(*args, **more)
+
+    def send(self, data: Any) -> None:
+        """Send a piece after the other: a timeout is one of a whole call."""
+        if self.sock:  # which has the shorter timeout of its connecting
+            self.sock.settimeout(self.STALL_SECONDS)
+        view: Any = memoryview(data if isinstance(data, bytes) else b"")
+        for start in range(0, len(view), self.PIECE_BYTES):
+            super().send(view[start : start + self.PIECE_BYTES])
+        if not view:  # a file, which an older urllib3 reads in pieces
+            super().send(data)
+
+    def getresponse(self) -> Any:
+        """Return the answer, of which only the head is read."""
+        seconds = self.ANSWER_SECONDS
+        if self._is_complete:
+            seconds = self.timeout = self.COMPLETE_SECONDS
+            self.sock.settimeout(seconds)
+        self._ends_at[self] = time.monotonic() + seconds
+        return super().getresponse()
+
+    @classmethod
+    def watch(cls) -> None:
+        """End what is late, in a thread of its own."""
+        never = threading.Event()
+        while not never.wait(1):
+            for connection, ends_at in cls._ends_at.copy().items():
+                if time.monotonic() > ends_at:
+                    cls._ends_at.pop(connection, None)
+                    with contextlib.suppress(AttributeError, OSError):  # it is closed
+                        connection.sock.settimeout(0.001)  # from its next byte on
+
+
+class Concurrency:
+    """How much may be under way at once: what the user wants, as far as open files allow.
+
+    A request has two files open: what it sends, and its connection.
+    """
+
+    def __init__(self, options: Options, *, files_max: int) -> None:
+        wanted, room = options.max_concurrency, max(files_max - 60, 8)
+        self.requests = wanted  # of all files; None: no bound but those below
+        # For files that are sent in one part, without a lane.
+        self.threads = max(1, min(wanted or 24, THREADS_MAX, room // 4))
+        # For each file that is sent in parts.
+        self.part_threads = max(1, min(wanted or 8, THREADS_MAX, room // 8))
+        self.lane_requests = max(1, min(wanted or 256, 256, room // 2))  # of each lane
+
+
+# What boto3 makes of an answer of S3, or takes as the parameters of a request.
+Answer = Mapping[str, Any]
+Parameters = dict[str, Any]
+
+
+def request_errors() -> tuple[type[Exception], ...]:
+    """Return what a request, or the proof of its answer, may raise."""
+    return (
+        DigestMismatch,
+        botocore.exceptions.ClientError,
+        botocore.exceptions.BotoCoreError,
+        botocore.parsers.ResponseParserError,
+    )
+
+
+INSTALL_RUNTIME = "awscrt is missing, old or disabled; run: python3 -m pip install -U 'boto3[crt]'"
+
+
+def configuration_error(error: Exception) -> StopRun:
+    """Return what to say when boto3 refuses what it is configured to do."""
+    advice, why = "; check profile, credentials and endpoint", one_line(error)
+    if isinstance(error, botocore.exceptions.NoCredentialsError):
+        advice = "; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or run: aws configure"
+    elif isinstance(error, botocore.exceptions.MissingDependencyException):
+        why, advice = "this needs more than boto3", f"; {INSTALL_RUNTIME}"
+    elif re.match(r"Invalid endpoint: (?!https?://)", why):
+        why, advice = re.sub(r": .*@", ": ", why), "; it needs http:// or https://"
+    elif re.search(r"aws (sso )?login", why):  # it says itself what to do
+        advice = ""
+    elif not isinstance(error, request_errors()):
+        why = why.partition(":")[0]  # what follows may be an address that no parser can read
+    return StopRun(f"cannot use S3: {why}{advice}")
+
+
+def answer_of_source(ask: Callable[[], T]) -> T:
+    """Return what `ask` returns; botocore ends in any error when a source of credentials errs."""
+    try:
+        return ask()
+    except (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError):
+        raise
+    except Exception as error:
+        raise botocore.exceptions.CredentialRetrievalError(
+            provider="their source", error_msg=one_line(error)
+        ) from error
+
+
+class Credentials(NamedTuple):
+    """Credentials as a request is signed with them."""
+
+    access_key: str
+    secret_key: str
+    token: str | None
+
+
+class CredentialSource:
+    """The credentials of a run, and where they come from: to botocore a provider of itself.
+
+    botocore renews what it knows to expire. Others may be renewed by another program: the source is
+    asked once more when a server calls them expired. Raises as botocore does, and StopRun.
+    """
+
+    EXPIRED_CODES = frozenset(  # the answer to HEAD has none but 400
+        "400 ExpiredToken ExpiredTokenException TokenRefreshRequired InvalidToken "
+        "InvalidAccessKeyId InvalidClientTokenId".split()
+    )
+
+    def __init__(self, profile: str | None) -> None:
+        self._profile, self._lock = profile, threading.Lock()
+        # What the source gave last: botocore's own object, and what that held.
+        self._known = self._ask()
+        self._asked_about: tuple[Any, Credentials] | None = None
+
+    def load_credentials(self) -> CredentialSource:
+        """Return the credentials, as botocore's providers do."""
+        return self
+
+    def get_deferred_property(self, *_: object, **__: object) -> None:
+        """Tell botocore that their account is not known."""
+
+    def get_frozen_credentials(self) -> Credentials:
+        """Return the credentials of this moment."""
+        return self._frozen(self._known[0])
+
+    def renewing(self, attempt: Callable[[], T]) -> T:
+        """Return what `attempt` returns; repeat it if there are others than expired credentials."""
+        used = self._known
+        try:
+            return attempt()
+        except botocore.exceptions.ClientError as error:
+            is_expired = error.response.get("Error", {}).get("Code") in self.EXPIRED_CODES
+            if is_expired and self._has_others_than(used):
+                return attempt()
+            raise
+
+    def _has_others_than(self, used: tuple[Any, Credentials]) -> bool:
+        with self._lock:  # of all threads that meet the same, one asks
+            if self._known is used and self._asked_about is not used:
+                others, self._asked_about = self._ask(), used
+                self._known = used if others[1] == used[1] else others
+            return self._known is not used
+
+    def _ask(self) -> tuple[Any, Credentials]:
+        session = botocore.session.Session(profile=self._profile)  # reads all files anew
+        if credentials := answer_of_source(session.get_credentials):
+            return credentials, self._frozen(credentials)
+        raise botocore.exceptions.NoCredentialsError
+
+    @staticmethod
+    def _frozen(credentials: Any) -> Credentials:
+        frozen = answer_of_source(credentials.get_frozen_credentials)
+        found = [str(text or "") for text in (frozen.access_key, frozen.secret_key, frozen.token)]
+        # As headers that cannot be sent they would be shown in the error.
+        if not re.fullmatch("([!-~]+ ){2}[!-~]*", " ".join(found)):
+            raise StopRun("credentials with no key, white space or odd characters; set them again")
+        return Credentials(found[0], found[1], found[2] or None)
+
+
+def check_address(address: str, what: str) -> None:
+    """Raise StopRun, without quoting it, for an address whose user and password cannot be told."""
+    user, at, _ = address.rpartition("@")
+    netloc = ""
+    with contextlib.suppress(ValueError):
+        netloc = urllib.parse.urlsplit(address if "//" in address else f"//{address}").netloc
+    if at and (netloc.rpartition("@")[0] != user.rpartition("//")[2] or re.search(r"[\s@]", user)):
+        why = "has an @ where no password can end"
+        raise StopRun(f"the {what} {why}; write odd characters as %2F, %40, %23, %20")
+
+
+def send_small_body_at_once(params: Parameters, **_: object) -> None:
+    """Spare small puts the `Expect: 100-continue` round trip (a botocore event handler)."""
+    if isinstance(params["body"], io.BytesIO):
+        # botocore waits for "100 Continue" before it sends a file; bytes go with the headers.
+        params["body"] = params["body"].getvalue()
+
+
+def follow_no_redirect(context: Any, **_: object) -> None:
+    """Keep botocore from asking by HeadBucket where HeadBucket leads (a botocore event handler)."""
+    context["s3_redirect"]["redirected"] = True
+
+
+def name_bucket_owner(owner: str, params: dict[str, str], model: Any, **_: object) -> None:
+    """Add the owner to each request that knows the parameter (a botocore event handler)."""
+    if "ExpectedBucketOwner" in model.input_shape.members:  # CreateBucket lacks it
+        params["ExpectedBucketOwner"] = owner
+
+
+class Session:
+    """The one boto3 session of a run, and the credentials, which it renews by itself.
+
+    Raises StopRun when there are no credentials.
+    """
+
+    CONNECT_TIMEOUT_SECONDS = 10
+    # Longer than a NAS needs to flush a large file, short enough to notice a stall.
+    READ_TIMEOUT_SECONDS = 60
+
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        self._clients: dict[str, S3Client] = {}
+        from urllib.request import getproxies  # which botocore has loaded
+
+        for proxy in getproxies().values():
+            check_address(proxy, "proxy of the environment")
+        # Content-MD5 is the checksum that every server understands; what is configured wins.
+        checksums = "request_checksum_calculation", "response_checksum_validation"
+        own: Any = {n: (n, f"AWS_{n.upper()}", "when_required", None) for n in checksums}
+        try:
+            self.source = CredentialSource(options.profile)
+            self._core = botocore.session.Session(profile=options.profile, session_vars=own)
+            self._core.register_component("credential_provider", self.source)
+            self._session = boto3.Session(botocore_session=self._core)
+            configured = self._core.get_config_variable("ca_bundle")
+            # An empty one would have boto3 trust any certificate.
+            self._ca_bundle: Any = configured or os.environ.get("REQUESTS_CA_BUNDLE") or True
+        except request_errors() as error:
+            raise configuration_error(error) from error
+
+    def ca_path(self) -> str:
+        """Return the file with the certificate authorities that the run trusts."""
+        return str(botocore.httpsession.get_cert_path(self._ca_bundle))
+
+    def client(self, region: str | None = None) -> S3Client:
+        """Return boto3's S3 client for a region; raise StopRun when it cannot be had."""
+        try:
+            region = region or self._options.region or self._session.region_name or DEFAULT_REGION
+            if region not in self._clients:
+                self._clients[region] = self._new_client(region)
+        except Exception as error:  # botocore takes any configuration for a good one
+            raise configuration_error(error) from error
+        check_address(self._clients[region].meta.endpoint_url, "endpoint")
+        return self._clients[region]
+
+    def _new_client(self, region: str) -> S3Client:
+        # Over plain http, boto3 would sign a SHA-256 of each body too; the signature already
+        # covers its Content-MD5.
+        s3: Any = {"payload_signing_enabled": False}
+        config = botocore.config.Config(
+            # The one retry loop is Retries: botocore's own has a quota per client, which many
+            # threads spend within a second on a dead endpoint.
+            retries={"mode": "standard", "total_max_attempts": 1},
+            max_pool_connections=THREADS_MAX,
+            s3=s3 | (self._core.get_config_variable("s3") or {}),
+            user_agent_extra=f"s3FileTransfer/{__version__}",
+            tcp_keepalive=True,
+            connect_timeout=self.CONNECT_TIMEOUT_SECONDS,
+            read_timeout=self.READ_TIMEOUT_SECONDS,
+        )
+        url, owner = self._options.endpoint_url, self._options.expected_bucket_owner
+        client = self._session.client(
+            "s3", region_name=region, endpoint_url=url, verify=self._ca_bundle, config=config
+        )
+        client.meta.events.register_first("before-call.s3.PutObject", send_small_body_at_once)
+        client.meta.events.register("before-call.s3.HeadBucket", follow_no_redirect)
+        if owner:
+            name_owner = functools.partial(name_bucket_owner, owner)
+            client.meta.events.register("provide-client-params.s3", name_owner)
+        return client
+
+
+def endpoint_of(client: S3Client) -> str:
+    """Return what the state calls the client's server: no region of AWS, no user, no password."""
+    host = re.sub(r".*@|^\w+://", "", client.meta.endpoint_url).rstrip("/")
+    return re.sub(r"^[^/]*\.(?=amazonaws\.)", "", host)
+
+
+def is_aws(client: S3Client) -> bool:
+    """Tell whether the client's server is AWS itself and not a compatible one."""
+    return endpoint_of(client).startswith("amazonaws.")
+
+
+class Meaning(NamedTuple):
+    """What some error codes of S3, or HTTP statuses without one, mean."""
+
+    trouble: Trouble
+    advice: str
+    codes: str
+
+
+# All other codes are trouble of the one file. Those that have a meaning for one request alone (no
+# such upload, a bucket that is there already) are handled where it is made.
+# https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html
+MEANINGS = (
+    Meaning(Trouble.OF_ALL, "the session token is not valid or has expired; renew it",
+            "ExpiredToken ExpiredTokenException TokenRefreshRequired InvalidToken"),
+    Meaning(Trouble.OF_ALL, "check the credentials",
+            "InvalidAccessKeyId SignatureDoesNotMatch InvalidSecurity"),
+    Meaning(Trouble.OF_ALL, "this machine's clock is too far off; set it (NTP)",
+            "RequestTimeTooSkewed RequestExpired"),
+    Meaning(Trouble.OF_ALL, "there is no such bucket; check --bucketname, or create it",
+            "NoSuchBucket InvalidBucketName"),
+    Meaning(Trouble.OF_ALL, "the bucket is in another region; set --region",
+            "AuthorizationHeaderMalformed IllegalLocationConstraintException PermanentRedirect "
+            "301"),
+    Meaning(Trouble.OF_ALL, "ask the owner of the bucket",
+            "AllAccessDisabled AccountProblem NotSignedUp"),
+    Meaning(Trouble.OF_ALL, "check --storage-class", "InvalidStorageClass"),
+    Meaning(Trouble.OF_ALL, "check --sse and --sse-kms-key-id",
+            "InvalidEncryptionAlgorithmError KMS.NotFoundException KMS.DisabledException"),
+    Meaning(Trouble.OF_ALL, "leave out --storage-class, --sse and --expected-bucket-owner",
+            "NotImplemented"),
+    Meaning(Trouble.OF_ALL, "make room there", "QuotaExceeded XMinioStorageFull"),
+    Meaning(Trouble.REFUSAL,
+            "check the policy (s3:PutObject; to list, s3:ListBucket) and whose bucket it is",
+            "AccessDenied Forbidden 403"),
+    Meaning(Trouble.OF_FILE,
+            "send it in parts by a lower --multipart-threshold, or raise the limit of the proxy",
+            "413 EntityTooLarge RequestEntityTooLarge"),
+    Meaning(Trouble.DAMAGED, "the network or the server damages data",
+            "BadDigest InvalidDigest XAmzContentSHA256Mismatch XAmzContentChecksumMismatch "
+            "IncompleteBody"),
+    Meaning(Trouble.UNAVAILABLE, "try again later",
+            "SlowDown SlowDownRead SlowDownWrite Throttling ThrottlingException RequestThrottled "
+            "RequestLimitExceeded TooManyRequests TooManyRequestsException BandwidthLimitExceeded "
+            "ServiceUnavailable Busy XMinioServerNotInitialized TemporaryRedirect "
+            "307 429 502 503 504"),
+    Meaning(Trouble.SERVER_ERROR, "try again later",
+            "InternalError InternalServerError OperationAborted RequestTimeout "
+            "PriorRequestNotComplete 408 425 500"),
+)  # fmt: skip
+MEANING_OF = {code: meaning for meaning in MEANINGS for code in meaning.codes.split()}
+SILENT = frozenset({Trouble.NO_ANSWER, Trouble.UNAVAILABLE})
+PASSING = SILENT | {Trouble.SERVER_ERROR}
+
+
+def region_of(answer: Answer) -> str:
+    """Return the region that an answer names as that of the bucket, or an empty string."""
+    headers: Mapping[str, str] = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+    return headers.get("x-amz-bucket-region", "")
+
+
+def error_of_answer(response: Answer) -> UploadError:
+    """Return what an error answer of S3 means; the code decides, then the HTTP status."""
+    metadata, error = response.get("ResponseMetadata", {}), response.get("Error", {})
+    status = str(metadata.get("HTTPStatusCode", ""))
+    code = one_line(error.get("Code") or status)
+    # S3 itself redirects by a code of its own, or names the region.
+    is_of_s3 = region_of(response) or (code != status and code in MEANING_OF)
+    if status.startswith("3") and "location" in metadata.get("HTTPHeaders", {}) and not is_of_s3:
+        what = f"the endpoint redirects to {one_line(metadata['HTTPHeaders']['location'])}"
+        return UploadError(f"{what}; check network and endpoint", code=code, trouble=Trouble.OF_ALL)
+    said = f"S3 answered {code}"
+    message = one_line((error.get("Message") or "").strip() or code)
+    if message.replace(" ", "").lower() != code.lower():
+        said += f" ({message})"
+    meaning, of_status = MEANING_OF.get(code), MEANING_OF.get(status)
+    if not meaning and of_status and of_status.trouble is not Trouble.REFUSAL:
+        meaning = of_status
+    if not meaning:
+        return UploadError(said, code=code)
+    return UploadError(f"{said}; {meaning.advice}", code=code, trouble=meaning.trouble)
+
+
+def error_of(error: Exception) -> UploadError:
+    """Return what `error`, one of `request_errors`, means."""
+    exceptions, text = botocore.exceptions, one_line(error)
+    if isinstance(error, DigestMismatch):
+        what = f"{text}; the network or the server damages data"
+        return UploadError(what, code="BadDigest", trouble=Trouble.DAMAGED)
+    if isinstance(error, exceptions.ClientError):
+        if error.operation_name.startswith(("AssumeRole", "GetRoleCredentials")):
+            what = f"{text}; check the source of the credentials"
+            return UploadError(what, trouble=Trouble.OF_ALL)
+        return error_of_answer(error.response)
+    if isinstance(error, exceptions.SSLError) and re.search(r"certificate|\[errno", text.lower()):
+        what = f"the server's certificate cannot be trusted ({text})"
+        return UploadError(f"{what}; set AWS_CA_BUNDLE to its CA file", trouble=Trouble.OF_ALL)
+    cause = getattr(error, "kwargs", {}).get("error")
+    if isinstance(cause, UploadError):  # raised by the body, while it was sent
+        return cause
+    broken = exceptions.ConnectionError, exceptions.HTTPClientError
+    if isinstance(error, (*broken, botocore.parsers.ResponseParserError)):
+        what = f"the server could not be reached or broke off ({text})"
+        return UploadError(f"{what}; check network and endpoint", trouble=Trouble.NO_ANSWER)
+    if isinstance(error, exceptions.CredentialRetrievalError):
+        what = f"{text}; check the source of the credentials"
+        return UploadError(what, trouble=Trouble.NO_ANSWER)
+    if isinstance(error, exceptions.ParamValidationError):
+        return UploadError(text)
+    return UploadError(str(configuration_error(error)), trouble=Trouble.OF_ALL)
+
+
+class Retries:
+    """The one retry loop around requests, shared by the threads of a run.
+
+    `slots` is how many requests may be under way at once, if that is bounded.
+    """
+
+    # A request that fails for a passing reason is tried again until so long after its first
+    # failure; a run's very first request gives up sooner.
+    PATIENCE_SECONDS = 60
+    FIRST_PATIENCE_SECONDS = 9
+    BACKOFF_FIRST_SECONDS = 0.5
+    BACKOFF_MAX_SECONDS = 10
+    DAMAGED_TRIES = 3  # of what arrives damaged
+
+    def __init__(
+        self, source: CredentialSource, *, slots: int | None = None, is_first_request: bool = False
+    ) -> None:
+        self._source, self.stop = source, threading.Event()
+        self.slots = threading.BoundedSemaphore(slots) if slots else None
+        self._slot = self.slots or contextlib.nullcontext()
+        self._patience_seconds: float = self.PATIENCE_SECONDS
+        if is_first_request:
+            self._patience_seconds = self.FIRST_PATIENCE_SECONDS
+        self._alive_at = -math.inf
+
+    def note_life(self) -> None:
+        """Take note that the server takes bytes, or answers."""
+        self._alive_at = time.monotonic()
+
+    def check_stopped(self) -> None:
+        """Raise Stopped when the run is being stopped."""
+        if self.stop.is_set():
+            raise Stopped
+
+    def run(
+        self, attempt: Callable[[], T], *, may_stop_run: bool = True, damaged_tries: int = 0
+    ) -> T:
+        """Return what `attempt` returns, trying again while the trouble is a passing one.
+
+        `damaged_tries` tries were made before. Raises UploadError when this file cannot be
+        sent, StopRun when no file can (UploadError too if `may_stop_run` is false, for requests
+        that a policy may deny), Stopped when the run is being stopped.
+        """
+        give_up_at, damaged = math.inf, damaged_tries
+        pause = self.BACKOFF_FIRST_SECONDS
+        while True:
+            try:
+                with self._slot:
+                    self.check_stopped()  # to wait for the slot may have taken long
+                    answer = self._source.renewing(attempt)
+            except request_errors() as raised:
+                error = error_of(raised)
+            else:
+                self.note_life()
+                return answer
+            if error.trouble not in SILENT:
+                self.note_life()
+            give_up_at = min(give_up_at, time.monotonic() + self._patience_seconds)
+            damaged += error.trouble is Trouble.DAMAGED
+            is_rare = error.trouble is Trouble.DAMAGED and damaged < self.DAMAGED_TRIES
+            if (error.trouble in PASSING or is_rare) and time.monotonic() < give_up_at:
+                self.stop.wait(random.uniform(pause / 2, pause))
+                pause = min(2 * pause, self.BACKOFF_MAX_SECONDS)
+            elif may_stop_run and self._meets_every_file(error.trouble):
+                raise StopRun(str(error))
+            else:
+                raise error
+
+    def _meets_every_file(self, trouble: Trouble) -> bool:
+        # A server that has long been silent to all is gone; one that serves others is not.
+        silent_seconds = time.monotonic() - self._alive_at
+        is_gone = trouble in SILENT and silent_seconds > self._patience_seconds / 2
+        return is_gone or trouble is Trouble.OF_ALL
+
+
+# --- bucket -----------------------------------------------------------------------
+
+
+def normal_etag(etag: str | None) -> str:
+    """Return an ETag without its quotes, or an empty string."""
+    return (etag or "")[:TEXT_MAX].removeprefix("W/").strip('"').lower()
+
+
+def etag_of(answer: Answer) -> str:
+    """Return the ETag of an answer, without its quotes and a proxy's W/, or an empty string."""
+    return normal_etag(answer.get("ETag"))
+
+
+# There is nothing left of it: it was completed, or somebody aborted it.
+UPLOAD_GONE = frozenset({"NoSuchUpload", "404"})
+# It cannot be gone on with: or the server has lost parts of it.
+USELESS_UPLOAD = UPLOAD_GONE | {"InvalidPart", "InvalidPartOrder"}
+
+
+class Bucket:
+    """The bucket of a run; `client` is boto3's, for its region."""
+
+    # A name server or a black hole may hang far longer than any timeout of ours.
+    FIRST_REQUEST_SECONDS = 18
+    # A server that has other regions, or none, answers CreateBucket with one of these.
+    LOCATION_CODES = frozenset(
+        "InvalidLocationConstraint IllegalLocationConstraintException InvalidRegion "
+        "AuthorizationHeaderMalformed".split()
+    )
+    NAME = re.compile(r"(?![\d.]+$)(?!.*\.\.)[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
+
+    def __init__(self, run: Run) -> None:
+        """Find the bucket, or raise StopRun if it is unclear whether it exists.
+
+        A 403 does not stop: a write-only credential may not look, and the first upload tells.
+        https://docs.aws.amazon.com/AmazonS3/latest/API/API_HeadBucket.html
+        """
+        self._options, self._report, self._interruption = run.options, run.report, run.interruption
+        self.name = run.options.bucketname
+        # Its source may be another program, or a server that does not answer.
+        self.session = self._interruption.wait_for(lambda: Session(run.options))
+        self.client, source = self.session.client(), self.session.source
+        look = functools.partial(self._head, self.client, Retries(source, is_first_request=True))
+        try:
+            status, region = self._interruption.wait_for(look, seconds=self.FIRST_REQUEST_SECONDS)
+        except NoAnswer as error:
+            where = one_line(self.client.meta.endpoint_url)
+            raise StopRun(f"no answer from {where}; check network and endpoint") from error
+        if status == 401 or (status == 400 and not region):
+            why = "the server refuses these credentials"
+            raise StopRun(f"{why}; check keys, session token and clock")
+        self.exists = status != 404
+        if region:
+            self.client = self.session.client(region)
+
+    def _head(self, client: S3Client, retries: Retries) -> tuple[int, str | None]:
+        """Return the HTTP status that HeadBucket gives, and the region it names."""
+
+        def head() -> tuple[int, str | None]:
+            answer: Answer
+            try:
+                answer = client.head_bucket(Bucket=self.name)
+            except botocore.exceptions.ClientError as error:
+                answer, trouble = error.response, error_of(error).trouble
+                is_known = region_of(answer) or trouble not in {*PASSING, Trouble.OF_ALL}
+                if not is_known or error.operation_name != "HeadBucket":
+                    raise
+            return answer["ResponseMetadata"]["HTTPStatusCode"], region_of(answer)
+
+        return retries.run(head)
+
+    def create(self) -> None:
+        """Create the bucket and wait until it exists, or raise StopRun."""
+        if not self.NAME.fullmatch(self.name):
+            why = f"there is no bucket {self.name}, and none can be created"
+            raise StopRun(f"{why}: the name of a bucket has {BUCKET_NAME_RULES}")
+        self.client = self._interruption.wait_for(self._create)
+        self.exists = True
+
+    def _create(self) -> S3Client:
+        """Create the bucket and return the client for its region."""
+        region = self._options.region or DEFAULT_REGION
+        location: Parameters = {"CreateBucketConfiguration": {"LocationConstraint": region}}
+        client = self.session.client(region)
+        error = self._create_in(client, {} if region == "us-east-1" else location)
+        may_be_elsewhere = not (self._options.region or is_aws(self.client))
+        if error and error.code in self.LOCATION_CODES and may_be_elsewhere:
+            client = self.client
+            error = self._create_in(client, {})
+        if error:
+            raise StopRun(f"cannot create the bucket {self.name}: {error}") from error
+        if self._status_soon(client, seconds=20) == 404:
+            raise StopRun(f"the new bucket {self.name} does not appear; try again")
+        return client
+
+    def _create_in(self, client: S3Client, location: Parameters) -> UploadError | None:
+        """Ask for the bucket; return why that fails, or None when it is there."""
+        create = functools.partial(client.create_bucket, Bucket=self.name, **location)
+        try:
+            Retries(self.session.source).run(create, may_stop_run=False)
+        except UploadError as error:
+            if error.code not in ("BucketAlreadyOwnedByYou", "BucketAlreadyExists"):
+                return error
+            # A second request, or another run's, finds the bucket there already.
+            if self._status_soon(client, seconds=3) != 200:
+                why = f"the bucket name {self.name} is taken by another account"
+                raise StopRun(f"{why}; choose another with --bucketname") from error
+        return None
+
+    def _status_soon(self, client: S3Client, *, seconds: int) -> int:
+        """Return what HeadBucket says, once it is not 404 or so much time has passed."""
+        deadline, retries = time.monotonic() + seconds, Retries(self.session.source)
+        while True:
+            status, _region = self._head(client, retries)
+            if status != 404 or time.monotonic() > deadline:
+                return status
+            time.sleep(0.5)
+
+    def abort(self, retries: Retries, key: str, upload_id: str) -> str | None:
+        """Abort a multipart upload, whose parts are paid for; return what to say if that fails."""
+        abort = self.client.abort_multipart_upload
+        request = functools.partial(abort, Bucket=self.name, Key=key, UploadId=upload_id)
+        try:
+            retries.run(request, may_stop_run=False)
+        except UploadError as error:
+            if error.code not in UPLOAD_GONE:
+                what = f"multipart upload {shown(upload_id)} could not be aborted"
+                return f"{what}, and its parts are paid for until it is"
+        return None
+
+
+class Listed(NamedTuple):
+    """What the bucket's listing says of an object."""
+
+    key: str
+    size: int
+    etag: str
+
+
+class Page(NamedTuple):
+    """One answer to ListObjectsV2, and the parameters that ask for the next, if there is one."""
+
+    objects: list[Listed]
+    next: Parameters
+
+
+def parse_page(
+    response_dict: Parameters, customized_response_dict: Parameters, **_: object
+) -> None:
+    """Parse a page of the listing in place of botocore (a handler of its event).
+
+    botocore takes 60 ms for it, since it makes a date of each LastModified; this takes 3.
+    Raises ResponseParserError for what is no listing.
+    """
+    if response_dict["status_code"] != 200:
+        return
+    try:
+        root = ET.fromstring(response_dict["body"])
+        namespace = root.tag.removesuffix("ListBucketResult")
+        key_tag, size_tag, etag_tag = (f"{namespace}{name}" for name in ("Key", "Size", "ETag"))
+        is_encoded = root.findtext(f"{namespace}EncodingType") == "url"
+        decode = urllib.parse.unquote_plus if is_encoded else str
+        objects = []
+        for item in root.iterfind(f"{namespace}Contents"):
+            key, size, etag = (
+                item.findtext(key_tag),
+                item.findtext(size_tag),
+                item.findtext(etag_tag),
+            )
+            objects.append(Listed(decode(key or ""), int(size or ""), normal_etag(etag)))
+        is_truncated = {"true": True, "false": False}[
+            root.findtext(f"{namespace}IsTruncated") or ""
+        ]
+        token, more = root.findtext(f"{namespace}NextContinuationToken"), {}
+        if is_truncated:
+            # Servers that know only the first version of the listing give no token.
+            more = {"ContinuationToken": token} if token else {"Marker": objects[-1].key}
+    except (ET.ParseError, LookupError, ValueError) as error:
+        raise botocore.parsers.ResponseParserError("the answer is no listing") from error
+    customized_response_dict["page"] = Page(objects, more)
+    response_dict["body"] = b"<ListBucketResult/>"
+
+
+class InDisorder(Exception):
+    """The bucket is not listed in the order of keys."""
+
+
+def check_order(previous: str, page: Page) -> None:
+    """Raise InDisorder where the keys of a page are not in order, behind the one before them."""
+    keys = [previous, *(listed.key for listed in page.objects)]
+    if any(map(operator.ge, keys, keys[1:])):
+        raise InDisorder
+
+
+class Listing:
+    """What the bucket lists, asked for key by key in their order, and not held.
+
+    Several ranges of keys are asked for at once. A server that lists in another order, or does
+    not know StartAfter, is asked for all pages one after the other, which then are held.
+    https://docs.aws.amazon.com/AmazonS3/latest/API/API_ListObjectsV2.html
+    """
+
+    RANGES_AT_ONCE = 8
+    MISSES_LOOKED_UP = 10
+
+    def __init__(self, run: Run, bucket: Bucket, keys: KeySample) -> None:
+        self._bucket, self._report, self._interruption = bucket, run.report, run.interruption
+        self._at_once = min(self.RANGES_AT_ONCE, run.options.max_concurrency or THREADS_MAX)
+        self._pool, self._retries = Threads(self._at_once), Retries(bucket.session.source)
+        self._prefix = os.path.commonprefix([*keys.keys[:1], keys.last])  # noqa: RUF071 (of strings)
+        self._objects = self._in_order(keys)
+        self._next: Listed | None = Listed("", 0, "")
+        self._whole: dict[str, Listed] | None = None
+        self._count = self._misses = 0
+        for operation in ("ListObjects", "ListObjectsV2"):
+            event = f"before-parse.s3.{operation}"
+            bucket.client.meta.events.register(event, parse_page, f"parse {operation}")
+
+    def find(self, key: str) -> Listed | None:
+        """Return what the bucket lists under a key, which is not below the one before.
+
+        Raises UploadError when the bucket cannot be listed.
+        """
+        if self._whole is None:
+            try:
+                return self._find_in_order(key)
+            except InDisorder:
+                self._report.detail("the server lists in no order of keys; its listing is held")
+                self._whole = self._list_whole()
+        return self._whole.get(key)
+
+    def _find_in_order(self, key: str) -> Listed | None:
+        while self._next and self._next.key < key:
+            self._next = next(self._objects, None)
+        if self._next and self._next.key == key:
+            return self._next
+        self._misses += 1
+        # What is missed may only stand elsewhere. The first are looked up by themselves, and
+        # then ever more seldom.
+        is_looked_up = self._misses <= self.MISSES_LOOKED_UP or self._misses.bit_count() == 1
+        if is_looked_up and self.has(key):
+            raise InDisorder
+        return None
+
+    def has(self, key: str) -> bool:
+        """Tell whether the bucket has a key, whatever was asked for before; raises UploadError."""
+        page = self._answer(self._ask(Prefix=key))
+        return any(listed.key == key for listed in page.objects)
+
+    def _in_order(self, keys: KeySample) -> Iterator[Listed]:
+        """Yield the objects of all ranges; raises InDisorder."""
+        ranges, waiting = keys.ranges(), deque[tuple[str, str, Future[Page]]]()
+        while True:
+            for low, high in itertools.islice(ranges, self._at_once - len(waiting)):
+                waiting.append((low, high, self._ask(StartAfter=low)))
+            if not waiting:
+                return
+            previous, high, first = waiting.popleft()
+            asked: Future[Page] | None = first
+            while asked:
+                page = self._answer(asked)
+                asked = None
+                if page.next and (not page.objects or page.objects[-1].key < high):
+                    asked = self._ask(**page.next)
+                check_order(previous, page)
+                for listed in page.objects:
+                    if listed.key <= high:
+                        yield listed
+                    previous = listed.key
+
+    def _list_whole(self) -> dict[str, Listed]:
+        """Return all objects by key."""
+        objects: dict[str, Listed] = {}
+        asked_for: Parameters = {}
+        while True:
+            page, count = self._answer(self._ask(**asked_for)), len(objects)
+            objects |= {listed.key: listed for listed in page.objects}
+            if not page.next:
+                return objects
+            if page.next == asked_for or (page.objects and len(objects) == count):
+                what = f"its listing comes to no end after {len(objects):,} objects"
+                raise UploadError(f"{what}; check the server, or what stands before it")
+            asked_for = page.next
+
+    def _ask(self, **parameters: str) -> Future[Page]:
+        parameters = {"Bucket": self._bucket.name, "Prefix": self._prefix, **parameters}
+        client: Any = self._bucket.client
+        list_objects = client.list_objects if "Marker" in parameters else client.list_objects_v2
+        request = functools.partial(list_objects, **parameters)
+        retry = functools.partial(self._retries.run, request, may_stop_run=False)
+        return self._pool.submit(lambda: retry()["page"])
+
+    def _answer(self, asked: Future[Page]) -> Page:
+        while not wait([asked], timeout=0.05).done:
+            self._interruption.check()
+        page = asked.result()
+        self._count += len(page.objects)
+        self._report.doing(f"{self._count:,} objects listed")
+        return page
 
 
 # --- plan -------------------------------------------------------------------------
@@ -1525,6 +2694,8 @@ class Walk:
         self._report, self._interruption = run.report, run.interruption
         self._root = options.backupfolder
         self.excludes = Excludes(options.exclude)
+        # The prefixes of the folders that a crash run has walked.
+        self._walked: list[str] = []
         self._own_files: dict[Identity, set[str]] = {}
         for own in run.state.own_files():
             with contextlib.suppress(OSError):
@@ -1532,16 +2703,11 @@ class Walk:
                 identity = identity_of(folder, os.stat(folder))
                 self._own_files.setdefault(identity, set()).add(name)
 
-    def entries(self, previous: list[Entry] | None) -> Iterator[Entry]:
-        """Yield the entries of the run: of the whole folder, or in a crash run of the state."""
-        if self._options.crashrun:
-            return self._of_state(previous or [])
-        return self._folder(Subfolder(self._root, self._options.prefix))
-
-    def _folder(self, folder: Subfolder) -> Iterator[Entry]:
+    def folder(self, folder: Subfolder) -> Iterator[Entry]:
         """Yield an entry for every file below a folder, and one with an `error` for the rest.
 
-        The `filename` of an unreadable folder is the prefix of the keys below it.
+        In the order of their keys. The `filename` of an unreadable folder is the prefix of the
+        keys below it.
         """
         open_folders = [self._list(folder)]
         while open_folders:
@@ -1553,34 +2719,41 @@ class Walk:
             else:
                 yield found
 
-    def _of_state(self, previous: list[Entry]) -> Iterator[Entry]:
-        """Yield the uploaded entries of a state as they are, and find the others anew.
+    def again(self, last: Iterable[Entry]) -> Iterator[Entry]:
+        """Yield what is to be found now of the pending entries of a state, by key as they are.
 
         One whose path is a folder (it was unreadable, or is the whole backup folder after
         a kill during the walk) is walked again: what is found replaces the entries below it.
         """
-
-        def is_folder(path: str) -> bool:
+        # By their keys, since others may stand between "folder" and "folder/file".
+        folders: list[Subfolder] = []
+        for entry in last:
             self._interruption.check()  # to look at many files on a network disk takes long
-            return os.path.isdir(path)
-
-        pending = (entry.filepath for entry in previous if not entry.uploaded)
-        pending_folders = tuple(os.path.join(path, "") for path in pending if is_folder(path))
-        for entry in previous:
-            self._interruption.check()
-            path, key = entry.filepath, entry.filename
-            if pending_folders and path.startswith(pending_folders) and path != self._root:
+            while folders and folders[0].key_prefix <= entry.filename:
+                yield from self._walk_again(folders.pop(0))
+            if self.has_walked(entry.filename):
                 continue
-            if entry.uploaded:
-                yield entry
-            elif path == self._root:
-                yield from self._folder(Subfolder(path, key))
-            else:
-                found = self._examine(path, key.removesuffix("/"), is_link=os.path.islink(path))
-                if isinstance(found, Subfolder):
-                    yield from self._folder(found)
-                elif found:
-                    yield found
+            found: Entry | Subfolder | None = Subfolder(entry.filepath, entry.filename)
+            if entry.filepath != self._root:
+                found = self.examine(entry.filepath, entry.filename.removesuffix("/"))
+            if isinstance(found, Subfolder):
+                bisect.insort(folders, found, key=lambda folder: folder.key_prefix)
+            elif found:
+                if entry.filename.endswith("/"):  # the key of a file would come before others
+                    what = "it was a folder and no longer is; a run without --crashrun sends it"
+                    found.filename, found.error = entry.filename, found.error or what
+                yield found
+        for folder in folders:
+            yield from self._walk_again(folder)
+
+    def _walk_again(self, folder: Subfolder) -> Iterator[Entry]:
+        self._walked.append(folder.key_prefix)
+        return self.folder(folder)
+
+    def has_walked(self, key: str) -> bool:
+        """Tell whether a crash run has walked a folder which that key lies below."""
+        at = bisect.bisect_right(self._walked, key)
+        return at > 0 and key.startswith(self._walked[at - 1])
 
     def _list(self, folder: Subfolder) -> Iterator[Entry | Subfolder]:
         self._interruption.check()
@@ -1591,28 +2764,35 @@ class Walk:
                 if is_loop or identity in folder.ancestors:
                     self._report.notice("link to a folder above it, not followed", folder.path)
                     return
-                # Names and not DirEntry objects, which cache a stat result each: too much
-                # memory for a folder of a million files.
+                # Names and not DirEntry objects, which cache a stat result each: too much memory
+                # for a folder of a million files. In the order of keys, a folder ends in "/".
                 with os.scandir(place) as children:
-                    names = sorted((child.name, child.is_symlink()) for child in children)
+                    names = sorted(child.name + "/" * self._is_folder(child) for child in children)
         except (OSError, UploadError) as error:
             why = str(read_error(error))
             yield new_entry(self._run, folder.path, folder.key_prefix, error=why)
             return
         own_names = self._own_files.get(identity, set())
         path_prefix = os.path.join(folder.path, "")
-        for name, is_link in names:
+        for name_in_key in names:
             self._interruption.check()
+            name = name_in_key.removesuffix("/")
             if name in own_names:
                 continue
-            found = self._examine(path_prefix + name, folder.key_prefix + name, is_link=is_link)
+            found = self.examine(path_prefix + name, folder.key_prefix + name)
             if isinstance(found, Subfolder):
                 found.ancestors = (*folder.ancestors, identity)
             if found:
                 yield found
 
+    def _is_folder(self, child: os.DirEntry[str]) -> bool:
+        try:
+            return child.is_dir(follow_symlinks=self._options.follow_symlinks)
+        except OSError:
+            return False
+
     def _excludes_file(self, path: str) -> bool:
-        if not self._options.exclude or not self.excludes.match(relative := self._relative(path)):
+        if not self.excludes.match(relative := self._relative(path)):
             return False
         if is_left_out := not os.path.isdir(path):
             self.excludes.note_left_out(relative)
@@ -1621,26 +2801,27 @@ class Walk:
     def _relative(self, path: str) -> str:
         return path[len(os.path.join(self._root, "")) :].replace(os.sep, "/")
 
-    def _examine(self, path: str, key: str, *, is_link: bool) -> Entry | Subfolder | None:
+    def examine(self, path: str, key: str) -> Entry | Subfolder | None:
         """Return what is at a path, or None for what is left out (and said, unless asked for)."""
-        if self._excludes_file(path):
-            return None
-        if is_link and not self._options.follow_symlinks:
-            self._report.notice("symbolic link, skipped", path)
+        if self._options.exclude and self._excludes_file(path):
             return None
         entry = new_entry(self._run, path, key)
         try:
             if self._options.crashrun:  # a walk has come through no links to what it looks at
                 check_no_links(self._options.no_links_below, path)
-            status = os.stat(path)
+            status = os.stat(path, follow_symlinks=self._options.follow_symlinks)
         except (OSError, UploadError) as error:
             entry.error = str(read_error(error))
             if isinstance(error, NOT_THERE) and os.path.islink(path):
                 what, advice = "its link is broken", "mend it, or leave it out with --exclude"
                 entry.error = f"{what}: {reason(error)}; {advice}"
             return entry
+        if stat.S_ISLNK(status.st_mode):
+            self._report.notice("symbolic link, skipped", path)
+            return None
         if stat.S_ISDIR(status.st_mode):
             is_left_out = self.excludes.leaves_out_all_below(self._relative(path) + "/")
+            is_link = os.path.islink(path)
             return None if is_left_out else Subfolder(path, key + "/", is_link=is_link)
         if not stat.S_ISREG(status.st_mode):
             self._report.notice("socket, FIFO or device, skipped", path)
@@ -1667,719 +2848,336 @@ def is_in_shard(entry: Entry, options: Options) -> bool:
     return zlib.crc32(entry.filename.encode("utf-8", "surrogatepass")) % count == number - 1
 
 
-def find_files(run: Run, previous: list[Entry] | None) -> Iterator[Entry]:
-    """Yield the entries of this run: all of the folder, or in a crash run the state's.
+FOLDER_UNREADABLE = "its folder cannot be read; check its permissions"
 
-    When that is nothing, its disk may not be mounted. Raises StopRun then, if the state
-    lists files of the folder: they must not be forgotten.
+
+class Decision(enum.Enum):
+    """What becomes of a file in the plan."""
+
+    SEND = "it is sent"
+    COMPARE = "it is read, and sent if the bucket has other bytes"
+    UNCHANGED = "the bucket has it as it is here"
+    KEEP = "its entry stays as it was"
+    FAIL = "it cannot be sent"
+    FORGET = "its entry leaves the state"
+
+
+def decide(
+    found: Entry | None, last: Entry | None, *, in_bucket: bool | None, is_unseen: bool = False
+) -> Decision:
+    """Decide what becomes of a key.
+
+    `found` is what is here now, None where there is nothing or nobody has looked (`is_unseen`).
+    `last` is what the last run left of the same file. `in_bucket` tells whether the bucket's
+    listing has the object that `last` knows, by size and ETag; None if it was not listed.
     """
-    options, root, entry = run.options, run.options.backupfolder, None
-    found = Walk(run)
-    for count, entry in enumerate(found.entries(previous), start=1):
-        if count % 1000 == 0:
-            run.report.doing(f"{count:,} files found")
-        if is_in_shard(entry, options):
-            yield entry
-    for glob in found.excludes.idle if entry and not options.crashrun else ():
-        how = "give paths relative to the folder, and all below one as 'NAME/*'"
-        run.report.notice(f"--exclude matched no file; {how}", glob)
-    if entry:
-        return
-    for old in previous or ():
-        # A crash run may well find that nothing is left to send.
-        is_missed = old.uploaded or not options.crashrun
-        if is_missed and old.filepath != root and is_within(old.filepath, root):
-            what = "uploaded files of it" if old.uploaded else "files of it as still to be sent"
-            why = f"there is nothing in {shown(root)}, but the state lists {what}"
-            raise StopRun(f"{why}; is its disk mounted?")
-    run.report.error(f"there is nothing to send in {shown(root)}; is its disk mounted?")
+    if found is None:
+        if not (is_unseen and last and (last.uploaded or last.known.etag)):
+            return Decision.FORGET
+        return Decision.SEND if in_bucket is False else Decision.KEEP
+    if found.error:
+        return Decision.FAIL
+    if last is None or not in_bucket or not is_same_file(found, last):
+        return Decision.SEND
+    known = last.known
+    if known.ctime_ns in (None, found.ctime_ns):
+        return Decision.UNCHANGED
+    # An ETag that is no MD5 cannot be compared with the bytes here.
+    return Decision.SEND if known.sse else Decision.COMPARE
 
 
-def keep_unseen(run: Run, entries: list[Entry], previous: list[Entry] | None) -> list[Entry]:
-    """Keep, and return, the uploaded entries below what cannot be read now; count what is gone."""
-    seen = {entry.filepath for entry in entries} if previous else set()
-    unreadable = {entry.filepath for entry in entries if entry.error}
-    kept: dict[str, list[Entry]] = {}
-    for old in previous or ():
-        if old.filepath in seen or not old.uploaded or other_job(old, run):
-            continue
-        if folder := next(filter(unreadable.__contains__, folders_above(old.filepath)), None):
-            kept.setdefault(folder, []).append(old)
-        elif not (run.options.crashrun or os.path.lexists(old.filepath)):
-            run.report.gone(old)
-    if kept:
-        entries[:] = [e for entry in entries for e in (entry, *kept.get(entry.filepath, ()))]
-    return [*itertools.chain.from_iterable(kept.values())]
+def way_of(entry: Entry, options: Options) -> Way:
+    """Return how a pending entry is to be sent."""
+    size = entry.size or 0
+    if options.is_multipart(size):
+        return Way.PARTS
+    is_small = size <= min(LANE_FILE_MAX_BYTES, options.piece_bytes)
+    return Way.LANE if is_small and not (entry.upload_id or entry.etag) else Way.THREAD
 
 
-def carry_uploads(
-    entries: list[Entry], recorded: Iterable[Entry], encryption: str | None
-) -> list[Entry]:
-    """Hand each recorded multipart upload to the entry of its file, and return the others."""
-    abandoned = {entry.filepath: entry for entry in recorded}
-    for entry in entries if abandoned else ():
-        old = abandoned.get(entry.filepath)
-        if old is None or entry.uploaded or entry.filename != old.filename:
-            continue
-        if entry.error:  # it may be readable again for the next crash run
-            entry.size, entry.mtime_ns = old.size, old.mtime_ns
-        unchanged = (old.size, old.mtime_ns) == (entry.size, entry.mtime_ns)
-        unchanged &= old.sse == encryption
-        if unchanged and part_size_for(old.size or 0, old.part_size or 0) == old.part_size:
-            entry.upload_id, entry.part_size, entry.sse = old.upload_id, old.part_size, old.sse
-            del abandoned[entry.filepath]
-    return list(abandoned.values())
+def is_same_file(found: Entry, last: Entry) -> bool:
+    """Tell whether a file has the size and time that the last run left of it."""
+    return (found.size, found.mtime_ns) == (last.size, last.mtime_ns)
 
 
-# --- S3 ---------------------------------------------------------------------------
+def planned(
+    found: Entry | None, last: Entry | None, *, decision: Decision, in_bucket: bool | None
+) -> Entry | None:
+    """Return the entry that the plan has, if any, with what is still known of its object."""
+    if decision is Decision.FORGET or last is None:
+        return found
+    if found is None:
+        if decision is Decision.KEEP and last.uploaded:
+            return last
+        gone = {"etag": None} if last.uploaded else {"error": FOLDER_UNREADABLE}
+        return replace(last, uploaded=False, line=None, **gone)
+    if decision is Decision.UNCHANGED and last.uploaded:
+        return last
+    known = last.known
+    found.uploaded = decision is Decision.UNCHANGED
+    if found.uploaded or decision is Decision.COMPARE:
+        found.etag, found.part_size = known.etag, known.part_size
+    if found.uploaded:
+        found.sse = known.sse
+        return found
+    if decision is Decision.COMPARE:
+        found.ctime_ns = 0
+    if decision is Decision.FAIL:  # it may be readable again the next time
+        found.size, found.mtime_ns = last.size, last.mtime_ns
+    if in_bucket is not False and is_same_file(found, last):
+        found.keep(known)
+    return found
 
 
-@functools.cache
-def import_boto3() -> None:
-    """Import boto3 for the functions below; it takes most of a second, so not for --help."""
-    global boto3, botocore, s3transfer  # noqa: PLW0603
-    try:
-        import boto3
-        import boto3.s3.transfer
-        import botocore.auth
-        import botocore.awsrequest
-        import botocore.config
-        import botocore.exceptions
-        import botocore.httpsession
-        import botocore.parsers
-        import botocore.session
-        import botocore.utils
-        import s3transfer.utils
-    except ImportError as error:
-        how = "in a virtual environment, run: python3 -m pip install 'boto3[crt]'"
-        raise StopRun(f"boto3 is not installed; {how}") from error
-    # The signers of the AWS Common Runtime read each body through Python: three times slower.
-    botocore.auth.AUTH_TYPE_MAPS.update(v4=botocore.auth.SigV4Auth, s3v4=botocore.auth.S3SigV4Auth)
-    aws = botocore.awsrequest
-    pools: list[Any] = [aws.AWSHTTPConnectionPool, aws.AWSHTTPSConnectionPool]
-    for pool in pools:
-        pool.ConnectionCls = type("Connection", (ConnectionInTime, pool.ConnectionCls), {})
-    Threads(1).submit(ConnectionInTime.watch)
+@dataclass(slots=True)
+class Pending:
+    """How much a plan has to send."""
+
+    files: int = 0
+    bytes: int = 0
+    small_files: int = 0  # of `files`
+    lane_files: int = 0
+
+    def add(self, size_bytes: int, way: Way) -> None:
+        """Count a file."""
+        self.files += 1
+        self.bytes += size_bytes
+        self.small_files += size_bytes < MIB
+        self.lane_files += way is Way.LANE
 
 
-class ConnectionInTime(AWSHTTPConnection):
-    """Ends a request that takes too long: no timeout of a socket does, while bytes trickle.
+class March:
+    """Makes the plan: walk, last state and the bucket's listing, merged in the order of keys.
 
-    Stands before botocore's connections in the order of their classes.
+    None of them is held; what is remembered is a byte a line, and what is named here.
     """
-
-    ANSWER_SECONDS = 120
-    # S3 takes minutes to put many parts together, and sends spaces meanwhile; others send nothing.
-    COMPLETE_SECONDS = 900
-    STALL_SECONDS, PIECE_BYTES = 60, 256 * KIB  # of what is sent
-    SLOWEST_RATE = 100  # bytes a second; many requests may share a slow line
-    _ends_at: ClassVar[dict[ConnectionInTime, float]] = {}
-
-    def request(self, *args: Any, **more: Any) -> Any:
-        """Send a request: its method, and its path with the query."""
-        size = int((more.get("headers") or {}).get("Content-Length") or 0)
-        self._ends_at[self] = time.monotonic() + self.ANSWER_SECONDS + size / self.SLOWEST_RATE
-        self._is_complete = args[0] == "POST" and "uploadId=" in args[1]
-        return super().request(*args, **more)
-
-    def send(self, data: Any) -> None:
-        """Send a piece after the other: a timeout is one of a whole call."""
-        if self.sock:  # which has the shorter timeout of its connecting
-            self.sock.settimeout(self.STALL_SECONDS)
-        view: Any = memoryview(data if isinstance(data, bytes) else b"")
-        for start in range(0, len(view), self.PIECE_BYTES):
-            super().send(view[start : start + self.PIECE_BYTES])
-        if not view:  # a file, which an older urllib3 reads in pieces
-            super().send(data)
-
-    def getresponse(self) -> Any:
-        """Return the answer, of which only the head is read."""
-        seconds = self.ANSWER_SECONDS
-        if self._is_complete:
-            seconds = self.timeout = self.COMPLETE_SECONDS
-            self.sock.settimeout(seconds)
-        self._ends_at[self] = time.monotonic() + seconds
-        return super().getresponse()
-
-    @classmethod
-    def watch(cls) -> None:
-        """End what is late, in a thread of its own."""
-        never = threading.Event()
-        while not never.wait(1):
-            for connection, ends_at in cls._ends_at.copy().items():
-                if time.monotonic() > ends_at:
-                    cls._ends_at.pop(connection, None)
-                    with contextlib.suppress(AttributeError, OSError):  # it is closed
-                        connection.sock.settimeout(0.001)  # from its next byte on
-
-
-class Concurrency:
-    """How much may be under way at once: what the user wants, as far as open files allow.
-
-    A request has two files open: what it sends, and its connection.
-    """
-
-    def __init__(self, options: Options, *, files_max: int) -> None:
-        wanted, room = options.max_concurrency, max(files_max - 60, 8)
-        self.requests = wanted  # of all files; None: no bound but those below
-        # For files that are sent in one part, without a lane.
-        self.threads = max(1, min(wanted or 24, THREADS_MAX, room // 4))
-        # For each file that is sent in parts.
-        self.part_threads = max(1, min(wanted or 8, THREADS_MAX, room // 8))
-        self.lane_requests = max(1, min(wanted or 256, 256, room // 2))  # of each lane
-
-
-# What boto3 makes of an answer of S3, or takes as the parameters of a request.
-Answer = Mapping[str, Any]
-Parameters = dict[str, Any]
-
-
-def request_errors() -> tuple[type[Exception], ...]:
-    """Return what a request, or the proof of its answer, may raise."""
-    return (
-        DigestMismatch,
-        botocore.exceptions.ClientError,
-        botocore.exceptions.BotoCoreError,
-        botocore.parsers.ResponseParserError,
-    )
-
-
-INSTALL_RUNTIME = "awscrt is missing, old or disabled; run: python3 -m pip install -U 'boto3[crt]'"
-
-
-def configuration_error(error: Exception) -> StopRun:
-    """Return what to say when boto3 refuses what it is configured to do."""
-    advice, why = "check profile, credentials and endpoint", one_line(error)
-    if isinstance(error, botocore.exceptions.NoCredentialsError):
-        advice = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or run: aws configure"
-    elif isinstance(error, botocore.exceptions.MissingDependencyException):
-        why, advice = "this needs more than boto3", INSTALL_RUNTIME
-    elif not isinstance(error, request_errors()):
-        why = why.partition(":")[0]  # what follows may be an address that no parser can read
-    return StopRun(f"cannot use S3: {why}; {advice}")
-
-
-def answer_of_source(ask: Callable[[], T]) -> T:
-    """Return what `ask` returns; botocore ends in any error when a source of credentials errs."""
-    try:
-        return ask()
-    except (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError):
-        raise
-    except Exception as error:
-        raise botocore.exceptions.CredentialRetrievalError(
-            provider="their source", error_msg=one_line(error)
-        ) from error
-
-
-class Credentials(NamedTuple):
-    """Credentials as a request is signed with them."""
-
-    access_key: str
-    secret_key: str
-    token: str | None
-
-
-class CredentialSource:
-    """The credentials of a run, and where they come from: to botocore a provider of itself.
-
-    botocore renews what it knows to expire. Others may be renewed by another program: the source is
-    asked once more when a server calls them expired. Raises as botocore does, and StopRun.
-    """
-
-    EXPIRED_CODES = frozenset(  # the answer to HEAD has none but 400
-        "400 ExpiredToken ExpiredTokenException TokenRefreshRequired InvalidToken "
-        "InvalidAccessKeyId InvalidClientTokenId".split()
-    )
-
-    def __init__(self, profile: str | None) -> None:
-        self._profile, self._lock = profile, threading.Lock()
-        # What the source gave last: botocore's own object, and what that held.
-        self._known = self._ask()
-        self._asked_about: tuple[Any, Credentials] | None = None
-
-    def load_credentials(self) -> CredentialSource:
-        """Return the credentials, as botocore's providers do."""
-        return self
-
-    def get_deferred_property(self, *_: object, **__: object) -> None:
-        """Tell botocore that their account is not known."""
-
-    def get_frozen_credentials(self) -> Credentials:
-        """Return the credentials of this moment."""
-        return self._frozen(self._known[0])
-
-    def renewing(self, attempt: Callable[[], T]) -> T:
-        """Return what `attempt` returns; repeat it if there are others than expired credentials."""
-        used = self._known
-        try:
-            return attempt()
-        except botocore.exceptions.ClientError as error:
-            is_expired = error.response.get("Error", {}).get("Code") in self.EXPIRED_CODES
-            if is_expired and self._has_others_than(used):
-                return attempt()
-            raise
-
-    def _has_others_than(self, used: tuple[Any, Credentials]) -> bool:
-        with self._lock:  # of all threads that meet the same, one asks
-            if self._known is used and self._asked_about is not used:
-                others, self._asked_about = self._ask(), used
-                self._known = used if others[1] == used[1] else others
-            return self._known is not used
-
-    def _ask(self) -> tuple[Any, Credentials]:
-        session = botocore.session.Session(profile=self._profile)  # reads all files anew
-        if credentials := answer_of_source(session.get_credentials):
-            return credentials, self._frozen(credentials)
-        raise botocore.exceptions.NoCredentialsError
-
-    @staticmethod
-    def _frozen(credentials: Any) -> Credentials:
-        frozen = answer_of_source(credentials.get_frozen_credentials)
-        found = [str(text or "") for text in (frozen.access_key, frozen.secret_key, frozen.token)]
-        # As headers that cannot be sent they would be shown in the error.
-        if not re.fullmatch("([!-~]+ ){2}[!-~]*", " ".join(found)):
-            raise StopRun("credentials with no key, white space or odd characters; set them again")
-        return Credentials(found[0], found[1], found[2] or None)
-
-
-def check_address(address: str, what: str) -> None:
-    """Raise StopRun, without quoting it, for an address whose user and password cannot be told."""
-    user, at, _ = address.rpartition("@")
-    netloc = ""
-    with contextlib.suppress(ValueError):
-        netloc = urllib.parse.urlsplit(address if "//" in address else f"//{address}").netloc
-    if at and (netloc.rpartition("@")[0] != user.rpartition("//")[2] or re.search(r"[\s@]", user)):
-        why = "has an @ where no password can end"
-        raise StopRun(f"the {what} {why}; write odd characters as %2F, %40, %23, %20")
-
-
-def send_small_body_at_once(params: Parameters, **_: object) -> None:
-    """Spare small puts the `Expect: 100-continue` round trip (a botocore event handler)."""
-    if isinstance(params["body"], io.BytesIO):
-        # botocore waits for "100 Continue" before it sends a file; bytes go with the headers.
-        params["body"] = params["body"].getvalue()
-
-
-def name_bucket_owner(owner: str, params: dict[str, str], model: Any, **_: object) -> None:
-    """Add the owner to each request that knows the parameter (a botocore event handler)."""
-    if "ExpectedBucketOwner" in model.input_shape.members:  # CreateBucket lacks it
-        params["ExpectedBucketOwner"] = owner
-
-
-class Session:
-    """The one boto3 session of a run, and the credentials, which it renews by itself.
-
-    Raises StopRun when there are no credentials.
-    """
-
-    CONNECT_TIMEOUT_SECONDS = 10
-    # Longer than a NAS needs to flush a large file, short enough to notice a stall.
-    READ_TIMEOUT_SECONDS = 60
-
-    def __init__(self, options: Options) -> None:
-        self._options = options
-        self._clients: dict[str, S3Client] = {}
-        from urllib.request import getproxies  # which botocore has loaded
-
-        for proxy in getproxies().values():
-            check_address(proxy, "proxy of the environment")
-        # Content-MD5 is the checksum that every server understands; what is configured wins.
-        checksums = "request_checksum_calculation", "response_checksum_validation"
-        own: Any = {n: (n, f"AWS_{n.upper()}", "when_required", None) for n in checksums}
-        try:
-            self.source = CredentialSource(options.profile)
-            self._core = botocore.session.Session(profile=options.profile, session_vars=own)
-            self._core.register_component("credential_provider", self.source)
-            self._session = boto3.Session(botocore_session=self._core)
-            configured = self._core.get_config_variable("ca_bundle")
-            # An empty one would have boto3 trust any certificate.
-            self._ca_bundle: Any = configured or os.environ.get("REQUESTS_CA_BUNDLE") or True
-        except request_errors() as error:
-            raise configuration_error(error) from error
-
-    def ca_path(self) -> str:
-        """Return the file with the certificate authorities that the run trusts."""
-        return str(botocore.httpsession.get_cert_path(self._ca_bundle))
-
-    def client(self, region: str | None = None) -> S3Client:
-        """Return boto3's S3 client for a region; raise StopRun when it cannot be had."""
-        try:
-            region = region or self._options.region or self._session.region_name or DEFAULT_REGION
-            if region not in self._clients:
-                self._clients[region] = self._new_client(region)
-        except Exception as error:  # botocore takes any configuration for a good one
-            raise configuration_error(error) from error
-        check_address(self._clients[region].meta.endpoint_url, "endpoint")
-        return self._clients[region]
-
-    def _new_client(self, region: str) -> S3Client:
-        # Over plain http, boto3 would sign a SHA-256 of each body too; the signature already
-        # covers its Content-MD5.
-        s3: Any = {"payload_signing_enabled": False}
-        config = botocore.config.Config(
-            # The one retry loop is Retries: botocore's own has a quota per client, which many
-            # threads spend within a second on a dead endpoint.
-            retries={"mode": "standard", "total_max_attempts": 1},
-            max_pool_connections=THREADS_MAX,
-            s3=s3 | (self._core.get_config_variable("s3") or {}),
-            user_agent_extra=f"s3FileTransfer/{__version__}",
-            tcp_keepalive=True,
-            connect_timeout=self.CONNECT_TIMEOUT_SECONDS,
-            read_timeout=self.READ_TIMEOUT_SECONDS,
-        )
-        url, owner = self._options.endpoint_url, self._options.expected_bucket_owner
-        client = self._session.client(
-            "s3", region_name=region, endpoint_url=url, verify=self._ca_bundle, config=config
-        )
-        client.meta.events.register_first("before-call.s3.PutObject", send_small_body_at_once)
-        if owner:
-            name_owner = functools.partial(name_bucket_owner, owner)
-            client.meta.events.register("provide-client-params.s3", name_owner)
-        return client
-
-
-def endpoint_of(client: S3Client) -> str:
-    """Return what the state calls the client's server: no region of AWS, no user, no password."""
-    host = re.sub(r".*@|^\w+://", "", client.meta.endpoint_url).rstrip("/")
-    return re.sub(r"^[^/]*\.(?=amazonaws\.)", "", host)
-
-
-def is_aws(client: S3Client) -> bool:
-    """Tell whether the client's server is AWS itself and not a compatible one."""
-    return endpoint_of(client).startswith("amazonaws.")
-
-
-class Meaning(NamedTuple):
-    """What some error codes of S3, or HTTP statuses without one, mean."""
-
-    trouble: Trouble
-    advice: str
-    codes: str
-
-
-# All other codes are trouble of the one file. Those that have a meaning for one request alone (no
-# such upload, a bucket that is there already) are handled where it is made.
-# https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html
-MEANINGS = (
-    Meaning(Trouble.OF_ALL, "the session token is not valid or has expired; renew it",
-            "ExpiredToken ExpiredTokenException TokenRefreshRequired InvalidToken"),
-    Meaning(Trouble.OF_ALL, "check the credentials",
-            "InvalidAccessKeyId SignatureDoesNotMatch InvalidSecurity"),
-    Meaning(Trouble.OF_ALL, "this machine's clock is too far off; set it (NTP)",
-            "RequestTimeTooSkewed RequestExpired"),
-    Meaning(Trouble.OF_ALL, "there is no such bucket; check --bucketname, or create it",
-            "NoSuchBucket InvalidBucketName"),
-    Meaning(Trouble.OF_ALL, "the bucket is in another region; set --region",
-            "AuthorizationHeaderMalformed IllegalLocationConstraintException PermanentRedirect"),
-    Meaning(Trouble.OF_ALL, "ask the owner of the bucket",
-            "AllAccessDisabled AccountProblem NotSignedUp"),
-    Meaning(Trouble.OF_ALL, "check --storage-class", "InvalidStorageClass"),
-    Meaning(Trouble.OF_ALL, "check --sse and --sse-kms-key-id",
-            "InvalidEncryptionAlgorithmError KMS.NotFoundException KMS.DisabledException"),
-    Meaning(Trouble.OF_ALL, "leave out --storage-class, --sse and --expected-bucket-owner",
-            "NotImplemented"),
-    Meaning(Trouble.OF_ALL, "make room there", "QuotaExceeded XMinioStorageFull"),
-    Meaning(Trouble.REFUSAL,
-            "check the policy (s3:PutObject; to list, s3:ListBucket) and whose bucket it is",
-            "AccessDenied Forbidden 403"),
-    Meaning(Trouble.OF_FILE,
-            "send it in parts by a lower --multipart-threshold, or raise the limit of the proxy",
-            "413 EntityTooLarge RequestEntityTooLarge"),
-    Meaning(Trouble.DAMAGED, "the network or the server damages data",
-            "BadDigest InvalidDigest XAmzContentSHA256Mismatch XAmzContentChecksumMismatch "
-            "IncompleteBody"),
-    Meaning(Trouble.UNAVAILABLE, "try again later",
-            "SlowDown SlowDownRead SlowDownWrite Throttling ThrottlingException RequestThrottled "
-            "RequestLimitExceeded TooManyRequests TooManyRequestsException BandwidthLimitExceeded "
-            "ServiceUnavailable Busy XMinioServerNotInitialized 429 502 503 504"),
-    Meaning(Trouble.SERVER_ERROR, "try again later",
-            "InternalError InternalServerError OperationAborted RequestTimeout "
-            "PriorRequestNotComplete 408 425 500"),
-)  # fmt: skip
-MEANING_OF = {code: meaning for meaning in MEANINGS for code in meaning.codes.split()}
-SILENT = frozenset({Trouble.NO_ANSWER, Trouble.UNAVAILABLE})
-PASSING = SILENT | {Trouble.SERVER_ERROR}
-
-
-def error_of_answer(response: Answer) -> UploadError:
-    """Return what an error answer of S3 means; the code decides, then the HTTP status."""
-    status = str(response.get("ResponseMetadata", {}).get("HTTPStatusCode", ""))
-    error = response.get("Error", {})
-    code = one_line(error.get("Code") or status)
-    said = f"S3 answered {code}"
-    message = one_line((error.get("Message") or "").strip() or code).rstrip(".")
-    if message.replace(" ", "").lower() != code.lower():
-        said += f" ({message})"
-    meaning, of_status = MEANING_OF.get(code), MEANING_OF.get(status)
-    if not meaning and of_status and of_status.trouble is not Trouble.REFUSAL:
-        meaning = of_status
-    if not meaning:
-        return UploadError(said, code=code)
-    return UploadError(f"{said}; {meaning.advice}", code=code, trouble=meaning.trouble)
-
-
-def error_of(error: Exception) -> UploadError:
-    """Return what `error`, one of `request_errors`, means."""
-    exceptions, text = botocore.exceptions, one_line(error)
-    if isinstance(error, DigestMismatch):
-        what = f"{text}; the network or the server damages data"
-        return UploadError(what, code="BadDigest", trouble=Trouble.DAMAGED)
-    if isinstance(error, exceptions.ClientError):
-        if error.operation_name.startswith(("AssumeRole", "GetRoleCredentials")):
-            what = f"{text}; check the source of the credentials"
-            return UploadError(what, trouble=Trouble.OF_ALL)
-        return error_of_answer(error.response)
-    if isinstance(error, exceptions.SSLError) and re.search(r"certificate|\[errno", text.lower()):
-        what = f"the server's certificate cannot be trusted ({text})"
-        return UploadError(f"{what}; set AWS_CA_BUNDLE to its CA file", trouble=Trouble.OF_ALL)
-    cause = getattr(error, "kwargs", {}).get("error")
-    if isinstance(cause, UploadError):  # raised by the body, while it was sent
-        return cause
-    broken = exceptions.ConnectionError, exceptions.HTTPClientError
-    if isinstance(error, (*broken, botocore.parsers.ResponseParserError)):
-        what = f"the server could not be reached or broke off ({text})"
-        return UploadError(f"{what}; check network and endpoint", trouble=Trouble.NO_ANSWER)
-    if isinstance(error, exceptions.CredentialRetrievalError):
-        what = f"{text}; check the source of the credentials"
-        return UploadError(what, trouble=Trouble.NO_ANSWER)
-    if isinstance(error, exceptions.ParamValidationError):
-        return UploadError(text)
-    return UploadError(str(configuration_error(error)), trouble=Trouble.OF_ALL)
-
-
-class Retries:
-    """The one retry loop around requests, shared by the threads of a run.
-
-    `slots` is how many requests may be under way at once, if that is bounded.
-    """
-
-    # A request that fails for a passing reason is tried again until so long after its first
-    # failure; a run's very first request gives up sooner.
-    PATIENCE_SECONDS = 60
-    FIRST_PATIENCE_SECONDS = 9
-    BACKOFF_FIRST_SECONDS = 0.5
-    BACKOFF_MAX_SECONDS = 10
-    DAMAGED_TRIES = 3  # of what arrives damaged
 
     def __init__(
-        self, source: CredentialSource, *, slots: int | None = None, is_first_request: bool = False
-    ) -> None:
-        self._source, self.stop = source, threading.Event()
-        self.slots = threading.BoundedSemaphore(slots) if slots else None
-        self._slot = self.slots or contextlib.nullcontext()
-        self._patience_seconds: float = self.PATIENCE_SECONDS
-        if is_first_request:
-            self._patience_seconds = self.FIRST_PATIENCE_SECONDS
-        self._alive_at = -math.inf
+        self, run: Run, last: LastState | None, *, bucket: Bucket | None = None,
+        start_lanes: Callable[[int], None] = lambda _small_files: None,
+    ) -> None:  # fmt: skip
+        self._run, self._options, self._report = run, run.options, run.report
+        self._last, self._bucket, self._start_lanes = last, bucket, start_lanes
+        self._listing: Listing | None = None
+        if bucket and last and last.candidates().last:
+            self._listing = Listing(run, bucket, last.candidates())
+        # Uploaded files that this run does not look at, and those whose object is gone.
+        self._unseen_files = self._lost_files = 0
+        self._walk = Walk(run)
+        self._found = self._find()
+        # Objects of another class or encryption are wanted.
+        is_plain = not (run.options.skip_unchanged or run.options.crashrun)
+        self._replaces_all = is_plain and bool(run.options.object_parameters())
+        # Prefixes of the keys below what cannot be looked at now, as far as they still matter.
+        self._unreadable: tuple[str, ...] = ()
+        # By the number of the plan's line: how its file is sent. On the first is a bracket.
+        self.ways = bytearray(2)
+        self.pending, self.has_failures = Pending(), False
+        # Multipart uploads that no file goes on with.
+        self.abandoned: list[Entry] = []
 
-    def note_life(self) -> None:
-        """Take note that the server takes bytes, or answers."""
-        self._alive_at = time.monotonic()
+    def finds_anything(self) -> bool:
+        """Tell whether there is anything to send or to say; raises what `lines` raises."""
+        first = next(self._found, None)
+        self._found = itertools.chain([first] if first else (), self._found)
+        return first is not None
 
-    def check_stopped(self) -> None:
-        """Raise Stopped when the run is being stopped."""
-        if self.stop.is_set():
-            raise Stopped
+    def lines(self) -> Iterator[str]:
+        """Yield the lines of the plan, once.
 
-    def run(
-        self, attempt: Callable[[], T], *, may_stop_run: bool = True, damaged_tries: int = 0
-    ) -> T:
-        """Return what `attempt` returns, trying again while the trouble is a passing one.
-
-        `damaged_tries` tries were made before. Raises UploadError when this file cannot be
-        sent, StopRun when no file can (UploadError too if `may_stop_run` is false, for requests
-        that a policy may deny), Stopped when the run is being stopped.
+        Raises StopRun for an empty folder that had files, and for a listing that fails.
         """
-        give_up_at, damaged = math.inf, damaged_tries
-        pause = self.BACKOFF_FIRST_SECONDS
-        while True:
-            try:
-                with self._slot:
-                    self.check_stopped()  # to wait for the slot may have taken long
-                    answer = self._source.renewing(attempt)
-            except request_errors() as raised:
-                error = error_of(raised)
-            else:
-                self.note_life()
-                return answer
-            if error.trouble not in SILENT:
-                self.note_life()
-            give_up_at = min(give_up_at, time.monotonic() + self._patience_seconds)
-            damaged += error.trouble is Trouble.DAMAGED
-            is_rare = error.trouble is Trouble.DAMAGED and damaged < self.DAMAGED_TRIES
-            if (error.trouble in PASSING or is_rare) and time.monotonic() < give_up_at:
-                self.stop.wait(random.uniform(pause / 2, pause))
-                pause = min(2 * pause, self.BACKOFF_MAX_SECONDS)
-            elif may_stop_run and self._meets_every_file(error.trouble):
-                raise StopRun(str(error))
-            else:
-                raise error
+        for entry in self.entries():
+            if entry.line:  # it stays as it was, and is uploaded
+                self.ways.append(Way.NONE)
+                yield entry.line
+                continue
+            way = way_of(entry, self._options) if entry.is_pending else Way.NONE
+            self.ways.append(way)
+            if way:
+                self.pending.add(entry.size or 0, way)
+                if way is Way.LANE and not self._listing:
+                    self._start_lanes(self.pending.lane_files)
+            yield entry.to_json()
 
-    def _meets_every_file(self, trouble: Trouble) -> bool:
-        # A server that has long been silent to all is gone; one that serves others is not.
-        silent_seconds = time.monotonic() - self._alive_at
-        is_gone = trouble in SILENT and silent_seconds > self._patience_seconds / 2
-        return is_gone or trouble is Trouble.OF_ALL
+    def entries(self) -> Iterator[Entry]:
+        """Yield the entries of the plan, once; those that stay as they were with their lines."""
+        yield from filter(None, itertools.starmap(self._settle, self._pairs()))
+        if self._lost_files:
+            what = f"the bucket {self._options.bucketname} lacks what it had (was it made anew?)"
+            count = f"{self._lost_files:,} of {self._unseen_files:,} files are sent again"
+            self._report.error(f"{what}, so all was compared: {count}")
 
+    # --- What is here, and what the last run left ---
 
-# --- bucket -----------------------------------------------------------------------
+    def _find(self) -> Iterator[Entry]:
+        """Yield what this run finds, by key; raise StopRun where all that there was is gone."""
+        options, last, walk = self._options, self._last, self._walk
+        if options.crashrun and last:
+            found = walk.again(last.pending_entries())
+        else:
+            found = walk.folder(Subfolder(options.backupfolder, options.prefix))
+        count = 0
+        for count, entry in enumerate(found, start=1):
+            if count % 1000 == 0:
+                self._report.doing(f"{count:,} files found")
+            if is_in_shard(entry, options):
+                yield entry
+        for glob in walk.excludes.idle if count and not options.crashrun else ():
+            how = "give paths relative to the folder, and all below one as 'NAME/*'"
+            self._report.notice(f"--exclude matched no file; {how}", glob)
+        is_kept = options.crashrun and last and not walk.has_walked(last.known.last)
+        if not count and not (is_kept and last and last.known.last):
+            self._check_emptiness()
 
-
-def etag_of(answer: Answer) -> str:
-    """Return the ETag of an answer without its quotes, or an empty string."""
-    return str(answer.get("ETag") or "")[:TEXT_MAX].strip('"').lower()
-
-
-# There is nothing left of it: it was completed, or somebody aborted it.
-UPLOAD_GONE = frozenset({"NoSuchUpload", "404"})
-# It cannot be gone on with: or the server has lost parts of it.
-USELESS_UPLOAD = UPLOAD_GONE | {"InvalidPart", "InvalidPartOrder"}
-
-
-class Bucket:
-    """The bucket of a run; `client` is boto3's, for its region."""
-
-    # A name server or a black hole may hang far longer than any timeout of ours.
-    FIRST_REQUEST_SECONDS = 18
-    # A server that has other regions, or none, answers CreateBucket with one of these.
-    LOCATION_CODES = frozenset(
-        "InvalidLocationConstraint IllegalLocationConstraintException InvalidRegion "
-        "AuthorizationHeaderMalformed".split()
-    )
-    NAME = re.compile(r"(?![\d.]+$)(?!.*\.\.)[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
-
-    def __init__(self, run: Run) -> None:
-        """Find the bucket, or raise StopRun if it is unclear whether it exists.
-
-        A 403 does not stop: a write-only credential may not look, and the first upload tells.
-        https://docs.aws.amazon.com/AmazonS3/latest/API/API_HeadBucket.html
-        """
-        self._options, self._report, self._interruption = run.options, run.report, run.interruption
-        self.name = run.options.bucketname
-        # Its source may be another program, or a server that does not answer.
-        self.session = self._interruption.wait_for(lambda: Session(run.options))
-        self.client, source = self.session.client(), self.session.source
-        look = functools.partial(self._head, self.client, Retries(source, is_first_request=True))
-        try:
-            status, region = self._interruption.wait_for(look, seconds=self.FIRST_REQUEST_SECONDS)
-        except NoAnswer as error:
-            where = one_line(self.client.meta.endpoint_url)
-            raise StopRun(f"no answer from {where}; check network and endpoint") from error
-        if status == 401 or (status == 400 and not region):
-            why = "the server refuses these credentials"
-            raise StopRun(f"{why}; check keys, session token and clock")
-        self.exists = status != 404
-        if region:
-            self.client = self.session.client(region)
-
-    def _head(self, client: S3Client, retries: Retries) -> tuple[int, str | None]:
-        """Return the HTTP status that HeadBucket gives, and the region it names."""
-
-        def head() -> tuple[int, str | None]:
-            answer: Answer
-            try:
-                answer = client.head_bucket(Bucket=self.name)
-            except botocore.exceptions.ClientError as error:
-                if error_of(error).trouble in PASSING or error.operation_name != "HeadBucket":
-                    raise
-                answer = error.response
-            metadata = answer["ResponseMetadata"]
-            return metadata["HTTPStatusCode"], metadata["HTTPHeaders"].get("x-amz-bucket-region")
-
-        return retries.run(head)
-
-    def create(self) -> None:
-        """Create the bucket and wait until it exists, or raise StopRun."""
-        if not self.NAME.fullmatch(self.name):
-            why = f"there is no bucket {self.name}, and none can be created"
-            raise StopRun(f"{why}: the name of a bucket has {BUCKET_NAME_RULES}")
-        self.client = self._interruption.wait_for(self._create)
-        self.exists = True
-
-    def _create(self) -> S3Client:
-        """Create the bucket and return the client for its region."""
-        region = self._options.region or DEFAULT_REGION
-        location: Parameters = {"CreateBucketConfiguration": {"LocationConstraint": region}}
-        client = self.session.client(region)
-        error = self._create_in(client, {} if region == "us-east-1" else location)
-        may_be_elsewhere = not (self._options.region or is_aws(self.client))
-        if error and error.code in self.LOCATION_CODES and may_be_elsewhere:
-            client = self.client
-            error = self._create_in(client, {})
-        if error:
-            raise StopRun(f"cannot create the bucket {self.name}: {error}") from error
-        if self._status_soon(client, seconds=20) == 404:
-            raise StopRun(f"the new bucket {self.name} does not appear; try again")
-        return client
-
-    def _create_in(self, client: S3Client, location: Parameters) -> UploadError | None:
-        """Ask for the bucket; return why that fails, or None when it is there."""
-        create = functools.partial(client.create_bucket, Bucket=self.name, **location)
-        try:
-            Retries(self.session.source).run(create, may_stop_run=False)
-        except UploadError as error:
-            if error.code not in ("BucketAlreadyOwnedByYou", "BucketAlreadyExists"):
-                return error
-            # A second request, or another run's, finds the bucket there already.
-            if self._status_soon(client, seconds=3) != 200:
-                why = f"the bucket name {self.name} is taken by another account"
-                raise StopRun(f"{why}; choose another with --bucketname") from error
-        return None
-
-    def _status_soon(self, client: S3Client, *, seconds: int) -> int:
-        """Return what HeadBucket says, once it is not 404 or so much time has passed."""
-        deadline, retries = time.monotonic() + seconds, Retries(self.session.source)
-        while True:
-            status, _region = self._head(client, retries)
-            if status != 404 or time.monotonic() > deadline:
-                return status
-            time.sleep(0.5)
-
-    def matches(self, entries: Mapping[str, Entry]) -> Iterator[tuple[Entry, ObjectTypeDef]]:
-        """Yield each entry (given by key) with what the bucket's listing says of its object.
-
-        1,000 objects a request. Raises UploadError when they cannot be listed.
-        https://docs.aws.amazon.com/AmazonS3/latest/API/API_ListObjectsV2.html
-        """
-        if not entries:
-            return
-        prefix = os.path.commonprefix(list(entries))  # noqa: RUF071 (of strings, not of paths)
-        request = functools.partial(self.client.list_objects_v2, Bucket=self.name, Prefix=prefix)
-        get, retries, count, token = request, Retries(self.session.source), 0, None
-        while True:
-            page = self._interruption.wait_for(
-                functools.partial(retries.run, get, may_stop_run=False)
+    def _check_emptiness(self) -> None:
+        """Say that there is nothing: the disk may not be mounted, and nothing is forgotten then."""
+        where, last = shown(self._options.backupfolder), self._last
+        # A crash run may well find that nothing is left to send.
+        is_missed = last and last.lists_pending and not self._options.crashrun
+        if last and (last.lists_uploaded or is_missed):
+            what = (
+                "uploaded files of it" if last.lists_uploaded else "files of it as still to be sent"
             )
-            for listed in page.get("Contents", ()):
-                if entry := entries.get(listed["Key"]):
-                    yield entry, listed
-            count += page.get("KeyCount", 0)
-            self._report.doing(f"{count:,} objects listed")
-            if not page.get("IsTruncated"):
-                return
-            if page.get("NextContinuationToken") in (None, token):
-                raise UploadError("the server breaks the listing off")
-            token = page["NextContinuationToken"]
-            get = functools.partial(request, ContinuationToken=token)
+            why = f"there is nothing in {where}, but the state lists {what}"
+            raise StopRun(f"{why}; is its disk mounted?")
+        self._report.error(f"there is nothing to send in {where}; is its disk mounted?")
 
-    def abort(self, retries: Retries, key: str, upload_id: str) -> str | None:
-        """Abort a multipart upload, whose parts are paid for; return what to say if that fails."""
-        abort = self.client.abort_multipart_upload
-        request = functools.partial(abort, Bucket=self.name, Key=key, UploadId=upload_id)
+    def _pairs(self) -> Iterator[tuple[Entry | None, Entry | None]]:
+        """Yield, key by key, what is here and what the last run left."""
+        lasts = self._last.entries() if self._last else iter(())
+        last = next(lasts, None)
+        for found in self._found:
+            while last and last.filename < found.filename:
+                yield None, last
+                last = next(lasts, None)
+            if last and last.filename == found.filename:
+                yield found, last
+                last = next(lasts, None)
+            else:
+                yield found, None
+        while last:
+            yield None, last
+            last = next(lasts, None)
+
+    def _is_unseen(self, last: Entry) -> bool:
+        """Tell whether this run has not looked for the file of an entry."""
+        is_trusted = last.uploaded and self._options.crashrun
+        if is_trusted and not self._walk.has_walked(last.filename):
+            return True
+        return last.filename.startswith(self._unreadable)
+
+    # --- What becomes of it ---
+
+    def _settle(self, found: Entry | None, last: Entry | None) -> Entry | None:
+        """Return the entry that the plan has of a key, and count and say what becomes of it."""
+        if last and self._last and self._last.other_job and other_job(last, self._run):
+            last = None
+        old, is_unseen, in_bucket = last, False, None
+        if found and last and (found.filepath != last.filepath or self._replaces_all):
+            last = None
+        if last and found and not found.error:
+            in_bucket = self._is_in_bucket(last) if last.known.etag else None
+        elif last and not found and self._is_unseen(last):
+            is_unseen, in_bucket = True, self._is_still_in_bucket(last)
+        decision = decide(found, last, in_bucket=in_bucket, is_unseen=is_unseen)
+        entry = planned(found, last, decision=decision, in_bucket=in_bucket)
+        if old and old.upload_id and not (entry and self._goes_on(entry, old)):
+            self.abandoned.append(old)
+            if entry is old:
+                entry = replace(old, upload_id=None, line=None)
+        self._tell(decision, entry or old)
+        return entry
+
+    def _is_in_bucket(self, last: Entry) -> bool | None:
+        """Tell whether the bucket lists the object that is known; None if it may not be listed."""
+        if self._listing is None:
+            return None
         try:
-            retries.run(request, may_stop_run=False)
+            listed = self._listing.find(last.filename)
         except UploadError as error:
-            if error.code not in UPLOAD_GONE:
-                what = f"multipart upload {shown(upload_id)} could not be aborted"
-                return f"{what}, and its parts are paid for until it is"
-        return None
+            what = "cannot list the bucket, so what it has is sent again"
+            self._give_up_listing(error, f"{what}: {error}")
+            return None
+        known = last.known.etag
+        is_same_size = listed is not None and last.size in (None, listed.size)
+        return is_same_size and listed is not None and known in (None, listed.etag)
+
+    def _is_still_in_bucket(self, last: Entry) -> bool | None:
+        """Tell whether the bucket has what this run does not look at; None if it is trusted to."""
+        if not last.uploaded:
+            return None
+        self._unseen_files += 1
+        is_there = self._is_in_bucket(last) if self.is_bucket_anew else None
+        self._lost_files += is_there is False
+        return is_there
+
+    @functools.cached_property
+    def is_bucket_anew(self) -> bool:
+        """Whether the bucket lacks what it had: it may have been made anew.
+
+        The first, the middle and the last key are looked up; where one is missing, the listing
+        has to tell of all. Where the bucket may not be listed, it is taken to have them.
+        """
+        if not (self._bucket and self._last):
+            return False
+        listing = Listing(self._run, self._bucket, self._last.known)
+        try:
+            is_anew = not all(map(listing.has, self._last.known.some()))
+        except UploadError as error:
+            self._give_up_listing(error, None)
+            what = "the bucket cannot be listed, and is taken to have what was sent before"
+            self._report.notice(what, self._report.url(""))
+            return False
+        if is_anew:
+            self._listing = listing
+        return is_anew
+
+    def _give_up_listing(self, error: UploadError, message: str | None) -> None:
+        """Go on without the listing if that is refused; else raise StopRun."""
+        cannot_list = self._options.crashrun and error.code == "NotImplemented"
+        if error.trouble is not Trouble.REFUSAL and not cannot_list:
+            where = f"cannot list the bucket {self._options.bucketname}"
+            raise StopRun(f"{where}: {error}") from error
+        self._listing = None
+        if message:
+            self._report.error(message)
+
+    def _goes_on(self, entry: Entry, old: Entry) -> bool:
+        """Have a file go on with the multipart upload that a run has begun of it, if that fits."""
+        part_size = part_size_for(old.size or 0, old.part_size or 0)
+        is_fitting = is_same_file(entry, old) and old.sse == self._options.encryption
+        if entry.uploaded or not is_fitting or part_size != old.part_size:
+            return False
+        entry.etag, entry.sse = None, old.sse
+        entry.upload_id, entry.part_size = old.upload_id, part_size
+        return True
+
+    def _tell(self, decision: Decision, entry: Entry | None) -> None:
+        match decision:
+            case Decision.UNCHANGED if entry:
+                self._report.unchanged(entry)
+            case Decision.FAIL if entry:
+                self.has_failures = True
+                self._note_unreadable(entry)
+            case Decision.KEEP if entry and entry.error:
+                self.has_failures = True
+            case Decision.FORGET if entry and entry.uploaded:
+                if not os.path.lexists(entry.filepath):
+                    self._report.gone(entry)
+
+    def _note_unreadable(self, entry: Entry) -> None:
+        """Remember what may be a folder, for as long as keys below it can come."""
+        key = entry.filename
+        is_prefix = key.endswith("/") or entry.filepath == self._options.backupfolder
+        old = (p for p in self._unreadable if p > key or key.startswith(p))
+        self._unreadable = (*old, key if is_prefix else f"{key}/")
 
 
 # --- one file ---------------------------------------------------------------------
 
 # Files up to this size are read once: the bytes that are hashed are the bytes sent.
 IN_MEMORY_BYTES = 8 * MIB
-LARGE_READ_BYTES = 256 * KIB  # of a body that is not in memory, at a time
 
 
 def new_md5(data: bytes = b"") -> hashlib._Hash:
@@ -2403,12 +3201,30 @@ def opaque_encryption(answer: Answer) -> str | None:
     return str(answer.get("SSECustomerAlgorithm") or "")[:TEXT_MAX] or None
 
 
-def proven_etag(answer: Answer, md5: bytes) -> str:
-    """Return the ETag of a put; raise DigestMismatch if it should be the MD5 and is not."""
+def is_proof(answer: Answer, md5: bytes) -> bool:
+    """Tell whether an answer proves that S3 has the bytes with this MD5.
+
+    Where it names SSE-KMS or SSE-C, the Content-MD5 that S3 has accepted is the proof. False for
+    an ETag that some servers make up; raises DigestMismatch for one that is another MD5.
+    """
     etag = etag_of(answer)
-    if not opaque_encryption(answer) and etag != md5.hex():
-        raise DigestMismatch(f"its ETag is {etag or 'missing'} and its MD5 {md5.hex()}")
-    return etag
+    if etag == md5.hex() or opaque_encryption(answer):
+        return True
+    if re.fullmatch(r"[0-9a-f]{32}", etag):
+        raise DigestMismatch(f"its ETag is {etag} and its MD5 {md5.hex()}")
+    return False
+
+
+def head_object(client: S3Client, bucket_name: str, key: str) -> Answer | None:
+    """Return HeadObject's answer, empty for no object, or None where it is refused."""
+    try:
+        # Without that mode S3 tells no checksum.
+        return client.head_object(Bucket=bucket_name, Key=key, ChecksumMode="ENABLED")
+    except botocore.exceptions.ClientError as raised:
+        error = error_of(raised)
+        if error.trouble in PASSING:
+            raise
+        return {} if error.code in ("404", "NoSuchKey", "NotFound") else None
 
 
 # Is told of bytes that have been read.
@@ -2560,14 +3376,10 @@ def mtime_text(status: os.stat_result) -> str:
 
 
 class Bandwidth:
-    """Keeps what is sent below a rate, in bytes a second.
-
-    `piece_bytes` is so small that even many connections at a low rate are never idle for long.
-    """
+    """Keeps what is sent below a rate, in bytes a second."""
 
     def __init__(self, rate: int) -> None:
         self._rate = rate
-        self.piece_bytes = min(LARGE_READ_BYTES, max(KIB, rate // 10))
         self._free_at = 0.0  # when the next byte may leave
         self._lock = threading.Lock()
 
@@ -2599,10 +3411,10 @@ class LargeReads:
 
     def __init__(
         self, body: io.BytesIO | s3transfer.utils.ReadFileChunk, size: int, *,
-        on_moved: Callable[[int], None], bandwidth: Bandwidth | None,
+        on_moved: Callable[[int], None], uploader: Uploader,
     ) -> None:  # fmt: skip
-        self._body, self._size, self._on_moved, self._bandwidth = body, size, on_moved, bandwidth
-        self._piece_bytes = bandwidth.piece_bytes if bandwidth else LARGE_READ_BYTES
+        self._body, self._size, self._on_moved = body, size, on_moved
+        self._bandwidth, self._piece_bytes = uploader.bandwidth, uploader.options.piece_bytes
         self.seek, self.tell = body.seek, body.tell
 
     def __len__(self) -> int:
@@ -2704,21 +3516,28 @@ class Uploader:
             md5 = source.md5()
             source.handle.seek(0)
             body = s3transfer.utils.ReadFileChunk(source.handle, source.size, source.size)
-        if source.size > (limit.piece_bytes if limit else IN_MEMORY_BYTES):
+        if source.size > (self.options.piece_bytes if limit else IN_MEMORY_BYTES):
             note = functools.partial(self.note_moved, task.entry_index)
-            body = LargeReads(body, source.size, on_moved=note, bandwidth=limit)
+            body = LargeReads(body, source.size, on_moved=note, uploader=self)
         parameters = self.object_parameters(task.filepath, source.status)
         parameters |= {"Bucket": self.bucket.name, "Key": task.key, "ContentMD5": base64_of(md5)}
 
+        accepted_md5, etag = task.accepted
+        answers: list[Answer] = [{"ETag": etag}] if accepted_md5 == md5.hex() else []
+
         def put() -> None:
-            body.seek(0)
-            if limit and isinstance(body, io.BytesIO):
-                time.sleep(limit.take(source.size))
-            answer = self.client.put_object(Body=body, **parameters)
-            result.etag, result.sse = proven_etag(answer, md5), opaque_encryption(answer)
+            if not answers:
+                body.seek(0)
+                if limit and isinstance(body, io.BytesIO):
+                    time.sleep(limit.take(source.size))
+                answers.append(self.client.put_object(Body=body, **parameters))
+            answer = answers.pop()
+            proof = self._proof(answer, task.key, md5=md5, size=source.size)
+            result.etag = etag_of(proof) or etag_of(answer)
+            result.sse = opaque_encryption(proof)
 
         try:
-            self.retries.run(put, damaged_tries=int(task.was_in_lane))
+            self.retries.run(put, damaged_tries=int(task.was_in_lane and not answers))
         except UploadError as error:
             # A file that changes between hashing and sending is refused as damaged.
             source.check_unchanged(md5)
@@ -2727,6 +3546,23 @@ class Uploader:
                 raise UploadError(why, trouble=error.trouble) from error
             raise
         source.check_unchanged(md5)
+
+    def _proof(self, answer: Answer, key: str, *, md5: bytes, size: int) -> Answer:
+        """Return what proves a put: its answer, or HeadObject's if its ETag is no MD5.
+
+        S3 has accepted the Content-MD5, then. Raises DigestMismatch for other bytes.
+        """
+        if is_proof(answer, md5):
+            return answer
+        head = head_object(self.client, self.bucket.name, key)
+        if head is None and etag_of(answer):
+            return answer
+        # A web server that says yes to everything gives no time.
+        if not (head and head.get("LastModified") and head.get("ContentLength") == size):
+            etag = shown(etag_of(answer)) or "missing"
+            raise DigestMismatch(f"its ETag is {etag}, and no object of {size:,} bytes is there")
+        is_proof(head, md5)
+        return head
 
     def object_parameters(self, path: str, status: os.stat_result) -> Parameters:
         """Return boto3's parameters that describe a new object."""
@@ -2889,17 +3725,8 @@ class MultipartProof:
         return self._file.has_crc32 and crc32.endswith(f"-{len(self._file.digests)}")
 
     def _head(self) -> Answer | None:
-        """Return HeadObject's answer, empty for no object, or None where it is refused."""
-        head = functools.partial(  # without that mode S3 tells no checksum
-            self._client.head_object, Bucket=self._bucket_name, Key=self._key,
-            ChecksumMode="ENABLED",
-        )  # fmt: skip
-        try:
-            return self._retries.run(head, may_stop_run=False)
-        except UploadError as error:
-            if error.trouble in PASSING:
-                raise
-            return {} if error.code in ("404", "NoSuchKey", "NotFound") else None
+        head = functools.partial(head_object, self._client, self._bucket_name, self._key)
+        return self._retries.run(head, may_stop_run=False)
 
 
 class PartsClient:
@@ -2975,16 +3802,16 @@ class PartsClient:
         handle.seek((number - 1) * self._file.part_size)
         chunk = s3transfer.utils.ReadFileChunk(handle, size, self._file.size)
         note = functools.partial(self._note_moved, number)
-        body: Any = LargeReads(chunk, size, on_moved=note, bandwidth=self._uploader.bandwidth)
+        body: Any = LargeReads(chunk, size, on_moved=note, uploader=self._uploader)
 
         def send() -> str:
             body.seek(0)
             answer = self._client.upload_part(Body=body, **parameters)
             self._proof.note_encryption(answer)
-            proven_etag(answer, digests.md5)
+            is_proof(answer, digests.md5)
             if not answer.get("ETag"):
                 raise DigestMismatch("the answer has no ETag")
-            return answer["ETag"]
+            return answer["ETag"].removeprefix("W/")
 
         etag = self._retries.run(send)
         self._uploader.accepted.set()
@@ -3015,7 +3842,7 @@ class PartsClient:
             # Silence may mean that the server is at work on it.
             answer = self._retries.run(complete, may_stop_run=False)
         except UploadError as error:
-            if error.is_of_all_requests:
+            if error.trouble is Trouble.OF_ALL and error.code != "NotImplemented":
                 raise StopRun(str(error)) from error
             if error.code not in USELESS_UPLOAD and error.trouble not in PASSING:
                 raise
@@ -3146,8 +3973,8 @@ class MultipartUpload:
         try:
             on_s3 = self._retries.run(list_parts, may_stop_run=False)
         except UploadError as error:
-            is_unknown = error.trouble in PASSING or error.is_of_all_requests
-            if is_unknown or error.code in UPLOAD_GONE:
+            is_unknown = error.trouble in {*PASSING, Trouble.OF_ALL}
+            if (is_unknown and error.code != "NotImplemented") or error.code in UPLOAD_GONE:
                 raise
         if on_s3 is None:
             self._uploader.abort(self._task, self._result)
@@ -3175,7 +4002,7 @@ class MultipartUpload:
 
 
 class LaneResult(NamedTuple):
-    """What a lane says of a file: that S3 has it, proven, or (without an ETag) nothing."""
+    """What a lane says of a file: that S3 has it, or (without an ETag) nothing."""
 
     entry_index: int
     size: int = 0
@@ -3183,6 +4010,7 @@ class LaneResult(NamedTuple):
     ctime_ns: int | None = None
     etag: str | None = None
     sse: str | None = None
+    md5: str | None = None  # of what S3 has accepted, where its ETag does not prove it
 
 
 # Headers of a put that differ from file to file, or are set when it is signed.
@@ -3296,13 +4124,13 @@ class LanePut:
             self.request = None  # they hold each other: the body would never be freed
             with self._source:
                 ended.result()
-                etag = proven_etag(answer, self._md5)
+                is_proven = is_proof(answer, self._md5)
                 self._source.check_unchanged(self._md5)
         except (awscrt.exceptions.AwsCrtError, DigestMismatch, UploadError, OSError):
             return LaneResult(self.index)
         return LaneResult(
             self.index, status.st_size, status.st_mtime_ns, self._source.ctime_ns,
-            etag, opaque_encryption(answer),
+            etag_of(answer), opaque_encryption(answer), None if is_proven else self._md5.hex(),
         )  # fmt: skip
 
 
@@ -3312,7 +4140,6 @@ class LaneSender:
     Threads that work in turns would mostly hand the interpreter's lock to each other.
     """
 
-    FILE_MAX_BYTES = 256 * KIB  # for larger bodies the runtime is no faster, and keeps a copy
     # With all that is under way a file needs about 10. After 30 without a byte the runtime sends it
     # a second time, and an answer that comes byte by byte it awaits for ever.
     ANSWER_SECONDS = 25
@@ -3397,7 +4224,7 @@ class LaneSender:
         source, started = None, time.monotonic()
         try:
             source = SourceFile(task.filepath, no_links_below=self._template.no_links_below)
-            if source.size > self.FILE_MAX_BYTES:
+            if source.size > LANE_FILE_MAX_BYTES:
                 raise UploadError("it has grown since the walk")
             data = source.read_all()
         except (OSError, UploadError):  # the reliable way meets it too, and says so
@@ -3639,12 +4466,6 @@ class Lanes:
     def __iter__(self) -> Iterator[Lane]:
         return iter(self._lanes)
 
-    def takes(self, entry: Entry) -> bool:
-        """Tell whether a file is for a lane, if there is one."""
-        size = entry.size or 0
-        is_small = size <= LaneSender.FILE_MAX_BYTES and not self._options.is_multipart(size)
-        return is_small and entry.is_pending and not (entry.upload_id or entry.etag)
-
     def start_for(self, small_files: int) -> None:
         """Start as many lanes as pay for so many small files, if they are not started yet."""
         pay = small_files // self.FILES_PER_LANE
@@ -3692,15 +4513,6 @@ class Lanes:
 
 
 # --- transfer ---------------------------------------------------------------------
-
-
-class Way(enum.Enum):
-    """How a file is sent; those that come first are handed out first."""
-
-    LANE = "by a lane, which tries it once"
-    THREAD = "in one part, by a thread of this process"
-    PARTS = "in parts, by a thread of this process and those of S3Transfer"
-    SAMPLE = "as it is, but before others: to see whether what these meet is met by all"
 
 
 class Backlog:
@@ -3778,10 +4590,10 @@ class Transfer:
     # So many files that the server does not take, one after the other: perhaps it takes none.
     FAILED_IN_A_ROW_MAX = 20
 
-    def __init__(self, run: Run, bucket: Bucket, entries: list[Entry], lanes: Lanes) -> None:
+    def __init__(self, run: Run, bucket: Bucket, plan: March, lanes: Lanes) -> None:
         options = run.options
         self._options, self._state, self._report = options, run.state, run.report
-        self._interruption, self._entries, self._lanes = run.interruption, entries, lanes
+        self._interruption, self._plan, self._lanes = run.interruption, plan, lanes
         self._concurrency = Concurrency(options, files_max=raise_file_limit())
         self._retries = Retries(bucket.session.source, slots=self._concurrency.requests)
         self._bandwidth = Bandwidth(options.max_bandwidth) if options.max_bandwidth else None
@@ -3794,17 +4606,20 @@ class Transfer:
             Way.PARTS: Threads(self.LARGE_FILES_AT_ONCE),
             Way.SAMPLE: Threads(3),
         }
+        # By the numbers of their lines: those that were read from the plan and are not done.
+        self._entries: dict[int, Entry] = {}
         for pool in self._pools.values():
             pool.submit(int)  # one thread each before one pool takes all that can be had
         # What threads and lanes have to say: calls for the main thread.
         self._news: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        # Decided once: no later change of an entry, and no end of a lane, hands a file out twice.
-        self._ways = [self._way_of(entry) if entry.is_pending else None for entry in entries]
-        self._backlogs = {way: Backlog(self._tasks(way)) for way in Way}
+        self._backlogs = {
+            way: Backlog(self._tasks(way) if way in plan.ways else iter(())) for way in Way if way
+        }
         self._try_later: deque[tuple[float, Task]] = deque()
         self._under_way: dict[int, tuple[Backlog, Task]] = {}
         self._window, self._moved_bytes = Window(), 0
-        self._unwritten: list[Entry] = []
+        self._unwritten: dict[int, Entry] = {}
+        self.left_files = plan.pending.files
         self._uploads_unwritten: list[threading.Event] = []
         self._refused: list[tuple[Task, Result]] = []
         self._failed_in_a_row = 0
@@ -3824,7 +4639,8 @@ class Transfer:
 
         What is under way then has a few seconds to end.
         """
-        self._report.progress.begin(entry for entry in self._entries if entry.is_pending)
+        pending = self._plan.pending
+        self._report.progress.begin(pending.files, pending.bytes, small_files=pending.small_files)
         stop_at = math.inf
         while time.monotonic() < stop_at:
             is_stopping = bool(self._interruption.signum or self.stop_message)
@@ -3844,23 +4660,19 @@ class Transfer:
     # --- What is handed out ---
 
     def _tasks(self, wanted: Way) -> Iterator[Task]:
-        for index in range(len(self._entries)):
-            if self._ways[index] is wanted:
-                yield self._task(index)
+        """Yield the files that are sent one way, as the plan has them."""
+        ways = self._plan.ways
+        return self._read(lambda number: ways[number] == wanted)
 
-    def _task(self, index: int) -> Task:
-        entry = self._entries[index]
-        path, key, size = entry.filepath, entry.filename, entry.size or 0
-        return Task(index, path, key, size, entry.upload_id, entry.part_size, entry.etag)
-
-    def _way_of(self, entry: Entry) -> Way:
-        if self._options.is_multipart(entry.size or 0):
-            return Way.PARTS
-        limit = self._bandwidth
-        is_burst = limit is not None and (entry.size or 0) > limit.piece_bytes
-        if self._lanes and self._lanes.takes(entry) and not is_burst:
-            return Way.LANE
-        return Way.THREAD
+    def _read(self, is_wanted: Callable[[int], bool]) -> Iterator[Task]:
+        """Yield the files on some lines of the plan."""
+        for number, line in enumerate(self._state.lines(), start=2):
+            if is_wanted(number):
+                entry = self._entries[number] = Entry.from_json(json.loads(line))
+                yield Task(
+                    number, entry.filepath, entry.filename, entry.size or 0,
+                    entry.upload_id, entry.part_size, entry.etag,
+                )  # fmt: skip
 
     def _is_waiting(self) -> bool:
         return bool(self._has_next() or self._try_later or self._refused or self._doubt)
@@ -3892,20 +4704,22 @@ class Transfer:
     def _hand_out_samples(self) -> int:
         """Hand out the first, the middle and the last file that waits; return how many."""
 
-        def waiting() -> Iterator[tuple[int, Backlog]]:
-            for index, way in enumerate(self._ways):
-                task = self._backlogs[way].next if way else None
-                if way and task and index >= task.entry_index:
-                    yield index, self._backlogs[way]
+        def waiting() -> Iterator[int]:
+            for number, way in enumerate(self._plan.ways):
+                task = self._backlogs[Way(way)].next if way else None
+                if task and number >= task.entry_index:
+                    yield number
 
         count = sum(1 for _ in waiting())
         places = {0, count // 2, count - 1}
-        for index, backlog in [at for place, at in enumerate(waiting()) if place in places]:
-            task, self._ways[index] = self._task(index), None
+        numbers = {number for place, number in enumerate(waiting()) if place in places}
+        for task in list(self._read(numbers.__contains__)):
+            backlog = self._backlogs[Way(self._plan.ways[task.entry_index])]
+            self._plan.ways[task.entry_index] = Way.NONE
             if backlog.next == task:
                 backlog.advance()
             self._begin_in_thread(Way.SAMPLE, task)
-        return min(count, len(places))
+        return len(numbers)
 
     def _has_room(self, way: Way, task: Task) -> bool:
         """Tell whether a file may be handed to a thread now."""
@@ -4013,8 +4827,7 @@ class Transfer:
             self.save()
         elif is_urgent or (self._unwritten and self._state.journal.is_due()):
             try:
-                self._state.journal.add(self._unwritten)
-                self._unwritten.clear()
+                self._write_journal()
             except OSError:
                 if is_urgent:
                     self.save()
@@ -4022,19 +4835,27 @@ class Transfer:
             written.set()
         self._uploads_unwritten.clear()
 
+    def _write_journal(self) -> None:
+        self._state.journal.add(self._unwritten)
+        self._unwritten.clear()
+
     def _note_upload(self, index: int, result: Result, written: threading.Event) -> None:
-        self._note_of_file(self._entries[index], result)
+        self._note_of_file(index, result)
         self._uploads_unwritten.append(written)
 
-    def _note_of_file(self, entry: Entry, result: Result) -> None:
+    def _note_of_file(self, index: int, result: Result) -> None:
         """Take what a result tells of a file and its object into its entry."""
-        self._unwritten.append(entry)
+        entry = self._unwritten[index] = self._entries[index]
+        then = entry.size, entry.mtime_ns, entry.etag
         if result.size is not None:
             entry.size, entry.mtime_ns = result.size, result.mtime_ns
             entry.ctime_ns = result.ctime_ns
         entry.etag, entry.upload_id, entry.part_size = (
             result.etag, result.upload_id, result.part_size
         )  # fmt: skip
+        is_there = result.outcome in (Outcome.UPLOADED, Outcome.UNCHANGED)
+        if is_there or then != (entry.size, entry.mtime_ns, entry.etag):
+            entry.keep(Known())
         # Beside a sent file, only the id of an upload that could not be aborted is kept.
         is_to_be_resumed = result.upload_id and result.outcome is not Outcome.UPLOADED
         entry.sse = self._options.encryption if is_to_be_resumed else result.sse
@@ -4042,13 +4863,14 @@ class Transfer:
     def _take_results(self, lane: Lane, results: list[LaneResult]) -> None:
         if lane not in self._lanes:  # its files are with the reliable way already
             return
-        for index, size, mtime_ns, ctime_ns, etag, sse in results:
+        for index, size, mtime_ns, ctime_ns, etag, sse, md5 in results:
             lane.indexes.remove(index)
             if self._retries.slots:
                 self._retries.slots.release()
-            if etag is None:
+            if etag is None or md5:
                 task = self._note_ended(index, moved=0)
-                self._begin_in_thread(Way.THREAD, task._replace(was_in_lane=True))
+                again = task._replace(was_in_lane=True, accepted=(md5, etag))
+                self._begin_in_thread(Way.THREAD, again)
             else:
                 self._retries.note_life()
                 self._record(index, Result(Outcome.UPLOADED, size, mtime_ns, ctime_ns, etag, sse))
@@ -4066,16 +4888,18 @@ class Transfer:
         task = self._note_ended(index, moved=(result.size or 0) if is_sent else 0)
         if result.notice:
             self._report.notice(result.notice, entry.filepath)
-        self._note_of_file(entry, result)
+        self._note_of_file(index, result)
         tries_max = self.OPEN_TRIES if result.size is None else self.FILE_TRIES
         match result.outcome:
             case Outcome.UPLOADED:
                 entry.uploaded = True
+                self._note_done(index)
                 self._uploader.accepted.set()
                 self._failed_in_a_row = 0
                 self._report.uploaded(entry, result.seconds)
             case Outcome.UNCHANGED:
                 entry.uploaded = True
+                self._note_done(index)
                 self._report.unchanged(entry)
             case Outcome.STOPS_RUN:
                 self._stop(result.error)
@@ -4086,6 +4910,7 @@ class Transfer:
                 again = task._replace(
                     tries=task.tries + 1,
                     was_in_lane=False,
+                    accepted=(None, None),
                     upload_id=result.upload_id,
                     part_size=result.part_size,
                 )
@@ -4095,9 +4920,14 @@ class Transfer:
             case Outcome.STOPPED:  # its entry stays as it is: not uploaded, without an error
                 pass
             case _:
-                self._note_failed(entry, result)
+                self._note_failed(index, result)
 
-    def _note_failed(self, entry: Entry, result: Result) -> None:
+    def _note_done(self, index: int) -> Entry:
+        self.left_files -= 1
+        return self._entries.pop(index)
+
+    def _note_failed(self, index: int, result: Result) -> None:
+        entry = self._unwritten[index] = self._note_done(index)
         entry.error = result.error
         self._report.failed(entry)
         self._failed_in_a_row += result.is_said_by_server
@@ -4115,7 +4945,7 @@ class Transfer:
             return
         if self._uploader.accepted.is_set() or (self._samples == 0 and self._report.files):
             for task, result in self._refused:
-                self._note_failed(self._entries[task.entry_index], result)
+                self._note_failed(task.entry_index, result)
             self._refused.clear()
             self._doubt = self._samples = None
             if self._failed_in_a_row >= self.FAILED_IN_A_ROW_MAX:
@@ -4129,14 +4959,12 @@ class Transfer:
     def save(self) -> None:
         """Save the state; when that fails, a run goes on without, for the data's sake."""
         could_save = self._state.is_saved
+        with contextlib.suppress(OSError):  # for a few lines there may be room
+            self._write_journal()
         try:
-            self._state.save(self._entries)
+            self._state.save(self._state.lines(self._unwritten))
             self._unwritten.clear()
         except OSError as error:
-            # For a few lines there may be room where there is none for the whole.
-            with contextlib.suppress(OSError):
-                self._state.journal.add(self._unwritten)
-                self._unwritten.clear()
             if could_save:
                 self._report.error(f"cannot save {shown(self._state.path)}: {reason(error)}")
         except StopRun as error:  # another run may have it: nothing more is written
@@ -4146,69 +4974,15 @@ class Transfer:
 # --- commands ---------------------------------------------------------------------
 
 
-# In the entry of a folder in which there was nothing: a crash run looks again.
-NOTHING_TO_SEND = "there was nothing to send in it"
-
-
-def count_left(entries: list[Entry]) -> int:
-    """Return how many files the state has that are not in the bucket."""
-    return sum(not (entry.uploaded or entry.error == NOTHING_TO_SEND) for entry in entries)
-
-
-def pending_by_path(entries: list[Entry]) -> dict[str, Entry]:
-    """Return the entries that are to be sent, by the paths of their files."""
-    return {entry.filepath: entry for entry in entries if entry.is_pending}
-
-
-def recorded_before(pending: Mapping[str, Entry], previous: list[Entry] | None) -> dict[str, Entry]:
-    """Return, by key, the last entries of pending files whose key, size and mtime are the same."""
-    recorded = {}
-    for old in previous or ():
-        entry = pending.get(old.filepath)
-        if entry and old.etag and (old.uploaded or old.ctime_ns == 0):
-            then = old.filename, old.size, old.mtime_ns
-            if then == (entry.filename, entry.size, entry.mtime_ns):
-                recorded[old.filename] = old
-    return recorded
-
-
-def find_unchanged(
-    run: Run, bucket: Bucket, entries: list[Entry], previous: list[Entry] | None
-) -> None:
-    """Mark as uploaded what matches the state: here (size and times), and in the bucket.
-
-    If only its ctime is another, the file is to be read: its entry gets the bucket's ETag and
-    a ctime of 0, which an interrupted run leaves for the next.
-    Where the bucket may not be listed all is sent; raises StopRun for what every file would meet.
-    https://docs.aws.amazon.com/AmazonS3/latest/API/API_ListObjectsV2.html
-    """
-    pending = pending_by_path(entries)
-    try:
-        for old, listed in bucket.matches(recorded_before(pending, previous)):
-            entry = pending[old.filepath]
-            if (listed["Size"], etag_of(listed)) != (old.size, old.etag):
-                continue
-            is_unchanged = old.uploaded and old.ctime_ns in (None, entry.ctime_ns)
-            if is_unchanged or not old.sse:
-                entry.etag, entry.part_size = old.etag, old.part_size
-                entry.ctime_ns = entry.ctime_ns if is_unchanged else 0
-            if is_unchanged:
-                entry.uploaded, entry.sse = True, old.sse
-                run.report.unchanged(entry)
-    except UploadError as error:
-        # Not terabytes again because the network was away, or the credentials were wrong.
-        if error.trouble in SILENT or error.is_of_all_requests:
-            raise StopRun(f"cannot list the bucket {bucket.name}: {error}") from error
-        run.report.error(f"cannot list the bucket, so what it has is sent again: {error}")
-
-
-def difference(run: Run, bucket: Bucket, entry: Entry, listed: ObjectTypeDef) -> str | None:
-    """Return what is wrong with the object that a listing found, or None.
+def difference(run: Run, bucket: Bucket, entry: Entry, listed: Listed | None) -> str | None:
+    """Return what is wrong with the object of an entry, as the bucket lists it, or None.
 
     Without an ETag in the state, it is compared with the local file: raises OSError or
     UploadError when that cannot be done.
     """
-    size, etag = listed["Size"], etag_of(listed)
+    if listed is None:
+        return "it is not in the bucket"
+    _key, size, etag = listed
     if entry.size not in (None, size):
         return f"it has {size:,} bytes there and not {entry.size:,}"
     if entry.etag:
@@ -4232,55 +5006,64 @@ def object_of(run: Run, entry: Entry) -> str:
     return f"{run.report.url(entry.filename)} (of {shown(entry.filepath)})"
 
 
-def compare_objects(
-    run: Run, bucket: Bucket, entries: list[Entry]
-) -> Iterator[tuple[Entry, str, str | None]]:
-    """Yield each uploaded entry, the verdict on its object ("" for a right one), and the reason.
+class BucketCheck:
+    """Compares the bucket with the state, names what is wrong, and marks it as not uploaded."""
 
-    Raises UploadError when the bucket cannot be listed.
-    """
-    unseen = {entry.filename: entry for entry in entries if entry.uploaded}
-    for entry, listed in bucket.matches(dict(unseen)):
-        unseen.pop(entry.filename, None)
-        compare = functools.partial(difference, run, bucket, entry, listed)
+    def __init__(self, run: Run, bucket: Bucket, last: LastState) -> None:
+        self._run, self._bucket, self._last = run, bucket, last
+        self._listing = Listing(run, bucket, last.known)
+        self.verdict = Verdict(left_files=last.left_files)
+
+    def run(self) -> Verdict:
+        """Compare all, and save the state if anything is wrong; raises UploadError and StopRun."""
+        lines, right_lines = self._lines(), 0
+        wrong = []
+        for line in lines:
+            if self.verdict.wrong_files:
+                wrong.append(line)
+                break
+            right_lines += 1
+        state = self._run.state
+        if wrong or state.has_journal():
+            # What was right before the first that is wrong is read once more.
+            before = itertools.islice(
+                (entry.line or "" for entry in self._last.entries()), right_lines
+            )
+            with state.failing_stops():
+                state.save(itertools.chain(before, wrong, lines))
+        return self.verdict
+
+    def _lines(self) -> Iterator[str]:
+        """Yield the lines of the state as they are to be from now on."""
+        for entry in self._last.entries():
+            line = entry.line or ""
+            kind, why = self._compare(entry) if entry.uploaded else ("left", None)
+            if not kind:
+                self.verdict.files += 1
+                self.verdict.bytes += entry.size or 0
+            elif kind != "left":
+                where = f"{self._run.report.url(entry.filename)} (of {shown(entry.filepath)})"
+                self._run.report.wrong(kind, where, why)
+            if kind == "wrong":
+                self.verdict.wrong_files += 1
+                entry.uploaded, entry.etag, entry.error = False, None, why
+                line = entry.to_json()
+            self.verdict.unproven_files += kind == "unproven"
+            yield line
+
+    def _compare(self, entry: Entry) -> tuple[str, str | None]:
+        """Return the verdict on the object of an entry ("" for a right one), and the reason."""
+        listed = self._listing.find(entry.filename)
+        compare = functools.partial(difference, self._run, self._bucket, entry, listed)
         try:
             # Only a comparison with the local file takes long.
-            why = compare() if entry.etag else run.interruption.wait_for(compare)
-            kind = "wrong" if why else ""
+            why = compare() if entry.etag else self._run.interruption.wait_for(compare)
         except (OSError, UploadError) as error:
-            kind, why = "unproven", f"it cannot be compared with the file: {why_unreadable(error)}"
-        yield entry, kind, why
-    for entry in unseen.values():
-        yield entry, "wrong", "it is not in the bucket"
+            return "unproven", f"it cannot be compared with the file: {why_unreadable(error)}"
+        return "wrong" if why else "", why
 
 
-def find_wrong_objects(run: Run, bucket: Bucket, entries: list[Entry]) -> Verdict:
-    """Mark the uploaded entries that the bucket lacks, or holds otherwise, and say so."""
-    verdict, wrong = Verdict(left_files=count_left(entries)), []
-    try:
-        for entry, kind, why in compare_objects(run, bucket, entries):
-            if kind == "wrong":
-                entry.error = why
-                wrong.append(entry)
-            elif kind:
-                verdict.unproven_files += 1
-                run.report.wrong(kind, object_of(run, entry), why)
-            else:
-                verdict.files += 1
-                verdict.bytes += entry.size or 0
-    except UploadError as error:
-        raise StopRun(f"cannot list the bucket {bucket.name}: {error}") from error
-    for entry in wrong:
-        entry.uploaded, entry.etag = False, None
-    if wrong or run.state.has_journal():
-        run.state.save_or_stop(entries)
-    for entry in wrong:
-        run.report.wrong("wrong", object_of(run, entry), entry.error)
-    verdict.wrong_files = len(wrong)
-    return verdict
-
-
-def find_bucket(run: Run, previous: list[Entry] | None) -> tuple[Run, Bucket]:
+def find_bucket(run: Run, last: LastState | None) -> tuple[Run, Bucket]:
     """Return the run, which knows its endpoint now, and its bucket, there or not.
 
     Raises StopRun if that is unclear, or the state is of another endpoint's bucket.
@@ -4289,28 +5072,18 @@ def find_bucket(run: Run, previous: list[Entry] | None) -> tuple[Run, Bucket]:
     import_boto3()
     bucket = Bucket(run)
     run = replace(run, endpoint=endpoint_of(bucket.client))
-    check_previous(previous, run)
+    if last:
+        last.check_job(run)
     return run, bucket
-
-
-def read_previous(run: Run) -> list[Entry] | None:
-    """Return what the last run left; raise StopRun if this one may not go on from it."""
-    previous = run.state.read()
-    check_previous(previous, run)
-    return previous
 
 
 def show_plan(run: Run) -> int:
     """List what a run would send and return the exit code; nothing is changed."""
-    previous = read_previous(run)
-    entries: Iterable[Entry] = find_files(run, previous)
-    if run.options.skip_unchanged or run.options.crashrun:
-        entries = list(entries)
-        if recorded_before(pending_by_path(entries), previous):
-            run, bucket = find_bucket(run, previous)
-            if bucket.exists:
-                find_unchanged(run, bucket, entries, previous)
-    for entry in entries:
+    last = LastState.read(run)
+    bucket = None
+    if last and last.candidates().last:
+        run, bucket = find_bucket(run, last)
+    for entry in March(run, last, bucket=bucket if bucket and bucket.exists else None).entries():
         if entry.error:
             run.report.failed(entry)
         elif not entry.uploaded:
@@ -4322,12 +5095,15 @@ def show_plan(run: Run) -> int:
 
 def verify_bucket(run: Run) -> int:
     """Compare the bucket with the state, mark there what is wrong, and return the exit code."""
-    entries = read_previous(run)
-    run, bucket = find_bucket(run, entries)
+    last = LastState.read_needed(run)
+    run, bucket = find_bucket(run, last)
     if not bucket.exists:
         why = f"there is no bucket {bucket.name}; check --bucketname and --endpoint-url"
         raise StopRun(f"{why}, or create it and send all with --crashrun 1")
-    verdict = find_wrong_objects(run, bucket, entries or [])
+    try:
+        verdict = BucketCheck(run, bucket, last).run()
+    except UploadError as error:
+        raise StopRun(f"cannot list the bucket {bucket.name}: {error}") from error
     run.report.verified(run.report.url(""), run.state.path, verdict)
     if verdict.wrong_files or verdict.left_files:
         run.report.error("some files are not in the bucket; send them with --crashrun 1")
@@ -4345,17 +5121,17 @@ class FolderCheck:
         self._options, self._interruption, self._report = run.options, run.interruption, run.report
         self._read_bytes = 0
 
-    def run(self, entries: list[Entry]) -> Iterator[tuple[Entry, str, str]]:
+    def run(self, entries: Iterator[Entry], *, total: int) -> Iterator[tuple[Entry, str, str]]:
         """Yield each entry, the verdict on its file ("" for a right one), and the reason."""
-        pool, waiting = Threads(self.THREADS), iter(entries)
-        under_way: deque[Future[tuple[str, str]]] = deque()
-        for count, entry in enumerate(entries):
-            for later in itertools.islice(waiting, self.AHEAD - len(under_way)):
-                under_way.append(pool.submit(self._compare, later))
-            future = under_way.popleft()
+        pool = Threads(self.THREADS)
+        under_way: deque[tuple[Entry, Future[tuple[str, str]]]] = deque()
+        for count in range(total):
+            for entry in itertools.islice(entries, self.AHEAD - len(under_way)):
+                under_way.append((entry, pool.submit(self._compare, entry)))
+            entry, future = under_way.popleft()
             while not wait([future], timeout=Progress.DRAW_SECONDS).done:
-                self._draw(count, len(entries))
-            self._draw(count, len(entries))
+                self._draw(count, total)
+            self._draw(count, total)
             yield entry, *future.result()
 
     def _draw(self, count: int, total: int) -> None:
@@ -4389,7 +5165,9 @@ class FolderCheck:
             return "different", f"it has {source.size:,} bytes and not {entry.size:,}"
         part_size = entry.part_size or self._options.multipart_chunksize
         etag = None
-        if entry.etag and not entry.sse:
+        # Some servers give such an ETag, of their own making, to what was sent in one part, too.
+        is_made_up = not entry.part_size and (entry.etag or "").endswith("-1")
+        if entry.etag and not (entry.sse or is_made_up):
             etag = source.etag_like(entry.etag, part_size, on_read=self._note_read)
         if etag is None:
             return "size", ""
@@ -4399,18 +5177,18 @@ class FolderCheck:
         return "", ""
 
 
-def find_wrong_files(run: Run, entries: list[Entry]) -> Verdict:
+def find_wrong_files(run: Run, last: LastState) -> Verdict:
     """Compare the files of the folder with the uploaded entries, and name what is wrong.
 
     Raises StopRun when the --prefix is not that of the entries.
     """
-    uploaded = [entry for entry in entries if entry.uploaded]
-    for entry in uploaded:
-        if not entry.filename.startswith(run.options.prefix):
-            why = f"the state has the key {shown(entry.filename)}, which lacks that --prefix"
+    for key in (*last.known.keys[:1], last.known.last):
+        if not key.startswith(run.options.prefix):
+            why = f"the state has the key {shown(key)}, which lacks that --prefix"
             raise StopRun(f"{why}; give the --prefix of the run that sent it")
-    verdict, check = Verdict(left_files=count_left(entries)), FolderCheck(run)
-    for entry, kind, why in check.run(uploaded):
+    verdict, check = Verdict(left_files=last.left_files), FolderCheck(run)
+    uploaded = (entry for entry in last.entries() if entry.uploaded)
+    for entry, kind, why in check.run(uploaded, total=last.uploaded_files):
         if kind in ("", "size"):
             verdict.files += 1
             verdict.bytes += entry.size or 0
@@ -4425,7 +5203,7 @@ def find_wrong_files(run: Run, entries: list[Entry]) -> Verdict:
 
 def verify_folder(run: Run) -> int:
     """Compare a folder with the state, name what is wrong, and return the exit code."""
-    verdict = find_wrong_files(run, read_previous(run) or [])
+    verdict = find_wrong_files(run, LastState.read_needed(run))
     run.report.verified(shown(run.options.backupfolder), run.state.path, verdict)
     if run.report.failed_files and not verdict.files:
         run.report.error("no file is as the state has it; check --backupfolder and --prefix")
@@ -4450,61 +5228,49 @@ def folder_entry(run: Run, error: str | None = None) -> Entry:
     return new_entry(run, run.options.backupfolder, run.options.prefix, error=error)
 
 
-def save_begin_of_walk(run: Run, previous: list[Entry] | None) -> None:
-    """Save the folder itself as still to be sent: after a kill in the walk, a crash run walks it.
-
-    Of the last state stays what is of use to this run, or to that one.
-    """
-
-    def is_of_use(old: Entry) -> bool:
-        is_known = run.options.skip_unchanged and bool(old.uploaded or old.etag)
-        return bool(old.upload_id or is_known) and not other_job(old, run)
-
-    kept = filter(is_of_use, previous or ())
-    run.state.save_or_stop(itertools.chain([folder_entry(run)], kept))
-
-
-def walk(run: Run, previous: list[Entry] | None, lanes: Lanes) -> list[Entry]:
-    """Return the entries that this run finds; the lanes get ready meanwhile."""
-    found = find_files(run, previous)
-    entries = list(itertools.islice(found, 1))
-    if entries and not run.options.crashrun:
-        save_begin_of_walk(run, previous)
-    small_files = 0
-    for entry in found:
-        entries.append(entry)
-        small_files += lanes.takes(entry)
-        # What is unchanged is not known yet.
-        if not (small_files % Lanes.FILES_PER_LANE or run.options.skip_unchanged):
-            lanes.start_for(small_files)
-    run.report.end_of_notices()
-    return entries
+def save_begin_of_walk(run: Run, last: LastState | None) -> None:
+    """Save the folder itself as to be sent: after a kill in the walk, a crash run walks it."""
+    folder = folder_entry(run)
+    with run.state.failing_stops():
+        if last and not last.other_job:
+            run.state.journal.add({1: folder})
+            run.state.is_saved = True
+            return
+        own = last.entries() if last else ()
+        lines = (entry.line or "" for entry in own if not other_job(entry, run))
+        run.state.save(itertools.chain([folder.to_json()], lines))
 
 
-def plan(run: Run, bucket: Bucket, previous: list[Entry] | None, lanes: Lanes) -> list[Entry]:
-    """Return the entries of the run, saved; those with an error are told."""
-    options = run.options
-    entries = walk(run, previous, lanes)
-    # A crash run has such files too, after an incremental run was killed during its walk.
-    if options.skip_unchanged or options.crashrun:
-        find_unchanged(run, bucket, entries, previous)
-    # Before the state forgets them.
-    uploads = (old for old in previous or () if old.upload_id and not other_job(old, run))
-    abort_uploads(run, bucket, carry_uploads(entries, uploads, options.encryption))
-    kept = keep_unseen(run, entries, previous)
-    if not options.crashrun:
-        check_trusted(run, bucket, kept)
-    run.report.doing("saving the state")
-    run.state.save_or_stop(entries or [folder_entry(run, NOTHING_TO_SEND)])
-    for entry in entries:
-        if entry.error:
+def make_plan(run: Run, bucket: Bucket, last: LastState | None, lanes: Lanes) -> March | None:
+    """Make the plan and save it; files that cannot be sent are told. None: there is nothing."""
+    march = March(run, last, bucket=bucket, start_lanes=lanes.start_for)
+    is_done = run.options.crashrun and last and last.is_done and not run.state.has_journal()
+    if is_done and not march.is_bucket_anew:
+        return None
+    if march.finds_anything() and not run.options.crashrun:
+        save_begin_of_walk(run, last)
+    nothing = folder_entry(run, NOTHING_TO_SEND).to_json()
+    with run.state.failing_stops():
+        try:
+            first = next(lines := march.lines(), nothing)
+            run.state.write(itertools.chain([first], lines))
+        except StopRun:  # the state stays as it was
+            run.state.journal.take_first_back()
+            raise
+        run.report.end_of_notices()
+        # Before the state forgets them.
+        abort_uploads(run, bucket, march.abandoned)
+        run.report.doing("saving the state")
+        run.state.put_in_place()
+    for line in run.state.lines() if march.has_failures else ():
+        if '"error": ' in line and (entry := Entry.from_json(json.loads(line))).error:
             run.report.failed(entry)
-    return entries
+    return march if first != nothing else None
 
 
-def end_of_transfer(run: Run, transfer: Transfer, entries: list[Entry]) -> int:
+def end_of_transfer(run: Run, transfer: Transfer) -> int:
     """Say how a transfer went and what to do next; return the exit code."""
-    left = sum(not entry.uploaded for entry in entries) - run.report.failed_files
+    left = transfer.left_files
     run.report.summary(run.state.path, left=left)
     if run.interruption.signum:
         run.report.interrupted(is_saved=run.state.is_saved)
@@ -4520,70 +5286,55 @@ def end_of_transfer(run: Run, transfer: Transfer, entries: list[Entry]) -> int:
     return 0
 
 
-def create_bucket(run: Run, bucket: Bucket, previous: list[Entry] | None) -> None:
-    """Create the bucket; before that, no state on the disk says that it holds anything."""
-    was_sent = [old for old in previous or () if old.uploaded and not other_job(old, run)]
-    for old in was_sent:
-        old.uploaded = False
-    if was_sent:
-        run.state.save_or_stop(previous or ())
+def create_bucket(run: Run, bucket: Bucket, last: LastState | None) -> LastState | None:
+    """Create the bucket; before that, no state on the disk says that it holds anything.
+
+    Returns what the state has then.
+    """
+    was_sent = last is not None and last.uploaded_files > 0
+    if last and was_sent:
+        with run.state.failing_stops():
+            run.state.save(unsent_lines(run, last))
+        last = LastState.read(run)
     bucket.create()
     if was_sent:
         # A bucket made anew lacks versioning, locks and policies too.
         run.report.error(f"the bucket {bucket.name} was gone: all files are sent again")
-    for old in previous or ():
-        old.etag, old.upload_id = None, None
+    return last
 
 
-def check_trusted(run: Run, bucket: Bucket, uploaded: list[Entry]) -> None:
-    """Mark as not uploaded what the bucket lacks: others may have made it anew.
-
-    The first, the middle and the last are looked up; where one is missing, all are compared with
-    the listing. Where the bucket may not be listed, it is taken to have them.
-    """
-    some = {old.filename: old for old in uploaded[:: max(1, len(uploaded) // 2)] + uploaded[-1:]}
-    try:
-        if all(any(bucket.matches({key: old})) for key, old in some.items()):
-            return
-        wrong = [old for old, kind, _ in compare_objects(run, bucket, uploaded) if kind == "wrong"]
-    except UploadError as error:
-        if error.trouble is not Trouble.REFUSAL and error.code != "NotImplemented":
-            raise StopRun(f"cannot list the bucket {bucket.name}: {error}") from error
-        what = "the bucket cannot be listed, and is taken to have what was sent before"
-        run.report.notice(what, run.report.url(""))
-        return
-    for old in wrong:
-        old.uploaded, old.etag = False, None
-    what = f"the bucket {bucket.name} lacks what it had (was it made anew?), so all was compared"
-    run.report.error(f"{what}: {len(wrong):,} of {len(uploaded):,} files are sent again")
+def unsent_lines(run: Run, last: LastState) -> Iterator[str]:
+    """Yield the lines of a state, all of whose files are to be sent."""
+    for entry in last.entries():
+        if entry.uploaded and not other_job(entry, run):
+            entry.keep(entry.known)  # until there is a bucket
+            entry.uploaded = False
+        yield entry.to_json()
 
 
 def back_up(run: Run) -> int:
     """Plan, send and record; return the exit code."""
-    previous = read_previous(run)
-    run, bucket = find_bucket(run, previous)
+    last = LastState.read(run)
+    run, bucket = find_bucket(run, last)
     if not bucket.exists:
-        create_bucket(run, bucket, previous)
-    elif run.options.crashrun:
-        check_trusted(run, bucket, [old for old in previous or () if old.uploaded])
-    if previous and (job := other_job(previous[0], run)):
-        run.report.notice("the state file was of another job, and is replaced", job)
+        last = create_bucket(run, bucket, last)
+    if last and last.other_job:
+        run.report.notice("the state file was of another job, and is replaced", last.other_job)
     with contextlib.closing(Lanes(bucket, run.options)) as lanes:
-        entries = plan(run, bucket, previous, lanes)
-        del previous  # of a million files: half a gigabyte
-        if not entries:
+        plan = make_plan(run, bucket, last, lanes)
+        if plan is None:
             run.report.summary(run.state.path)
             return 0
-        lanes.start_for(sum(map(lanes.takes, entries)))
+        lanes.start_for(plan.pending.lane_files)
         gc.freeze()
         gc.enable()
-        transfer = Transfer(run, bucket, entries, lanes)
+        transfer = Transfer(run, bucket, plan, lanes)
         try:
             transfer.run()
         finally:  # after a bug too: what was sent is not forgotten
             run.report.doing("saving the state")
             transfer.save()
-        return end_of_transfer(run, transfer, entries)
+        return end_of_transfer(run, transfer)
 
 
 def main(argv: list[str] | None = None) -> int:

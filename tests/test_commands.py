@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from support.files import (
     some_bytes,
 )
 from support.inside import clock, recorded, recorder, run_first
-from support.job import NOBODY, Job
+from support.job import NOBODY, Job, kill
 from support.kills import killing_call
 from support.proxy import Action, Exchange, Request
 from support.script import Completed, finish, prelude, wait_until
@@ -608,36 +608,82 @@ def test_a_listing_of_several_pages_is_read_to_its_end(moto_job: Job) -> None:
     assert_wrong(job, verify(job), a="not in the bucket", e="bytes")
 
 
-def test_a_listing_that_breaks_off_is_said_and_the_rest_is_sent(moto_job: Job) -> None:
+LISTINGS = ("ListObjectsV2", "ListObjects")
+
+
+def without_token(page: bytes) -> bytes:
+    """A page as the first version of the request has it, whatever was asked for."""
+    page = re.sub(rb"<KeyCount>.*?</KeyCount>", b"", page)
+    return re.sub(rb"<NextContinuationToken>.*?</NextContinuationToken>", b"", page)
+
+
+def test_a_server_that_knows_only_the_first_version_of_the_listing_is_read_to_its_end(
+    moto_job: Job,
+) -> None:
     job = moto_job
-    job.back_up(*"abc")
-    token = re.compile(rb"<NextContinuationToken>.*</NextContinuationToken>")
-    change = in_pages_of_two(lambda page: token.sub(b"", page))
-    job.proxy.add_fault(Fault(change, operation="ListObjectsV2"))
-    since = job.seen()
+    job.back_up(*"abc&+eü ")
+    job.proxy.add_fault(Fault(in_pages_of_two(without_token), operation=LISTINGS))
     completed = job.run(SKIP)
-    assert completed.returncode == 0
-    assert "cannot list the bucket" in completed.stderr
-    assert job.sent(since) == ["c"]
-    assert set(job.state().values()) == {1}
+    assert_clean(completed)
+    assert unchanged(completed) == 8
+    assert job.sent() == []
+    assert len(job.requests(*LISTINGS)) == 4
+    assert_right(job, files=8)
 
 
-def test_a_listing_that_goes_in_circles_is_said_and_the_rest_is_sent(moto_job: Job) -> None:
+def assert_nothing_is_sent_again(job: Job, *arguments: str) -> None:
+    """Check that a run which cannot list stops, and that the next one sends nothing either."""
+    state, since = job.entries(), job.seen()
+    assert_stopped(job.run(SKIP, *arguments), "cannot list the bucket")
+    assert job.entries() == state
+    job.proxy.clear_faults()
+    assert_clean(job.run(SKIP, *arguments))
+    assert job.sent(since) == []
+    assert job.entries() == state
+
+
+def test_a_listing_that_goes_in_circles_has_nothing_sent_again(moto_job: Job) -> None:
     job = moto_job
     job.back_up(*"abc")
     pages: list[bytes] = []
 
     def first_page(page: bytes) -> bytes:
-        pages.append(page)
+        pages.append(without_token(page))
         return pages[0]
 
-    job.proxy.add_fault(Fault(in_pages_of_two(first_page), operation="ListObjectsV2"))
-    since = job.seen()
-    completed = job.run(SKIP, timeout=60)
-    assert completed.returncode == 0
-    assert "cannot list the bucket" in completed.stderr
-    assert len(pages) == 2
-    assert job.sent(since) == ["c"]
+    job.proxy.add_fault(Fault(in_pages_of_two(first_page), operation=LISTINGS))
+    assert_nothing_is_sent_again(job)
+    assert len(pages) <= 5  # in order, then from the start
+
+
+NO_LISTINGS = {
+    "page": lambda _: b"<html><body>Welcome</body></html>",
+    "empty": lambda _: b"",
+    "cut": lambda page: page[: len(page) // 2],
+}
+
+
+def test_what_is_no_listing_is_asked_for_again(job: Job) -> None:
+    job.back_up("a.dat", "b.dat")
+    for change in NO_LISTINGS.values():
+        job.proxy.add_fault(Fault(replace_in_answer(change), operation=LISTINGS, times=1))
+    assert sent_by(job) == []
+    assert len(job.requests(*LISTINGS)) == 4
+
+
+@pytest.mark.parametrize(
+    "kind", ["page", *(pytest.param(name, marks=pytest.mark.long) for name in ("empty", "cut"))]
+)
+@pytest.mark.parametrize("verifies", [False, True], ids=["skip", "verify"])
+def test_an_answer_that_is_no_listing_says_nothing_of_the_bucket(
+    job: Job, kind: str, verifies: bool
+) -> None:
+    job.back_up("a.dat", "b.dat")
+    job.proxy.add_fault(Fault(replace_in_answer(NO_LISTINGS[kind]), operation=LISTINGS))
+    if verifies:
+        assert_refused(job, words=("cannot list the bucket",))
+    else:
+        assert_nothing_is_sent_again(job)
 
 
 @pytest.mark.parametrize("action", [answer(503, "SlowDown"), drop()], ids=["busy", "away"])
@@ -674,16 +720,171 @@ def test_wrong_credentials_of_one_night_have_nothing_sent_again(
 
 
 @pytest.mark.parametrize(("status", "code"), [(500, "InternalError"), (501, "NotImplemented")])
-def test_a_listing_at_which_the_server_always_fails_is_said_and_all_is_sent(
+def test_a_listing_at_which_the_server_always_fails_has_nothing_sent_again(
     job: Job, status: int, code: str
 ) -> None:
     job.back_up("a.dat", "b.dat")
-    job.proxy.add_fault(Fault(answer(status, code), operation="ListObjectsV2"))
+    job.proxy.add_fault(Fault(answer(status, code), operation=LISTINGS))
+    assert_nothing_is_sent_again(job)
+
+
+# --- --skip-unchanged: after a night on which nothing could be sent --------------------------
+
+
+def back_up_all_ways(job: Job, tmp_path: Path) -> None:
+    """Send small files and a large one, of which the state then knows all."""
+    job.write(small_files(40) | {"large": some_bytes(LARGE_BYTES)})
+    assert_clean(job.run(*IN_PARTS, env=run_first(tmp_path / "later", clock())))
+
+
+def denied(job: Job, env: Mapping[str, str]) -> None:
+    """A night on which a policy refuses everything."""
+    job.proxy.add_fault(Fault(answer(403, "AccessDenied")))
+    assert job.run(SKIP, *IN_PARTS, env=env).returncode == 2
+
+
+def expired(job: Job, env: Mapping[str, str]) -> None:
+    """A night without a listing, on which the session token expires in the middle of the run."""
+    job.proxy.add_fault(Fault(answer(403, "AccessDenied"), operation=LISTINGS))
+    job.proxy.add_fault(Fault(answer(400, "ExpiredToken"), operation="UploadPart"))
     since = job.seen()
-    completed = job.run(SKIP)
-    assert completed.returncode == 0
-    assert "cannot list the bucket, so what it has is sent again" in completed.stderr
-    assert job.sent(since) == ["a.dat", "b.dat"]
+
+    def expire(exchange: Exchange) -> None:
+        wait_until(lambda: job.requests("UploadPart", since=since), 30, "the large file")
+        answer(400, "ExpiredToken")(exchange)
+
+    job.proxy.add_fault(Fault(expire, operation="PutObject", after=10))
+    assert job.run(SKIP, *IN_PARTS, env=env).returncode == 2
+    assert job.entry("large")["upload_id"]
+
+
+def killed(job: Job, env: Mapping[str, str]) -> None:
+    """A night on which all was to be sent, and the run is killed when some of it is."""
+    job.proxy.add_fault(Fault(delay(600), operation="UploadPart"))
+    job.proxy.add_fault(Fault(delay(600), operation="PutObject", after=10))
+    since = job.seen()
+    process = job.start(*IN_PARTS, env=env)
+
+    def is_under_way() -> bool:
+        puts = job.requests("PutObject", "UploadPart", since=since)
+        return len(puts) > 12 and sum(put.status == 200 for put in puts) >= 10
+
+    wait_until(is_under_way, 60, "puts")
+    kill(process)
+
+
+@pytest.mark.parametrize(
+    ("night", "again"),
+    [
+        (denied, (SKIP,)),
+        (denied, ("--crashrun", "1")),
+        (expired, (SKIP,)),
+        pytest.param(expired, ("--crashrun", "1"), marks=pytest.mark.long),
+        pytest.param(killed, (SKIP,), marks=needs_signals),
+        pytest.param(killed, ("--crashrun", "1"), marks=[needs_signals, pytest.mark.long]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else value.__name__,
+)
+def test_a_night_on_which_nothing_could_be_sent_forgets_nothing(
+    moto_job: Job,
+    tmp_path: Path,
+    night: Callable[[Job, dict[str, str]], None],
+    again: tuple[str, ...],
+) -> None:
+    job, record = moto_job, tmp_path / "record"
+    back_up_all_ways(job, tmp_path)
+    before = {entry["filename"]: entry for entry in job.entries()}
+    job.path("d0/0000.dat").write_bytes(b"changed")
+    env = run_first(tmp_path / "later", clock())
+    for _ in range(2):
+        night(job, env)
+        job.proxy.clear_faults()
+    left = {key for key, uploaded in job.state().items() if not uploaded}
+    assert "large" in left
+    changed = {"d0/0000.dat"}
+    since = job.seen()
+    env = run_first(tmp_path / "watched", recorder(job.folder, record))
+    assert_clean(job.run(*again, *IN_PARTS, env=env))
+    # A killed night may have sent it, and even known of it.
+    assert set(job.sent(since)) <= changed
+    assert set(recorded(job.folder, record)) <= {"d0/0000.dat"}  # nothing else is even read
+    job.check_all_is_there()
+    known_again = {entry["filename"]: entry for entry in job.entries()}
+    for key in left - changed:
+        assert known_again[key] == before[key]
+    # A kill may come before the id of an upload is known here: then it has no parts.
+    assert [upload for upload in job.open_uploads() if upload[2]] == []
+
+
+@needs_permissions
+def test_a_file_of_which_the_bucket_had_another_state_is_sent_after_such_a_night(
+    moto_job: Job, tmp_path: Path
+) -> None:
+    job = moto_job
+    back_up_all_ways(job, tmp_path)
+    denied(job, run_first(tmp_path / "later", clock()))
+    job.proxy.clear_faults()
+    rewritten(job.path("d1/0001.dat"))
+    rewritten(job.path("large"))
+    changed_mode(job.path("d2/0002.dat"))
+    job.put("d3/0003.dat", b"of somebody else")
+    job.delete("d4/0004.dat")
+    since = job.seen()
+    assert_clean(job.run(SKIP, *IN_PARTS))
+    assert job.sent(since) == ["d1/0001.dat", "d3/0003.dat", "d4/0004.dat", "large"]
+    job.check_all_is_there()
+
+
+@needs_permissions
+def test_what_cannot_be_looked_at_after_such_a_night_is_not_forgotten(job: Job) -> None:
+    job.back_up("a.dat", "b.dat", "sub/c.dat")
+    job.proxy.add_fault(Fault(answer(403, "AccessDenied")))
+    assert job.run(SKIP, user=NOBODY).returncode == 2
+    job.proxy.clear_faults()
+    since = job.seen()
+    job.path("sub").chmod(0)
+    job.path("b.dat").chmod(0)
+    assert job.run(SKIP, user=NOBODY).returncode == 1
+    assert job.uploaded() == {"a.dat", "b.dat"} - {"b.dat"}
+    job.path("sub").chmod(0o755)
+    job.path("b.dat").chmod(0o644)
+    assert_clean(job.run(SKIP, user=NOBODY))
+    assert job.sent(since) == []
+    job.check_all_is_there()
+
+
+@pytest.mark.parametrize("again", [(SKIP,), ("--crashrun", "1")], ids=" ".join)
+def test_what_version_1_1_left_to_be_compared_is_read_and_not_sent(
+    job: Job, again: tuple[str, ...]
+) -> None:
+    job.back_up("a.dat", "b.dat", "c.dat")
+    job.write_state(
+        *({**entry, "uploadedSuccess": 0, "ctime_ns": 0} for entry in job.entries()[:2]),
+        job.uploaded_entry("c.dat"),
+    )
+    job.path("b.dat").write_bytes(b"BYTES of b.dat")
+    entry = job.entry("b.dat")
+    os.utime(job.path("b.dat"), ns=(entry["mtime_ns"], entry["mtime_ns"]))
+    assert_clean(job.run(*again))
+    assert job.sent() == ["b.dat"]
+    job.check_all_is_there()
+
+
+def test_a_run_that_replaces_all_for_another_class_is_finished_by_a_crash_run(job: Job) -> None:
+    files = job.back_up("a.dat", "b.dat", "c.dat")
+    stop = Fault(answer(400, "ExpiredToken"), operation="PutObject", after=1)
+    job.proxy.add_fault(stop)
+    options = ("--storage-class", "STANDARD_IA", "--max-concurrency", "1")
+    assert job.run(*options).returncode == 2
+    job.proxy.clear_faults()
+    assert len(job.uploaded()) == 1
+    assert_clean(job.crash_run(*options))
+    puts = {
+        r.key
+        for r in job.requests("PutObject")
+        if r.status == 200 and r.headers["x-amz-storage-class"]
+    }
+    assert puts == set(files)
 
 
 def test_a_listing_that_is_throttled_once_is_asked_for_again(job: Job) -> None:

@@ -72,6 +72,17 @@ def test_an_endpoint_that_goes_away_for_good_stops_the_run_with_one_message(
     job.check_state_is_true()
 
 
+def test_a_temporary_redirect_that_stays_ends_as_a_server_that_is_away(job: Job) -> None:
+    files = small_files(60)
+    job.write(files)
+    job.proxy.add_fault(Fault(answer(307, "TemporaryRedirect"), operation="PutObject"))
+    started = time.monotonic()
+    assert_stopped(job.run(), "TemporaryRedirect; try again later")
+    assert time.monotonic() - started > 3
+    assert job.state() == dict.fromkeys(files, 0)
+    assert job.errors() == {}
+
+
 @pytest.mark.long
 def test_a_server_that_stalls_once_is_ridden_out_with_real_patience(small_job: Job) -> None:
     # The runtime has a patience of its own, of half a minute.
@@ -269,6 +280,7 @@ def test_a_fifth_refused_and_a_twentieth_dropped_loses_nothing(small_job: Job) -
         pytest.param(
             answer(503, "ServiceUnavailable"), id="ServiceUnavailable", marks=pytest.mark.long
         ),
+        pytest.param(answer(307, "TemporaryRedirect"), id="TemporaryRedirect"),
         pytest.param(answer(500, "InternalError"), id="InternalError"),
         pytest.param(answer(429, "TooManyRequests"), id="TooManyRequests", marks=pytest.mark.long),
         pytest.param(answer(400, "RequestTimeout"), id="RequestTimeout", marks=pytest.mark.long),

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import botocore.exceptions
+import botocore.parsers
 import pytest
 from conftest import NewJob
 from support.checks import assert_clean, assert_stopped
-from support.faults import Fault, answer, call
+from support.faults import Fault, answer, call, redirect
 from support.files import IN_PARTS, LARGE_BYTES, small_files, some_bytes
 from support.job import Job
 from support.proxy import Answer, Exchange, Request
@@ -123,6 +124,32 @@ def test_a_source_of_credentials_that_refuses_is_no_trouble_of_one_file(operatio
     error = module.error_of(botocore.exceptions.ClientError(answer, operation))
     assert error.trouble is module.Trouble.OF_ALL
     assert "check the source of the credentials" in str(error)
+
+
+def errors_of_botocore() -> list[Exception]:
+    """One of each error that botocore knows, with its words."""
+    kinds = [kind for kind in vars(botocore.exceptions).values() if hasattr(kind, "fmt")]
+    words = (dict.fromkeys(re.findall(r"{(\w+)", kind.fmt), "name") for kind in kinds)
+    return [kind(last_response=None, **names) for kind, names in zip(kinds, words, strict=True)]
+
+
+def test_no_text_of_botocore_ends_in_a_stop_or_gives_an_advice_beside_ours(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = program()
+    monkeypatch.setattr(module, "botocore", botocore, raising=False)
+    at_start = [str(module.configuration_error(error)) for error in errors_of_botocore()]
+    said = at_start + [str(module.error_of(error)) for error in errors_of_botocore()]
+    assert len(said) > 100
+    assert [text for text in said if re.search(r"\.;|\.\)|\.$", text)] == []
+    assert any("run aws sso login" in text for text in at_start)
+    assert [text for text in at_start if re.search("aws (sso )?login.*; ", text)] == []
+
+
+def test_a_text_with_a_stop_of_its_own_has_one_stop(job: Job) -> None:
+    job.make("a.dat")
+    completed = job.run(env={"AWS_DEFAULT_REGION": "no_region!"})
+    assert_stopped(completed, "doesn't match a supported format; check profile")
 
 
 def test_a_credential_process_runs_once_a_run(small_job: Job, tmp_path: Path) -> None:
@@ -322,6 +349,30 @@ def test_what_is_no_endpoint_is_refused(job: Job, url: str) -> None:
     assert_not_begun(job)
 
 
+@pytest.mark.parametrize("url", ["127.0.0.1:9000", "localhost:9000", "s3.example"])
+def test_an_endpoint_without_a_scheme_is_told_so(job: Job, url: str) -> None:
+    job.make("a.dat")
+    env = environment_without(job.endpoint, "AWS_ENDPOINT_URL") | NO_WAY_OUT
+    completed = job.run(server=None, env=env | {"AWS_ENDPOINT_URL": url})
+    assert_stopped(completed, url, "it needs http:// or https://")
+    assert_not_begun(job)
+
+
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+@pytest.mark.parametrize("operation", [None, "PutObject"], ids=["at-once", "in-mid-run"])
+def test_where_the_endpoint_redirects_to_is_said(
+    job: Job, status: int, operation: str | None
+) -> None:
+    files = job.make("a.dat", "b.dat")
+    elsewhere = f"https://user:{SECRET}@login.example/portal"
+    job.proxy.add_fault(Fault(redirect(status, elsewhere), operation=operation))
+    completed = job.run()
+    assert_stopped(completed, "redirects to https://login.example/portal; check", "endpoint")
+    assert job.state_path.exists() is bool(operation)
+    if operation:
+        assert job.state() == dict.fromkeys(files, 0)
+
+
 URLS_WITH_PASSWORD = [
     f"http://gate-user:{SECRET}@127.0.0.1:1",
     f"http://gate-user:{SECRET}@[::1",
@@ -476,6 +527,7 @@ STOPPING = [
     (403, "AllAccessDisabled", "owner"),
     (403, "AccountProblem", "owner"),
     (400, "AuthorizationHeaderMalformed", "--region"),
+    (301, "PermanentRedirect", "--region"),
     (400, "InvalidStorageClass", "--storage-class"),
     (400, "InvalidEncryptionAlgorithmError", "--sse"),
     (400, "KMS.NotFoundException", "--sse-kms-key-id"),

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-from .proxy import Action, Exchange, Request, error_answer, pass_on
+from .proxy import Action, Answer, Exchange, Request, error_answer, pass_on
 
 T = TypeVar("T")
 
@@ -21,6 +21,18 @@ def answer(status: int, code: str, message: str = "") -> Action:
     def act(exchange: Exchange) -> None:
         exchange.discard_body()
         exchange.reply(error_answer(status, code, message))
+
+    return act
+
+
+def redirect(status: int, location: str) -> Action:
+    """Read the request's body, then say where else to ask, and nothing of S3's."""
+
+    def act(exchange: Exchange) -> None:
+        exchange.discard_body()
+        body = f"<html><body>See {location}</body></html>".encode()
+        headers = [("Location", location), ("Content-Length", str(len(body)))]
+        exchange.reply(Answer(status, "Elsewhere", headers, [body], len(body)))
 
     return act
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from .faults import Fault, stall
 from .files import IN_PARTS, LARGE_BYTES, PART_BYTES, some_bytes
 from .job import Job, kill
+from .script import journal_of
 
 KILLER = """\
 import os, signal
@@ -47,10 +48,11 @@ def killing_call(
 def walks(name: str, job: Job) -> str:
     """A condition for `killing_call`: the walk is at that folder, and the state says so."""
     # A first look at the folder may come before.
-    state = f"open({str(job.state_path)!r}).read()"
+    paths = [str(job.state_path), str(journal_of(job.state_path))]
+    state = f"''.join(open(path).read() for path in {paths!r} if os.path.exists(path))"
     begun = f"""'"filepath": "{job.folder}", "uploadedSuccess": 0' in {state}"""
     is_there = f"os.path.basename(os.fspath(args[0])) == {name!r}"
-    return f"({is_there} and os.path.exists({str(job.state_path)!r}) and {begun})"
+    return f"({is_there} and {begun})"
 
 
 def kill_in_walk(job: Job, folder: Path, name: str, *options: str) -> None:

@@ -59,6 +59,7 @@ _OPERATIONS = (
     ("bucket", "GET", "location", "GetBucketLocation"),
     ("bucket", "GET", "uploads", "ListMultipartUploads"),
     ("bucket", "GET", "list-type", "ListObjectsV2"),
+    ("bucket", "GET", "", "ListObjects"),
     ("bucket", "HEAD", "", "HeadBucket"),
     ("bucket", "DELETE", "", "DeleteBucket"),
     ("service", "GET", "", "ListBuckets"),

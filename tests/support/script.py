@@ -104,6 +104,7 @@ def run_script(
     python_flags: Sequence[str] = (),
     stdin: str | None = None,
     real_time: bool = False,
+    constants: tuple[tuple[str, str], ...] = (),
 ) -> Completed:
     """Run the script to its end; a traceback on stderr is a failure of the test.
 
@@ -117,6 +118,7 @@ def run_script(
         python_flags: flags of the interpreter.
         stdin: text on its standard input, which is empty otherwise.
         real_time: whether to run the script as it is, and not the copy with less patience.
+        constants: more of them that the copy has other values for, as in HASTE.
     """
     process = start_script(
         *args,
@@ -126,6 +128,7 @@ def run_script(
         user=user,
         python_flags=python_flags,
         real_time=real_time,
+        constants=constants,
     )
     try:
         return finish(process, timeout=timeout, stdin=stdin)
@@ -141,13 +144,14 @@ def start_script(
     user: int | None = None,
     python_flags: Sequence[str] = (),
     real_time: bool = False,
+    constants: tuple[tuple[str, str], ...] = (),
 ) -> subprocess.Popen[str]:
     """Start the script, in a process group of its own; the arguments are those of `run_script`.
 
     `finish` waits for it. A test that signals it uses `process.send_signal` or `os.killpg`.
     """
     switch = user if is_root() else None
-    launch = launch_for(switch, real_time=real_time)
+    launch = launch_for(switch, real_time=real_time, constants=constants)
     own = {
         **base_environment(shared_folder() / "home"),
         **(server.environment() if server else {}),
@@ -227,9 +231,11 @@ class Launch:
 
 
 @functools.cache
-def launch_for(user: int | None, *, real_time: bool = False) -> Launch:
+def launch_for(
+    user: int | None, *, real_time: bool = False, constants: tuple[tuple[str, str], ...] = ()
+) -> Launch:
     """Find an interpreter and a script that the user may read."""
-    script = SCRIPT_PATH if real_time else hasty_script()
+    script = SCRIPT_PATH if real_time else hasty_script(constants)
     own = Launch(Path(sys.executable), script, {})
     if user is None or _can_launch(own, user):
         return own
@@ -249,15 +255,20 @@ def hasty_text() -> str:
     return with_haste(SCRIPT_PATH.read_text(encoding="utf-8"), HASTE)
 
 
+def hasty_script(constants: tuple[tuple[str, str], ...] = ()) -> Path:
+    """The copy of the script that has less patience, and other constants."""
+    return _hasty_script(constants)
+
+
 @functools.cache
-def hasty_script() -> Path:
-    """Make the copy of the script that has less patience."""
-    path = shared_folder() / "hasty" / SCRIPT_PATH.name
+def _hasty_script(constants: tuple[tuple[str, str], ...]) -> Path:
+    name = "-".join(("hasty", *(value for _, value in constants)))
+    path = shared_folder() / name / SCRIPT_PATH.name
     path.parent.mkdir()
     # Compiled once and not by each of a thousand runs; Python takes bytecode under any name.
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / SCRIPT_PATH.name
-        source.write_text(hasty_text(), encoding="utf-8")
+        source.write_text(with_haste(hasty_text(), dict(constants)), encoding="utf-8")
         py_compile.compile(str(source), cfile=str(path), dfile=str(path), doraise=True)
     path.chmod(0o644)
     return path
@@ -376,8 +387,11 @@ def read_state(path: Path) -> list[dict[str, Any]]:
     first, *lines = journal.split(b"\n")
     # What stands behind the last line feed is torn, and nothing is known of it.
     if lines and json.loads(first) == {"crc32": zlib.crc32(state)}:
-        newer = {entry["filepath"]: entry for entry in map(json.loads, lines[:-1])}
-        entries = [newer.pop(entry["filepath"], entry) for entry in entries]
+        # Version 1.1 wrote no numbers.
+        names = {entry["filepath"]: n for n, entry in enumerate(entries, start=2)}
+        newer = {e.pop("line", names.get(e["filepath"])): e for e in map(json.loads, lines[:-1])}
+        before = [newer.pop(1)] if 1 in newer else []
+        entries = before + [newer.pop(n, entry) for n, entry in enumerate(entries, start=2)]
         assert newer == {}
     return entries
 
