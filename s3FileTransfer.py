@@ -11,12 +11,14 @@
 The first command sends every file below DIR; the second, after a failure or a
 crash, sends what the state file marks as not uploaded.
 
-The state file is a JSON list with one entry a line: filepath (absolute),
-uploadedSuccess (0 or 1), filename (the object's key) and, where known, bucket,
-endpoint, size, mtime_ns, ctime_ns, etag, shard, error, part_size, sse, of an
-open multipart upload upload_id and, until a file is sent again, known_etag and
-what else is known of the object that it replaces. What happens between two
-saves of it is appended to STATEFILE.journal.
+The state file is a JSON list in the order of its keys, one entry a line:
+filepath (absolute), uploadedSuccess (0 or 1), filename (the object's key) and,
+where known, bucket, endpoint, size, mtime_ns, ctime_ns, etag, shard, error,
+part_size, sse; upload_id of an open multipart upload; and, until a file is
+sent again, what the bucket still has of it: known_etag, known_ctime_ns,
+known_part_size, known_sse. What happens between two saves is appended to
+STATEFILE.journal, each entry with the number of the line that it replaces.
+A state of version 1.1 is taken over.
 
 exit codes:
   0    everything that should be in the bucket is there
@@ -114,7 +116,7 @@ else:
 
 T = TypeVar("T")
 
-__version__ = "1.1.0"
+__version__ = "2.0.0"
 
 
 # --- limits -----------------------------------------------------------------------
