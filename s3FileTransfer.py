@@ -641,14 +641,14 @@ def parse_arguments(argv: list[str] | None) -> Options:
 
 
 class Threads:
-    """Threads that do what they are handed: `count`, or as many as can be had."""
+    """A pool of up to `count` daemon threads, or of as many as the system allows."""
 
     def __init__(self, count: int) -> None:
         self._count, self._started = count, 0
         self._waiting: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
 
     def submit(self, function: Callable[..., T], *arguments: object) -> Future[T]:
-        """Have a thread call `function`; raise StopRun when there is none."""
+        """Call `function` in a thread of the pool; raise StopRun if none can be started."""
         answer: Future[T] = Future()
 
         def call() -> None:
@@ -673,7 +673,7 @@ class Threads:
 
 
 class Interruption:
-    """Turns the first SIGINT, SIGTERM or SIGHUP into a flag, and the second into the end."""
+    """Notes the first SIGINT, SIGTERM or SIGHUP, and ends the process at the second."""
 
     NAMES = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows lacks the last
     SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
@@ -689,7 +689,7 @@ class Interruption:
 
     def _on_signal(self, signum: int, _frame: object) -> None:
         now = time.monotonic()
-        # timeout(1), systemd and terminals send two at once.
+        # timeout(1), systemd and terminals send the same signal twice at once.
         if self.signum and now - self._came_at > self.SECOND_SIGNAL_SECONDS:
             os._exit(self.exit_code)
         if not self.signum:
@@ -698,24 +698,25 @@ class Interruption:
                 raise InterruptedError
 
     def write(self, name: str, text: str = "") -> str:
-        """Write to `stderr`, or to `stdout`, which an empty text flushes; return why that failed.
+        """Write to sys.stderr or sys.stdout, by `name`; an empty text flushes.
 
-        A closed pipe or a full disk ends no backup; after a signal nothing waits for a reader.
+        Return why the write failed, or "": a closed pipe or a full disk does not end a backup.
+        After a signal, a reader that does not read is not waited for.
         """
         try:
             stream = getattr(sys, name)  # None when it was closed at the start
-            # Windows selects among sockets only.
+            # On Windows, select() takes sockets only.
             if stream and self.signum and sys.platform != "win32":
                 if not select.select([], [stream], [], 0.1)[1]:
                     stream = None
-                    setattr(sys, name, stream)  # or the last flush would wait for it
+                    setattr(sys, name, stream)  # the last flush would wait for the reader
             self._is_writing = threading.current_thread() is threading.main_thread()
             if stream:
                 stream.write(text)
                 if name == "stderr" or not text:
                     stream.flush()
         except (BrokenPipeError, InterruptedError, ValueError):
-            pass  # its reader has enough, or the run ends
+            pass  # the reader is gone, or a signal came
         except OSError as error:
             return reason(error)
         finally:
@@ -733,9 +734,9 @@ class Interruption:
             raise Stopped
 
     def wait_for(self, function: Callable[[], T], *, seconds: float = math.inf) -> T:
-        """Return what `function` returns; it runs in a thread that a signal does not wait for.
+        """Return the result of `function`, called in a thread that a signal can abandon.
 
-        Raises Stopped after a signal, and NoAnswer when it takes longer than `seconds`.
+        Raises Stopped after a signal, and NoAnswer after so many seconds.
         """
         answer = self._thread.submit(function)
         deadline = time.monotonic() + seconds
@@ -747,7 +748,7 @@ class Interruption:
 
 
 def human_time(seconds: float) -> str:
-    """Return a time as clocks show it: 0:07, 12:34, 3:45:06."""
+    """Return a duration as 0:07, 12:34 or 3:45:06."""
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:
         return f"{minutes}:{rest:02}"
@@ -755,7 +756,7 @@ def human_time(seconds: float) -> str:
 
 
 def human_size(size: float) -> str:
-    """Return bytes in decimal units, as disks and `ls --si` count them."""
+    """Return a size in decimal units, like disks and `ls --si`: 1.5 MB."""
     for unit in ("B", "kB", "MB", "GB"):
         if size < 999.95:
             return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
@@ -764,107 +765,84 @@ def human_size(size: float) -> str:
 
 
 class Progress:
-    """The line on a terminal that says how far a run is; without one, nothing is counted."""
+    """The line on a terminal that shows how far the run is."""
 
     DRAW_SECONDS = 0.1
-    RATE_SECONDS = 15  # the rate shown is that of this time
-    ERASE = "\033[K"  # what is right of the cursor
+    RATE_SECONDS = 15  # over which the rate shown is measured
+    ERASE = "\033[K"  # clears the line from the cursor on
 
     def __init__(self, interruption: Interruption, *, is_shown: bool) -> None:
-        self._interruption, self.is_shown = interruption, is_shown
-        # Of each large file, by the index of its entry: the bytes that are sent, and how many
-        # of them an earlier run sent. The threads that send write here.
+        self._interruption, self._is_shown = interruption, is_shown
+        if is_shown and sys.platform == "win32":
+            os.system("")  # turns on the console's escape sequences
+        self._line, self._drawn_at = "", -math.inf
+        self._total_files = self._total_bytes = self._failed_bytes = 0
+        # The bytes of each large file that have been sent, and those that an earlier run had
+        # sent, by the index of its entry. The threads that send write here.
         self._moving: dict[int, int] = {}
         self._sent_earlier: dict[int, int] = {}
-        self._small_total = self._small_left = 0
-        if is_shown and sys.platform == "win32":
-            os.system("")  # lets the console know such sequences
-        self._line, self._drawn_at = "", -math.inf
-        # Of the files that were to be sent when it began.
-        self._total_files = self._total_bytes = self._failed_files = self._failed_bytes = 0
-        self._is_begun = False
-        self._past: deque[tuple[float, int, int]] = deque()
+        self._past: deque[tuple[float, int]] = deque()  # times, and the bytes sent until then
 
-    def begin(self, files: int, size: int, *, small_files: int) -> None:
-        """Take note of what is to be sent: files and bytes."""
-        self._is_begun = True
-        self._past.append((time.monotonic(), 0, 0))
-        self._total_files, self._total_bytes = files, size
-        self._small_left = self._small_total = small_files
+    def begin(self, files: int, size: int) -> None:
+        """Begin to show how much of so many files and bytes has been sent."""
+        self._total_files, self._total_bytes, self._failed_bytes = files, size, 0
+        self._past.append((time.monotonic(), 0))
 
     def moved(self, entry_index: int, size: int, sent_earlier: int) -> None:
-        """Take note of how many bytes of a large file have been sent, in all and earlier."""
-        if self.is_shown:
+        """Set how many bytes of a large file have been sent: in all, and by an earlier run."""
+        if self._is_shown:
             self._moving[entry_index], self._sent_earlier[entry_index] = size, sent_earlier
 
     def not_moving(self, entry_index: int) -> None:
-        """Take note that a file is no longer under way: it counts as sent, failed or waiting."""
+        """Drop the bytes of a file that is no longer being sent."""
         self._moving.pop(entry_index, None)
 
-    def ended(self, entry: Entry) -> None:
-        """Take note that a file has been sent, or will not be."""
-        self._small_left -= (entry.size or 0) < MIB
+    def unchanged(self, size: int) -> None:
+        """Subtract a file that need not be sent from what is to be sent."""
+        self._total_files -= 1
+        self._total_bytes -= size
 
-    def unchanged(self, entry: Entry) -> None:
-        """Take note that a file need not be sent."""
-        if self._is_begun and self.is_shown:
-            self._total_files -= 1
-            self._total_bytes -= entry.size or 0
-            self._small_total -= (entry.size or 0) < MIB
-            self.ended(entry)
-
-    def failed(self, entry: Entry) -> None:
-        """Take note that a file will not be sent."""
-        if self._is_begun:
-            self._failed_files += 1
-            self._failed_bytes += entry.size or 0
-            self.ended(entry)
+    def failed(self, size: int) -> None:
+        """Count the bytes of a file that will not be sent."""
+        self._failed_bytes += size
 
     def draw_run(self, files: int, size: int, *, failed_files: int) -> None:
-        """Draw how far the run is: so many files and bytes have been sent, so many failed."""
-        now = time.monotonic()
-        if not self._is_due(now):
+        """Draw how many files and bytes have been sent, and how many files failed."""
+        if not self._is_due():
             return
         size += sum(list(self._moving.values()))
-        total = max(self._total_bytes, size)
-        moved = size - sum(list(self._sent_earlier.values()))
-        small = self._small_total - self._small_left
-        self._past.append((now, small, moved))
+        left = max(self._total_bytes - self._failed_bytes - size, 0)
+        now, moved = time.monotonic(), size - sum(list(self._sent_earlier.values()))
+        self._past.append((now, moved))
         while now - self._past[0][0] > self.RATE_SECONDS:
             self._past.popleft()
-        before, small_before, moved_before = self._past[0]
+        before, moved_before = self._past[0]
         seconds = max(now - before, 0.001)
-        bytes_left = max(self._total_bytes - self._failed_bytes - size, 0)
-        files_left = self._total_files - self._failed_files - files
+        # Bytes are taken back when a resumed file fails.
+        rate = max(moved - moved_before, 0) / seconds
         texts = [
             (0, f"{files:,}/{self._total_files:,} files"),
-            (4, f"{human_size(size)}/{human_size(total)}"),
-            (1, self._percent(files_left, bytes_left)),
-            # Below 0 after a file that had been resumed has failed.
-            (3, f"{human_size(max(moved - moved_before, 0) / seconds)}/s"),
+            (4, f"{human_size(size)}/{human_size(max(self._total_bytes, size))}"),
+            (1, f"{self._percent(files, left)}%"),
+            (3, f"{human_size(rate)}/s"),
         ]
-        rates = (self._small_left, small - small_before), (bytes_left, moved - moved_before)
-        # Small files take their time for each, large ones for their bytes.
-        lefts = [left / moved * seconds for left, moved in rates if moved > 0]
-        if seconds > 1 and lefts:
-            texts.append((2, f"{human_time(max(lefts))} left"))
+        if rate and seconds > 1:
+            texts.append((2, f"{human_time(left / rate)} left"))
         if failed_files:
             texts.append((1, f"{failed_files:,} failed"))
         self.draw(texts)
 
-    def _percent(self, files_left: int, bytes_left: int) -> str:
-        left, total = bytes_left, self._total_bytes
-        if not total:
-            left, total = files_left, max(self._total_files, 1)
-        return f"{100 * (total - left) // total}%"
+    def _percent(self, files: int, bytes_left: int) -> int:
+        if self._total_bytes:
+            return 100 * (self._total_bytes - bytes_left) // self._total_bytes
+        return 100 * files // max(self._total_files, 1)
 
-    def _is_due(self, now: float) -> bool:
-        return self.is_shown and now - self._drawn_at >= self.DRAW_SECONDS
+    def _is_due(self) -> bool:
+        return self._is_shown and time.monotonic() - self._drawn_at >= self.DRAW_SECONDS
 
     def draw(self, texts: list[tuple[int, str]]) -> None:
-        """Draw the texts if it is time, without those of the highest numbers if space is short."""
-        now = time.monotonic()
-        if not self._is_due(now):
+        """Draw the numbered texts, if it is time; without room for all, drop the highest."""
+        if not self._is_due():
             return
         try:
             # Behind the line there must be room for the ^C that a terminal shows.
@@ -873,12 +851,12 @@ class Progress:
             room = 77
         while len(texts) > 1 and len("  ".join(text for _, text in texts)) > room:
             texts.remove(max(texts))
-        line = "  ".join(text for _, text in texts)[:room]
-        self._interruption.write("stderr", f"\r{line}{self.ERASE}")
-        self._line, self._drawn_at = line, now
+        self._line = "  ".join(text for _, text in texts)[:room]
+        self._interruption.write("stderr", f"\r{self._line}{self.ERASE}")
+        self._drawn_at = time.monotonic()
 
     def clear(self) -> None:
-        """Take the line off the terminal, so that other text can be written."""
+        """Clear the line, so that other text can be printed."""
         if self._line:
             self._interruption.write("stderr", f"\r{self.ERASE}")
             self._line = ""
@@ -886,21 +864,26 @@ class Progress:
 
 @dataclass(slots=True)
 class Verdict:
-    """How many files a comparison with the state has found to be what."""
+    """The numbers of files that a comparison with the state has found right and wrong."""
 
     files: int = 0
     bytes: int = 0
-    files_by_size: int = 0  # of `files`: there was nothing else to compare
+    files_by_size: int = 0  # of `files`: nothing but the size could be compared
     wrong_files: int = 0
     unproven_files: int = 0
     left_files: int = 0
 
 
+def count_of_files(count: int) -> str:
+    """Return "1 file" or "1,234 files"."""
+    return f"{count:,} file{'' if count == 1 else 's'}"
+
+
 class Report:
-    """What the user sees: failures and notices on stderr, the summary on stdout."""
+    """Prints what the user sees: failures and notices on stderr, the summary on stdout."""
 
     NOTICES_OF_A_KIND = 3
-    # With more failures than fit on a screen, their reasons are counted at the end.
+    # Failures that do not fit on a screen are also counted by reason.
     FAILURES_ON_A_SCREEN, REASONS_MAX = 20, 5
 
     def __init__(self, options: Options, interruption: Interruption) -> None:
@@ -915,17 +898,17 @@ class Report:
         self.progress = Progress(interruption, is_shown=is_shown)
 
     def error(self, text: str) -> None:
-        """Say what is wrong with the run."""
+        """Print what is wrong with the run."""
         self._print(f"s3FileTransfer: {text}", "stderr")
 
     def notice(self, kind: str, path: str) -> None:
-        """Say that something at `path` is left out; many of a kind are counted, not listed."""
+        """Print that something at `path` is left out; without --verbose, the first of a kind."""
         self._notices[kind] += 1
         if self._options.verbose or self._notices[kind] <= self.NOTICES_OF_A_KIND:
             self._notify(f"{kind}: {shown(path)}")
 
     def end_of_notices(self) -> None:
-        """Say how many notices were not listed."""
+        """Print how many notices of each kind were left out."""
         for kind, count in self._notices.items():
             if not self._options.verbose and count > self.NOTICES_OF_A_KIND:
                 more = f"{count - self.NOTICES_OF_A_KIND:,} more"
@@ -935,12 +918,17 @@ class Report:
         if not self._options.quiet:
             self._print(f"notice: {text}", "stderr")
 
+    def detail(self, text: str) -> None:
+        """Print what only --verbose shows."""
+        if self._options.verbose:
+            self._print(text, "stderr")
+
     def doing(self, text: str) -> None:
         """Show on the progress line what the run is doing."""
         self.progress.draw([(0, text)])
 
     def draw_progress(self, *, is_stopping: bool) -> None:
-        """Show how far the run is, if it is time."""
+        """Show on the progress line how far the run is."""
         if is_stopping:
             seconds = f"{SIGNAL_GRACE_SECONDS} seconds"
             self.progress.draw([(0, "stopping"), (1, f"what is under way has {seconds}")])
@@ -948,32 +936,26 @@ class Report:
             self.progress.draw_run(self.files, self.bytes, failed_files=self.failed_files)
 
     def failed(self, entry: Entry) -> None:
-        """Say that an entry was not uploaded, and why."""
+        """Count a file that was not sent, and print why."""
         self.failed_files += 1
         self._reasons[entry.error or ""] += 1
-        self.progress.failed(entry)
+        self.progress.failed(entry.size or 0)
         self._print(f"failed: {shown(entry.filepath)}: {entry.error}", "stderr")
 
     def unchanged(self, entry: Entry) -> None:
-        """Count a file that is in the bucket as it is here."""
+        """Count a file that the bucket has already."""
         self._unchanged_files += 1
-        self.progress.unchanged(entry)
-
-    def detail(self, text: str) -> None:
-        """Say what is of interest to who wants to know all."""
-        if self._options.verbose:
-            self._print(text, "stderr")
+        self.progress.unchanged(entry.size or 0)
 
     def gone(self, entry: Entry) -> None:
-        """Count a file that the last state has and the folder no longer."""
+        """Count a file of the last state that the folder no longer has."""
         self._gone_files += 1
         self.detail(f"gone: {shown(entry.filepath)}")
 
     def uploaded(self, entry: Entry, seconds: float = 0.0) -> None:
-        """Count an uploaded file (or one that a run without --dryrun would send), and list it."""
+        """Count a file that was sent, or with --dryrun would be, and list it."""
         self.files += 1
         self.bytes += entry.size or 0
-        self.progress.ended(entry)
         if not (self._options.dryrun or self._options.verbose):
             return
         size = human_size(entry.size or 0)
@@ -984,47 +966,47 @@ class Report:
             self._print(f"uploaded: {line}, {seconds:.1f} s)", "stderr")
 
     def url(self, key: str) -> str:
-        """Return what to call an object, or with an empty key the bucket."""
+        """Return the printable URL of an object, or with an empty key that of the bucket."""
         return shown(f"s3://{self._options.bucketname}/{key}")
 
     def summary(self, state_path: str, *, left: int = 0) -> None:
-        """Say on stdout how the run went; `left` files were neither sent nor failed."""
+        """Print how the run went; `left` files were neither sent nor failed."""
+        self._print_reasons()
+        seconds = time.monotonic() - self._started
+        what = f"{count_of_files(self.files)}, {human_size(self.bytes)}"
+        counts = [f"{self.failed_files:,} failed"]
+        if self._options.skip_unchanged or self._unchanged_files:
+            counts.insert(0, f"{self._unchanged_files:,} unchanged")
+        if left:
+            counts.append(f"{left:,} not yet sent")
+        if self._gone_files:
+            counts.append(f"{self._gone_files:,} gone since the last run")
+        if self._options.dryrun:
+            self._say(f"dry run: would send {what}; {', '.join(counts)}")
+            return
+        bytes_a_second = human_size(self.bytes / max(seconds, 0.001))
+        where = f"{self.url(self._options.prefix)} in {seconds:.1f} s ({bytes_a_second}/s)"
+        self._say(f"sent {what} to {where}; {', '.join(counts)}; state: {shown(state_path)}")
+
+    def _print_reasons(self) -> None:
         if self.failed_files > self.FAILURES_ON_A_SCREEN:
             for why, count in self._reasons.most_common(self.REASONS_MAX):
-                if count == 1:
-                    break
-                self._print(f"{count:,} of the {self.failed_files:,} failures: {why}", "stderr")
-        if self._options.quiet:
-            return
-        seconds = time.monotonic() - self._started
-        what = f"{self.files:,} file{'' if self.files == 1 else 's'}, {human_size(self.bytes)}"
-        failed = f"{self.failed_files:,} failed" + (f", {left:,} not yet sent" if left else "")
-        if self._options.skip_unchanged or self._unchanged_files:
-            failed = f"{self._unchanged_files:,} unchanged, {failed}"
-        if self._gone_files:
-            failed += f", {self._gone_files:,} gone since the last run"
-        text = f"dry run: would send {what}; {failed}"
-        if not self._options.dryrun:
-            bytes_a_second = human_size(self.bytes / max(seconds, 0.001))
-            where = f"{self.url(self._options.prefix)} in {seconds:.1f} s ({bytes_a_second}/s)"
-            text = f"sent {what} to {where}; {failed}; state: {shown(state_path)}"
-        self._print(text, "stdout")
+                if count > 1:
+                    self._print(f"{count:,} of the {self.failed_files:,} failures: {why}", "stderr")
 
     def interrupted(self, *, is_saved: bool) -> None:
-        """Say that a signal has ended the run, and what is to be done."""
+        """Print that a signal has ended the run, and how to send the rest."""
         saved = "the state is saved" if is_saved else "the state could not be saved"
         self.error(f"interrupted; {saved}, send the rest with --crashrun 1")
 
     def wrong(self, kind: str, where: str, why: str | None) -> None:
-        """Say that something is not what the state says of it."""
+        """Count and print what differs from the state, and how."""
         self.failed_files += 1
         self._print(": ".join(filter(None, (kind, where, why))), "stdout")
 
     def verified(self, where: str, state_path: str, verdict: Verdict) -> None:
-        """Say on stdout how a comparison with the state ended."""
-        if self._options.quiet:
-            return
-        right = f"{verdict.files:,} file{'' if verdict.files == 1 else 's'} right"
+        """Print how a comparison with the state went."""
+        right = f"{count_of_files(verdict.files)} right"
         if verdict.files_by_size:
             right += f" ({verdict.files_by_size:,} of them by size alone)"
         wrong = f"{verdict.wrong_files:,} wrong"
@@ -1032,12 +1014,16 @@ class Report:
             wrong += f", {verdict.unproven_files:,} unproven"
         found = f"{right}, {human_size(verdict.bytes)}; {wrong}"
         text = f"verified in {where}: {found}, {verdict.left_files:,} not yet sent"
-        self._print(f"{text}; state: {shown(state_path)}", "stdout")
+        self._say(f"{text}; state: {shown(state_path)}")
 
     def check_list(self) -> None:
-        """Raise StopRun if what the run was to list on stdout could not be written."""
+        """Raise StopRun if the list on stdout could not be written."""
         if why := self._lost_list or self._interruption.write("stdout"):
             raise StopRun(f"cannot write to stdout, so the list is lost: {why}")
+
+    def _say(self, summary: str) -> None:
+        if not self._options.quiet:
+            self._print(summary, "stdout")
 
     def _print(self, text: str, name: str) -> None:
         self.progress.clear()
@@ -2957,14 +2943,12 @@ class Pending:
 
     files: int = 0
     bytes: int = 0
-    small_files: int = 0  # of `files`
     lane_files: int = 0
 
     def add(self, size_bytes: int, way: Way) -> None:
         """Count a file."""
         self.files += 1
         self.bytes += size_bytes
-        self.small_files += size_bytes < MIB
         self.lane_files += way is Way.LANE
 
 
@@ -4663,7 +4647,7 @@ class Transfer:
         What is under way then has a few seconds to end.
         """
         pending = self._plan.pending
-        self._report.progress.begin(pending.files, pending.bytes, small_files=pending.small_files)
+        self._report.progress.begin(pending.files, pending.bytes)
         stop_at = math.inf
         while time.monotonic() < stop_at:
             is_stopping = bool(self._interruption.signum or self.stop_message)
