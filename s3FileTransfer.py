@@ -29,29 +29,33 @@ exit codes:
   143  ended by SIGTERM or SIGHUP; the state is saved
 """
 
-# The sections of this file; each uses only what stands above it:
+# The sections of this file; each uses only the sections above it:
 #
 #   limits      S3's limits, and the defaults of the options
 #   vocabulary  options, entries, tasks, results, errors
 #   arguments   the command line
-#   terminal    signals, the progress line, what is printed
-#   state       the state file, its lock, and whose it is
-#   plan        the walk: which files, and their keys
-#   S3          the client, what its errors mean, the one retry loop
-#   bucket      find it, create it, compare it with the state
-#   one file    read, hash, send and prove it: the reliable way
-#   parts       the same for a large file, in parts that a later run can go on with
+#   terminal    signals, the progress line, messages
+#   state       the state file, its journal and lock, and whose it is
+#   S3          the client, credentials, the meaning of errors, the one retry loop
+#   bucket      find, create and list the bucket
+#   plan        walk, last state and listing, merged by key: what to send
+#   one file    read, hash, send and prove a file: the reliable way
+#   parts       the same for a large file, in parts that a later run can resume
 #   lanes       the fast way: processes that try each small file once
-#   transfer    hands out, records, saves
-#   commands    plan and back up, verify, dry run; main
+#   transfer    hands files out, records results, saves the state
+#   commands    back up, verify, dry run; main
 #
-# The way of a file:
+# How the data flows. No list of all files is ever in memory:
 #
-#   arguments > lock, state > bucket > walk > plan is saved > Transfer > last save, summary
-#                                                   small |      | all others, and what a
-#                                                         v      v lane hands back
-#                              lanes (processes, awscrt)       threads of this process, boto3
-#                              one try each                    put_object or S3Transfer, retries
+#   walk, by key ────┐
+#   last state ──────┼── March: the plan, which is the new state, a line a file
+#   bucket listing ──┘                       │ read line by line
+#                                            v
+#                    Transfer ── lanes (processes, awscrt), one try each ──┐
+#                        │  └─── threads, boto3: all other files, and ─────┤
+#                        │       what a lane hands back; retries, resume   │
+#                        └────── journal <─────────────────────────────────┘
+#                                   └─ merged into the state now and then, and at the end
 
 from __future__ import annotations
 
@@ -98,21 +102,13 @@ from typing import IO, TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, TypeV
 
 if TYPE_CHECKING:
     import boto3
-    import boto3.s3.transfer
-    import botocore.auth
-    import botocore.awsrequest
-    import botocore.config
-    import botocore.exceptions
-    import botocore.httpsession
-    import botocore.parsers
-    import botocore.session
-    import botocore.utils
-    import s3transfer.utils
+    import botocore
+    import s3transfer
     from botocore.awsrequest import AWSHTTPConnection
     from mypy_boto3_s3.client import S3Client
     from mypy_boto3_s3.type_defs import PartTypeDef
 else:
-    AWSHTTPConnection = object  # until boto3 is imported
+    AWSHTTPConnection = object  # boto3 is imported late, by `import_boto3`
 
 T = TypeVar("T")
 
@@ -130,16 +126,14 @@ PART_MIN_BYTES, PART_MAX_BYTES, PARTS_MAX = 5 * MIB, 5 * GIB, 10_000
 
 DEFAULT_REGION = "eu-west-1"
 DEFAULT_THRESHOLD_BYTES = 10**9
-# Small enough that a lost part costs little on a slow line, large enough that a
-# request's round trip does not show.
+# Small enough that a lost part costs little on a slow line, large enough to hide the
+# round trip of a request.
 DEFAULT_PART_BYTES = 16 * MIB
 
-THREADS_MAX = 64  # more only wait for the interpreter lock
-# For larger bodies the runtime of the lanes is no faster, and keeps a copy.
-LANE_FILE_MAX_BYTES = 256 * KIB
-LARGE_READ_BYTES = 256 * KIB  # of a body that is not in memory, at a time
-# What is under way when the run is told to stop has so long to end.
-SIGNAL_GRACE_SECONDS = 8
+THREADS_MAX = 64  # more would only wait for the interpreter lock
+LANE_FILE_MAX_BYTES = 256 * KIB  # for larger files awscrt is no faster, and copies them
+LARGE_READ_BYTES = 256 * KIB  # one read of a body that is not in memory
+SIGNAL_GRACE_SECONDS = 8  # for the requests under way when the run is told to stop
 
 
 # --- vocabulary -------------------------------------------------------------------
@@ -147,10 +141,10 @@ SIGNAL_GRACE_SECONDS = 8
 
 @dataclass(frozen=True)
 class Options:
-    """The command line; sizes and rates are in bytes. Never changed once it is read.
+    """The parsed command line; sizes and rates are in bytes.
 
-    An option is a field here and a line in `build_parser`, of the same name; what argparse
-    cannot tell of it is in `options_problem`.
+    Each option is a field here and an argument of the same name in `build_parser`; checks
+    beyond argparse are in `options_problem`.
     """
 
     backupfolder: str
@@ -182,25 +176,25 @@ class Options:
 
     @property
     def encryption(self) -> str | None:
-        """What was asked for, as one text: of an open upload S3 does not tell it."""
+        """The encryption asked for, as one text: S3 does not report that of an open upload."""
         return " ".join(filter(None, (self.sse, self.sse_kms_key_id))) or None
 
     @property
     def piece_bytes(self) -> int:
-        """How much is read or sent at once: so little that even many connections never rest."""
+        """How much to send at once: 0.1 s of the bandwidth, so that no connection idles long."""
         return min(LARGE_READ_BYTES, max(KIB, (self.max_bandwidth or TIB) // 10))
 
     @property
     def no_links_below(self) -> str | None:
-        """The folder below which no symbolic link is followed; None: all are."""
+        """The folder below which no symbolic link is followed, or None to follow all."""
         return None if self.follow_symlinks else self.backupfolder
 
     def is_multipart(self, size_bytes: int) -> bool:
-        """Decide how a file is sent: in parts, or else in one."""
+        """Return whether a file of this size is sent in parts."""
         return size_bytes >= self.multipart_threshold
 
     def object_parameters(self) -> dict[str, str]:
-        """Return the parameters of boto3 that all new objects of the run have in common."""
+        """Return the boto3 parameters that all new objects of the run share."""
         wanted = {
             "StorageClass": self.storage_class,
             "ServerSideEncryption": self.sse,
@@ -210,16 +204,16 @@ class Options:
 
 
 def part_size_for(size: int, wanted: int) -> int:
-    """Return the part size in bytes for a file: `wanted`, or what S3's limits make of it.
+    """Return the part size for a file, in bytes: `wanted`, adjusted to S3's limits.
 
-    To go on with an upload, or to compare its object, needs the same result again.
+    Resuming an upload and comparing its object rely on getting the same size again.
     """
     needed = -(-size // PARTS_MAX)
     return min(max(wanted, PART_MIN_BYTES, -(-needed // MIB) * MIB), PART_MAX_BYTES)
 
 
 def key_problem(key: str) -> str | None:
-    """Return why S3 cannot have `key`, or None when it can."""
+    """Return why S3 does not allow `key`, or None if it does."""
     if not key:
         return "its key is empty; it needs a name"
     try:
@@ -232,17 +226,35 @@ def key_problem(key: str) -> str | None:
 
 
 class Known(NamedTuple):
-    """What is known of the object that the bucket has under a key; the file had this ctime then."""
+    """What the state knows of an object in the bucket."""
 
     etag: str | None = None
-    ctime_ns: int | None = None
+    ctime_ns: int | None = None  # of the file when it was sent
     part_size: int | None = None
     sse: str | None = None
 
 
+READABLE_JSON = json.JSONEncoder(ensure_ascii=False)
+# The optional fields of Entry, in their order in the state file.
+OPTIONAL_FIELDS = {"bucket": str, "endpoint": str, "size": int, "mtime_ns": int, "ctime_ns": int}
+OPTIONAL_FIELDS |= {"etag": str, "shard": str, "error": str, "upload_id": str}
+OPTIONAL_FIELDS |= {"part_size": int, "sse": str}
+OPTIONAL_FIELDS |= {f"known_{name}": OPTIONAL_FIELDS[name] for name in Known._fields}
+
+
+def path_in_state(path: str) -> str:
+    """Return an entry's path as an absolute one; raise ValueError for what can be no path."""
+    if not path.isprintable():
+        os.fsencode(path)  # raises UnicodeEncodeError, a ValueError
+        if "\0" in path:
+            raise ValueError("an entry's filepath is not valid")
+    is_clean = path[0] == "/" and "//" not in path and "/." not in path
+    return path if is_clean else os.path.abspath(path)
+
+
 @dataclass(slots=True)
 class Entry:
-    """One line of the state file: a file (or an unreadable folder) and its object."""
+    """One line of the state file: a file (or a folder that cannot be read) and its object."""
 
     filepath: str
     filename: str
@@ -251,45 +263,44 @@ class Entry:
     endpoint: str | None = None  # see `endpoint_of`
     size: int | None = None
     mtime_ns: int | None = None
-    # 0: not to be relied on, since the file was written just before it was read.
-    ctime_ns: int | None = None
-    etag: str | None = None  # while it is pending: of what the bucket has under its key
+    ctime_ns: int | None = None  # 0 if it proves nothing: the file was written just before
+    etag: str | None = None  # of a pending entry: of the object now under its key
     shard: str | None = None
     error: str | None = None
     upload_id: str | None = None
     part_size: int | None = None
-    # Of an open upload: the encryption that was asked for. Of an object: the one that S3 told
-    # of, if its ETag is no MD5.
+    # The encryption: for an open upload, as asked for; for an object whose ETag is no MD5, as
+    # S3 reports it.
     sse: str | None = None
-    # While it is to be sent: what the last state knew of its object, when the file had this
-    # size and mtime. It counts until S3 has other bytes, or is seen to have.
+    # What the last state knew of the object (see `Known`), when the file had this size and
+    # mtime. Kept while the file is pending, until the object is replaced.
     known_etag: str | None = None
     known_ctime_ns: int | None = None
     known_part_size: int | None = None
     known_sse: str | None = None
 
-    line: str | None = None  # of the state file, as it was read
+    line: str | None = None  # the line of the state file that the entry was read from
 
     @property
     def known(self) -> Known:
-        """What is known of its object."""
-        # Version 1.1 knew of a pending entry no more than an ETag, with a ctime of 0.
+        """What the state knows of the object."""
+        # Version 1.1 recorded nothing but an ETag for a pending entry, and 0 as the ctime.
         if self.uploaded or (self.ctime_ns == 0 and not self.known_etag):
             return Known(self.etag, self.ctime_ns, self.part_size, self.sse)
         return Known(self.known_etag, self.known_ctime_ns, self.known_part_size, self.known_sse)
 
     def keep(self, known: Known) -> None:
-        """Keep what is known of its object while it is to be sent; `Known()` forgets it."""
+        """Record what is known of the object while the file is pending; `Known()` forgets it."""
         self.known_etag, self.known_ctime_ns, self.known_part_size, self.known_sse = known
 
     @property
     def is_pending(self) -> bool:
-        """Whether the entry is to be sent."""
+        """Whether the file is to be sent."""
         return not (self.uploaded or self.error)
 
     @classmethod
-    def from_json(cls, fields: dict[str, Any], line: str | None = None) -> Entry:
-        """Return the entry that a JSON object of a state file is; raise ValueError if none."""
+    def from_json(cls, fields: dict[str, object], line: str | None = None) -> Entry:
+        """Return the entry of a JSON object of the state file, or raise ValueError."""
         get = fields.get
         path, key, done = get("filepath"), get("filename"), get("uploadedSuccess")
         if not (type(path) is str and path and type(key) is str and done in (0, 1)):
@@ -297,53 +308,40 @@ class Entry:
         for name, value in fields.items():
             if value is not None and type(value) is not OPTIONAL_FIELDS.get(name, type(value)):
                 raise ValueError(f"an entry's {name} is not valid")
-        if "\0" in path or not path.isprintable():
-            os.fsencode(path)  # raises UnicodeEncodeError for what can be no path
-            if "\0" in path:
-                raise ValueError("an entry's filepath is not valid")
-        if path[0] != "/" or "//" in path or "/." in path:
-            path = os.path.abspath(path)
-        if done and not (key.isascii() and 0 < len(key) <= KEY_MAX_BYTES) and key_problem(key):
-            raise ValueError("an uploaded entry's filename can be no key")
-        entry = cls(path, key, done == 1, *map(get, OPTIONAL_FIELDS), line)  # type: ignore[call-arg]
-        if done:
+        path, rest = path_in_state(path), map(get, OPTIONAL_FIELDS)
+        entry = cls(path, key, done == 1, *rest, line)  # type: ignore[arg-type, call-arg]
+        if entry.uploaded:
             entry.error = None
+            if key_problem(key):
+                raise ValueError("an uploaded entry's filename can be no key")
         return entry
 
     def to_json(self) -> str:
         """Return the entry as one line of JSON, the three original fields first."""
         path, key = READABLE_JSON.encode(self.filepath), READABLE_JSON.encode(self.filename)
         text = f'{{"filepath": {path}, "uploadedSuccess": {self.uploaded:d}, "filename": {key}'
-        # Put together here: the encoder takes three times as long for a dict.
+        # Encoding a dict would take three times as long.
         for name, kind in OPTIONAL_FIELDS.items():
             if (value := getattr(self, name)) is not None:
                 in_json = READABLE_JSON.encode(value) if kind is str else value
                 text += f', "{name}": {in_json}'
         text += "}"
-        # A name that is no valid UTF-8 (here it has lone surrogates) survives as escapes.
+        # A name that is not valid UTF-8 has lone surrogates, which are saved as escapes.
         return text if text.isprintable() else json.dumps(json.loads(text))
 
 
-READABLE_JSON = json.JSONEncoder(ensure_ascii=False)
-# Of Entry, in the order in which the state file has them.
-OPTIONAL_FIELDS = {"bucket": str, "endpoint": str, "size": int, "mtime_ns": int, "ctime_ns": int}
-OPTIONAL_FIELDS |= {"etag": str, "shard": str, "error": str, "upload_id": str}
-OPTIONAL_FIELDS |= {"part_size": int, "sse": str}
-OPTIONAL_FIELDS |= {f"known_{name}": OPTIONAL_FIELDS[name] for name in Known._fields}
-
-
 class Way(enum.IntEnum):
-    """How a file is sent; those that come first are handed out first."""
+    """How a file is sent; the first ways are handed out first."""
 
-    NONE = 0  # it is not to be sent
+    NONE = 0  # not at all
     LANE = 1  # by a lane, which tries it once
     THREAD = 2  # in one part, by a thread of this process
     PARTS = 3  # in parts, by a thread of this process and those of S3Transfer
-    SAMPLE = 4  # as it is, but before others: to see whether what these meet is met by all
+    SAMPLE = 4  # ahead of its turn, to see whether every file fails
 
 
 class Task(NamedTuple):
-    """One file to send: what threads and lanes get to see of its entry."""
+    """One file to send, as threads and lanes see it."""
 
     entry_index: int  # the number of its line in the state file
     filepath: str
@@ -351,10 +349,10 @@ class Task(NamedTuple):
     size: int
     upload_id: str | None = None
     part_size: int | None = None
-    etag: str | None = None  # what the bucket has; the file is sent only if it has another
-    tries: int = 1  # of the whole file, this one among them
+    etag: str | None = None  # of the object in the bucket: the same bytes are not sent again
+    tries: int = 1  # of the whole file, including this one
     was_in_lane: bool = False
-    # MD5 and ETag of what S3 has taken from a lane, if it is only to be looked at.
+    # MD5 and ETag of a put that a lane has made and could not prove.
     accepted: tuple[str | None, str | None] = (None, None)
 
 
@@ -372,9 +370,9 @@ class Outcome(enum.Enum):
 
 @dataclass(slots=True)
 class Result:
-    """What became of a task; `upload_id` is that of a multipart upload that is still open.
+    """What became of a task; the fields of the object are those of `Entry`.
 
-    The other fields of the object are as in `Entry`.
+    `upload_id` is set while a multipart upload is open.
     """
 
     outcome: Outcome = Outcome.FAILED
@@ -385,14 +383,14 @@ class Result:
     sse: str | None = None
     error: str | None = None
     notice: str | None = None
-    is_said_by_server: bool = False  # or by no answer, rather than by the file itself
+    is_said_by_server: bool = False  # the error comes from the server, or from its silence
     upload_id: str | None = None
     part_size: int | None = None
     seconds: float = 0.0
 
 
 class Trouble(enum.Enum):
-    """Which files an error is of, and whether to try again may help."""
+    """Which files an error affects, and whether trying again may help."""
 
     NO_ANSWER = "passing: the network, or the server is away"
     UNAVAILABLE = "passing: the server has too much to do"
@@ -404,15 +402,15 @@ class Trouble(enum.Enum):
 
 
 class StopRun(Exception):
-    """The run cannot start or cannot go on; the text is for the user (exit code 2)."""
+    """The run cannot start or has to stop (exit code 2); the text is for the user."""
 
 
 class Stopped(Exception):
-    """The run is being stopped, by a signal or by trouble that another file met."""
+    """The run is being stopped, by a signal or because no file can be sent."""
 
 
 class NoAnswer(Exception):
-    """The very first request takes too long."""
+    """The first request takes too long."""
 
 
 class UploadError(Exception):
@@ -424,7 +422,7 @@ class UploadError(Exception):
 
 
 class FileChanged(UploadError):
-    """The file changed while it was read or sent."""
+    """A file changed while it was read or sent."""
 
     def __init__(self) -> None:
         super().__init__("it changed while it was sent; stop its writer or back up a snapshot")
@@ -434,45 +432,47 @@ class DigestMismatch(Exception):
     """S3's answer does not prove that the object holds the bytes that were read."""
 
 
-def reason(error: OSError) -> str:
-    """Return the operating system's words for `error`, without path and number."""
+def reason(error: OSError | UploadError) -> str:
+    """Return the text of `error`; of an OSError without its path and number."""
+    if isinstance(error, UploadError):
+        return str(error)
     return (error.strerror or str(error) or type(error).__name__).lower()
 
 
-# What to do about a path that cannot be read; for all other reasons, to check the disk.
-ADVICE = dict.fromkeys((errno.EACCES, errno.EPERM), "check its permissions")
-ADVICE |= dict.fromkeys((errno.EMFILE, errno.ENFILE), "raise the limit of open files (ulimit -n)")
-ADVICE |= {errno.ENAMETOOLONG: "shorten its path", errno.ELOOP: "mend its link"}
-ADVICE |= {errno.EAGAIN: "close it in the program that has a lease on it"}
 NOT_THERE = (FileNotFoundError, NotADirectoryError)
+READ_ADVICE = {
+    errno.EACCES: "check its permissions",
+    errno.EPERM: "check its permissions",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENAMETOOLONG: "shorten its path",
+    errno.ELOOP: "mend its link",
+    errno.EAGAIN: "close it in the program that has a lease on it",
+}
 
 
 def read_error(error: OSError | UploadError) -> UploadError:
-    """Return what to say of a file or folder that cannot be read."""
+    """Return the error, with advice, for a file or folder that cannot be read."""
     if isinstance(error, UploadError):
         return error
-    what, advice = "cannot read it", ADVICE.get(error.errno or 0, "check the disk")
+    what, advice = "cannot read it", READ_ADVICE.get(error.errno or 0, "check the disk")
     if isinstance(error, NOT_THERE):
         what, advice = "it has vanished", "restore it; a run without --crashrun forgets it"
     return UploadError(f"{what}: {reason(error)}; {advice}")
 
 
-TEXT_MAX = 1000  # characters of what others say
+TEXT_MAX = 1000  # characters of a text from elsewhere
 
 
 def shown(text: str) -> str:
-    """Return `text` fit for one line of a terminal or a log: control characters escaped."""
-    if text.isprintable():
-        return text
+    """Return `text` as printable text on one line, with control characters escaped."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def one_line(error: object) -> str:
-    """Return the text of `error` as one printable line, without full stop and passwords.
-
-    A server may say what it wants, so it is cut before it is looked at, and again for the state.
-    """
-    # That no user or password ends elsewhere is for `check_address`.
+    """Return the text of `error` as one printable line of bounded length, without passwords."""
+    # Cut first, since a server may send any length. An address whose password this does not
+    # find is refused by `check_address`.
     text = re.sub(r"(?<=//)[^\s/?#]*@", "", str(error)[: 10 * TEXT_MAX])
     text = shown(" ".join(text.split())).rstrip(".") or type(error).__name__
     return text if len(text) <= TEXT_MAX else f"{text[:TEXT_MAX]}…"
@@ -485,10 +485,10 @@ UNITS |= {"KI": KIB, "MI": MIB, "GI": GIB, "TI": TIB}
 BUCKET_NAME_RULES = "3 to 63 lower-case letters, digits, dots and hyphens"
 
 
-def size_bytes(
+def size_between(
     low: int, high: int, limits: str, *, like: str = "a size such as 64MiB or 1GB"
 ) -> Callable[[str], int]:
-    """Return an argparse type for a size of `low` to `high` bytes: 500, 64MiB, 1GB, 1.5G."""
+    """Return an argparse type for sizes of `low` to `high` bytes: 500, 64MiB, 1GB, 1.5G."""
 
     def parse(text: str) -> int:
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?|[KMGT]I)B?", text.strip().upper())
@@ -502,14 +502,14 @@ def size_bytes(
 
 
 def rate(text: str) -> int:
-    """Return the bytes a second that `text` is: 10MB/s, 500kB (an argparse type)."""
-    # At lower rates many connections would be idle for so long that servers close them.
-    parse = size_bytes(10_000, TIB, "10kB/s to 1TiB/s", like="a rate such as 10MB/s")
-    return parse(re.sub(r"/s$", "", text.strip()))
+    """Return a rate such as 10MB/s or 500kB in bytes a second (an argparse type)."""
+    # At lower rates, servers would close the many connections as idle.
+    parse = size_between(10_000, TIB, "10kB/s to 1TiB/s", like="a rate such as 10MB/s")
+    return parse(text.strip().removesuffix("/s"))
 
 
 def shard_name(text: str) -> str:
-    """Return `text` if it is I/N, a part of the folder (an argparse type)."""
+    """Return `text` if it names a shard, I/N (an argparse type)."""
     match = re.fullmatch(r"([1-9][0-9]{0,4})/([1-9][0-9]{0,4})", text)
     if not match or int(match[1]) > int(match[2]):
         raise ArgumentTypeError(f"{text!r} is not I/N with I from 1 to N, such as 1/4")
@@ -517,14 +517,14 @@ def shard_name(text: str) -> str:
 
 
 def positive(text: str) -> int:
-    """Return the whole number of 1 or more that `text` is (an argparse type)."""
+    """Return a whole number from 1 to 9999 (an argparse type)."""
     if not re.fullmatch(r"[1-9][0-9]{0,3}", text):
         raise ArgumentTypeError(f"{text!r} is not a whole number from 1 to 9999")
     return int(text)
 
 
 def bucket_name(text: str) -> str:
-    """Return `text` if it can be a bucket's name (some have one that S3 no longer creates)."""
+    """Return `text` if a bucket can have that name; old ones break today's rules."""
     if not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9._-]{1,254}|arn:[\w:/.+=,@-]+", text):
         raise ArgumentTypeError(f"{text!r} is not a bucket name, which has {BUCKET_NAME_RULES}")
     if text.endswith("--x-s3"):
@@ -534,7 +534,7 @@ def bucket_name(text: str) -> str:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of the command line; its help has the module's docstring."""
+    """Return the parser of the command line; its help includes the module's docstring."""
     summary, _, details = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(
         usage="%(prog)s --bucketname NAME --backupfolder DIR [options]",
@@ -542,8 +542,9 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="examples:\n" + details,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
-        add_help=False,  # among the other options it would come first
+        add_help=False,  # argparse would put it first
     )
+    # A table: one option in at most two lines.
     # fmt: off
     add = parser.add_argument_group("most used").add_argument
     add("--bucketname", metavar="NAME", required=True, type=bucket_name,
@@ -583,10 +584,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--preferred-transfer-client", choices=["auto", "classic", "crt"], default="auto",
         help="HTTP of small files: classic (boto3's), crt (AWS Common Runtime) or auto")
     add("--multipart-threshold", metavar="SIZE", default=DEFAULT_THRESHOLD_BYTES,
-        type=size_bytes(1, PUT_MAX_BYTES, "S3 takes up to 5GiB in one part"),
+        type=size_between(1, PUT_MAX_BYTES, "S3 takes up to 5GiB in one part"),
         help="files of this size and more go in parts (default: 1GB)")
     add("--multipart-chunksize", metavar="SIZE", default=DEFAULT_PART_BYTES,
-        type=size_bytes(PART_MIN_BYTES, PART_MAX_BYTES, "S3 takes parts of 5MiB to 5GiB"),
+        type=size_between(PART_MIN_BYTES, PART_MAX_BYTES, "S3 takes parts of 5MiB to 5GiB"),
         help="size of a part (default: 16MiB, more where needed)")
     add = parser.add_argument_group("output").add_argument
     add("--quiet", action="store_true", help="failures only")
@@ -600,28 +601,36 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def options_problem(options: Options) -> str | None:
-    """Return what is wrong with the options that argparse cannot tell, or None."""
+def value_problem(options: Options) -> str | None:
+    """Return which option has a value that cannot be used, or None."""
     for name, value in vars(options).items():
         # An unset variable of a shell script: what it should guard would not be guarded.
         if name != "prefix" and "" in (value if isinstance(value, list) else [value]):
             return f"--{name.replace('_', '-')} is empty"
-    if options.sse_kms_key_id and not (options.sse or "").startswith("aws:kms"):
-        return "--sse-kms-key-id needs --sse aws:kms"
-    if options.verify and (options.crashrun or options.dryrun or options.skip_unchanged):
-        return "--verify sends nothing: leave out --crashrun, --dryrun, --skip-unchanged"
-    if problem := key_problem(options.prefix + "name"):
-        return f"--prefix {shown(options.prefix)}: {problem}"
-    if options.storage_class and not re.fullmatch(r"[A-Za-z0-9_-]+", options.storage_class):
-        return f"--storage-class {shown(options.storage_class)} is no name of a class"
+    storage_class = options.storage_class or "STANDARD"
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", storage_class):
+        return f"--storage-class {shown(storage_class)} is no name of a class"
     for name in ("sse_kms_key_id", "expected_bucket_owner"):
         if not re.fullmatch(r"[!-~]+", getattr(options, name) or "none"):
             return f"--{name.replace('_', '-')} has white space or other odd characters"
     return None
 
 
+def options_problem(options: Options) -> str | None:
+    """Return what is wrong with the options beyond what argparse checks, or None."""
+    if problem := value_problem(options):
+        return problem
+    if options.sse_kms_key_id and not (options.sse or "").startswith("aws:kms"):
+        return "--sse-kms-key-id needs --sse aws:kms"
+    if options.verify and (options.crashrun or options.dryrun or options.skip_unchanged):
+        return "--verify sends nothing: leave out --crashrun, --dryrun, --skip-unchanged"
+    if problem := key_problem(options.prefix + "name"):
+        return f"--prefix {shown(options.prefix)}: {problem}"
+    return None
+
+
 def parse_arguments(argv: list[str] | None) -> Options:
-    """Return the parsed command line, or raise SystemExit (2) after a sentence on stderr."""
+    """Return the parsed command line, or exit with 2 after a message on stderr."""
     parser = build_parser()
     options = Options(**vars(parser.parse_args(argv)))
     if problem := options_problem(options):
@@ -3403,11 +3412,6 @@ class Bandwidth:
         return starts_at - now
 
 
-def why_unreadable(error: OSError | UploadError) -> str:
-    """Return why a file could not be read, in a few words."""
-    return reason(error) if isinstance(error, OSError) else str(error)
-
-
 class LargeReads:
     """A body of `size` bytes for boto3 that is read in large pieces, or as bandwidth allows.
 
@@ -5066,7 +5070,7 @@ class BucketCheck:
             # Only a comparison with the local file takes long.
             why = compare() if entry.etag else self._run.interruption.wait_for(compare)
         except (OSError, UploadError) as error:
-            return "unproven", f"it cannot be compared with the file: {why_unreadable(error)}"
+            return "unproven", f"it cannot be compared with the file: {reason(error)}"
         return "wrong" if why else "", why
 
 
@@ -5165,7 +5169,7 @@ class FolderCheck:
         except NOT_THERE:
             return "missing", ""
         except (OSError, UploadError) as error:
-            return "unproven", f"cannot read it: {why_unreadable(error)}"
+            return "unproven", f"cannot read it: {reason(error)}"
 
     def _compare_open(self, entry: Entry, source: SourceFile) -> tuple[str, str]:
         if entry.size not in (None, source.size):
