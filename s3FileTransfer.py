@@ -133,7 +133,8 @@ DEFAULT_PART_BYTES = 16 * MIB
 THREADS_MAX = 64  # more would only wait for the interpreter lock
 LANE_FILE_MAX_BYTES = 256 * KIB  # for larger files awscrt is no faster, and copies them
 LARGE_READ_BYTES = 256 * KIB  # one read of a body that is not in memory
-SIGNAL_GRACE_SECONDS = 8  # for the requests under way when the run is told to stop
+# For the requests that are under way when the run is told to stop.
+SIGNAL_GRACE_SECONDS = 8
 
 
 # --- vocabulary -------------------------------------------------------------------
@@ -1738,9 +1739,60 @@ class LastState:
 # --- S3 ---------------------------------------------------------------------------
 
 
+class ConnectionInTime(AWSHTTPConnection):
+    """Mixed into botocore's connections: ends a request that takes too long.
+
+    No socket timeout does that while single bytes trickle in.
+    """
+
+    ANSWER_SECONDS = 120
+    # S3 may take minutes to put many parts together, and sends spaces meanwhile; others do not.
+    COMPLETE_SECONDS = 900
+    STALL_SECONDS, PIECE_BYTES = 60, 256 * KIB  # of a send
+    SLOWEST_RATE = 100  # bytes a second; many requests may share a slow line
+    _ends_at: ClassVar[dict[ConnectionInTime, float]] = {}
+
+    def request(self, method: str, url: str, *args: Any, **more: Any) -> Any:
+        """Send a request."""
+        size = int((more.get("headers") or {}).get("Content-Length") or 0)
+        self._ends_at[self] = time.monotonic() + self.ANSWER_SECONDS + size / self.SLOWEST_RATE
+        self._is_complete = method == "POST" and "uploadId=" in url
+        return super().request(method, url, *args, **more)
+
+    def send(self, data: Any) -> None:
+        """Send in pieces, each with the timeout of a stall."""
+        if self.sock:  # it still has the shorter timeout of connecting
+            self.sock.settimeout(self.STALL_SECONDS)
+        view: Any = memoryview(data if isinstance(data, bytes) else b"")
+        for start in range(0, len(view), self.PIECE_BYTES):
+            super().send(view[start : start + self.PIECE_BYTES])
+        if not view:  # a file, which older versions of urllib3 read in pieces
+            super().send(data)
+
+    def getresponse(self) -> Any:
+        """Return the answer, of which only the head has been read."""
+        seconds = self.ANSWER_SECONDS
+        if self._is_complete:
+            seconds = self.timeout = self.COMPLETE_SECONDS
+            self.sock.settimeout(seconds)
+        self._ends_at[self] = time.monotonic() + seconds
+        return super().getresponse()
+
+    @classmethod
+    def watch(cls) -> None:
+        """End late requests for ever; runs in a thread of its own."""
+        while True:
+            time.sleep(1)
+            for connection, ends_at in cls._ends_at.copy().items():
+                if time.monotonic() > ends_at:
+                    cls._ends_at.pop(connection, None)
+                    with contextlib.suppress(AttributeError, OSError):  # it is closed
+                        connection.sock.settimeout(0.001)  # for its next byte
+
+
 @functools.cache
 def import_boto3() -> None:
-    """Import boto3 for the functions below; it takes most of a second, so not for --help."""
+    """Import boto3, which takes most of a second, so --help and --dryrun do without."""
     global boto3, botocore, s3transfer  # noqa: PLW0603
     try:
         import boto3
@@ -1766,76 +1818,23 @@ def import_boto3() -> None:
     Threads(1).submit(ConnectionInTime.watch)
 
 
-class ConnectionInTime(AWSHTTPConnection):
-    """Ends a request that takes too long: no timeout of a socket does, while bytes trickle.
-
-    Stands before botocore's connections in the order of their classes.
-    """
-
-    ANSWER_SECONDS = 120
-    # S3 takes minutes to put many parts together, and sends spaces meanwhile; others send nothing.
-    COMPLETE_SECONDS = 900
-    STALL_SECONDS, PIECE_BYTES = 60, 256 * KIB  # of what is sent
-    SLOWEST_RATE = 100  # bytes a second; many requests may share a slow line
-    _ends_at: ClassVar[dict[ConnectionInTime, float]] = {}
-
-    def request(self, *args: Any, **more: Any) -> Any:
-        """Send a request: its method, and its path with the query."""
-        size = int((more.get("headers") or {}).get("Content-Length") or 0)
-        self._ends_at[self] = time.monotonic() + self.ANSWER_SECONDS + size / self.SLOWEST_RATE
-        self._is_complete = args[0] == "POST" and "uploadId=" in args[1]
-        return super().request(*args, **more)
-
-    def send(self, data: Any) -> None:
-        """Send a piece after the other: a timeout is one of a whole call."""
-        if self.sock:  # which has the shorter timeout of its connecting
-            self.sock.settimeout(self.STALL_SECONDS)
-        view: Any = memoryview(data if isinstance(data, bytes) else b"")
-        for start in range(0, len(view), self.PIECE_BYTES):
-            super().send(view[start : start + self.PIECE_BYTES])
-        if not view:  # a file, which an older urllib3 reads in pieces
-            super().send(data)
-
-    def getresponse(self) -> Any:
-        """Return the answer, of which only the head is read."""
-        seconds = self.ANSWER_SECONDS
-        if self._is_complete:
-            seconds = self.timeout = self.COMPLETE_SECONDS
-            self.sock.settimeout(seconds)
-        self._ends_at[self] = time.monotonic() + seconds
-        return super().getresponse()
-
-    @classmethod
-    def watch(cls) -> None:
-        """End what is late, in a thread of its own."""
-        never = threading.Event()
-        while not never.wait(1):
-            for connection, ends_at in cls._ends_at.copy().items():
-                if time.monotonic() > ends_at:
-                    cls._ends_at.pop(connection, None)
-                    with contextlib.suppress(AttributeError, OSError):  # it is closed
-                        connection.sock.settimeout(0.001)  # from its next byte on
-
-
 class Concurrency:
-    """How much may be under way at once: what the user wants, as far as open files allow.
+    """How much may be under way at once: as much as the user wants and open files allow.
 
     A request has two files open: what it sends, and its connection.
     """
 
     def __init__(self, options: Options, *, files_max: int) -> None:
         wanted, room = options.max_concurrency, max(files_max - 60, 8)
-        self.requests = wanted  # of all files; None: no bound but those below
-        # For files that are sent in one part, without a lane.
+        self.requests = wanted  # of all files together, or None
+        # Threads for files that are sent in one part, without a lane.
         self.threads = max(1, min(wanted or 24, THREADS_MAX, room // 4))
-        # For each file that is sent in parts.
-        self.part_threads = max(1, min(wanted or 8, THREADS_MAX, room // 8))
+        self.part_threads = max(1, min(wanted or 8, THREADS_MAX, room // 8))  # of each large file
         self.lane_requests = max(1, min(wanted or 256, 256, room // 2))  # of each lane
 
 
-# What boto3 makes of an answer of S3, or takes as the parameters of a request.
-Answer = Mapping[str, Any]
-Parameters = dict[str, Any]
+Answer = Mapping[str, Any]  # of S3, as boto3 returns it
+Parameters = dict[str, Any]  # of a request of boto3
 
 
 def request_errors() -> tuple[type[Exception], ...]:
@@ -1852,7 +1851,7 @@ INSTALL_RUNTIME = "awscrt is missing, old or disabled; run: python3 -m pip insta
 
 
 def configuration_error(error: Exception) -> StopRun:
-    """Return what to say when boto3 refuses what it is configured to do."""
+    """Return the error, with advice, for a configuration that boto3 refuses."""
     advice, why = "; check profile, credentials and endpoint", one_line(error)
     if isinstance(error, botocore.exceptions.NoCredentialsError):
         advice = "; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or run: aws configure"
@@ -1860,15 +1859,15 @@ def configuration_error(error: Exception) -> StopRun:
         why, advice = "this needs more than boto3", f"; {INSTALL_RUNTIME}"
     elif re.match(r"Invalid endpoint: (?!https?://)", why):
         why, advice = re.sub(r": .*@", ": ", why), "; it needs http:// or https://"
-    elif re.search(r"aws (sso )?login", why):  # it says itself what to do
+    elif re.search(r"aws (sso )?login", why):  # boto3 gives the advice
         advice = ""
     elif not isinstance(error, request_errors()):
-        why = why.partition(":")[0]  # what follows may be an address that no parser can read
+        why = why.partition(":")[0]  # the rest may be an address with a password
     return StopRun(f"cannot use S3: {why}{advice}")
 
 
 def answer_of_source(ask: Callable[[], T]) -> T:
-    """Return what `ask` returns; botocore ends in any error when a source of credentials errs."""
+    """Return what `ask` returns; a source of credentials may make botocore raise any error."""
     try:
         return ask()
     except (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError):
@@ -1880,7 +1879,7 @@ def answer_of_source(ask: Callable[[], T]) -> T:
 
 
 class Credentials(NamedTuple):
-    """Credentials as a request is signed with them."""
+    """The credentials that a request is signed with."""
 
     access_key: str
     secret_key: str
@@ -1888,37 +1887,37 @@ class Credentials(NamedTuple):
 
 
 class CredentialSource:
-    """The credentials of a run, and where they come from: to botocore a provider of itself.
+    """Where the credentials of a run come from, in the place of botocore's own providers.
 
-    botocore renews what it knows to expire. Others may be renewed by another program: the source is
-    asked once more when a server calls them expired. Raises as botocore does, and StopRun.
+    botocore renews credentials with a known expiry. Another program may renew others, so the
+    source is asked again when a server calls them expired. Raises botocore's errors and StopRun.
     """
 
-    EXPIRED_CODES = frozenset(  # the answer to HEAD has none but 400
+    EXPIRED_CODES = frozenset(  # 400: the answer to HEAD has no other code
         "400 ExpiredToken ExpiredTokenException TokenRefreshRequired InvalidToken "
         "InvalidAccessKeyId InvalidClientTokenId".split()
     )
 
     def __init__(self, profile: str | None) -> None:
         self._profile, self._lock = profile, threading.Lock()
-        # What the source gave last: botocore's own object, and what that held.
+        # What the source gave last: botocore's object, and its content at that time.
         self._known = self._ask()
-        self._asked_about: tuple[Any, Credentials] | None = None
+        self._asked_about: Credentials | None = None
 
     def load_credentials(self) -> CredentialSource:
-        """Return the credentials, as botocore's providers do."""
+        """Return the credentials, like botocore's providers."""
         return self
 
     def get_deferred_property(self, *_: object, **__: object) -> None:
-        """Tell botocore that their account is not known."""
+        """Tell botocore that the account is not known."""
 
     def get_frozen_credentials(self) -> Credentials:
-        """Return the credentials of this moment."""
+        """Return the present credentials."""
         return self._frozen(self._known[0])
 
     def renewing(self, attempt: Callable[[], T]) -> T:
-        """Return what `attempt` returns; repeat it if there are others than expired credentials."""
-        used = self._known
+        """Return what `attempt` returns, once repeated if expired credentials have been renewed."""
+        _, used = self._known
         try:
             return attempt()
         except botocore.exceptions.ClientError as error:
@@ -1927,31 +1926,32 @@ class CredentialSource:
                 return attempt()
             raise
 
-    def _has_others_than(self, used: tuple[Any, Credentials]) -> bool:
-        with self._lock:  # of all threads that meet the same, one asks
-            if self._known is used and self._asked_about is not used:
+    def _has_others_than(self, used: Credentials) -> bool:
+        with self._lock:  # only the first of many threads asks
+            if self._known[1] is used and self._asked_about is not used:
                 others, self._asked_about = self._ask(), used
-                self._known = used if others[1] == used[1] else others
-            return self._known is not used
+                if others[1] != used:
+                    self._known = others
+            return self._known[1] is not used
 
-    def _ask(self) -> tuple[Any, Credentials]:
-        session = botocore.session.Session(profile=self._profile)  # reads all files anew
+    def _ask(self) -> tuple[botocore.credentials.Credentials, Credentials]:
+        session = botocore.session.Session(profile=self._profile)  # which reads all files anew
         if credentials := answer_of_source(session.get_credentials):
             return credentials, self._frozen(credentials)
         raise botocore.exceptions.NoCredentialsError
 
     @staticmethod
-    def _frozen(credentials: Any) -> Credentials:
+    def _frozen(credentials: botocore.credentials.Credentials) -> Credentials:
         frozen = answer_of_source(credentials.get_frozen_credentials)
         found = [str(text or "") for text in (frozen.access_key, frozen.secret_key, frozen.token)]
-        # As headers that cannot be sent they would be shown in the error.
+        # An error about a header that cannot be sent would show them.
         if not re.fullmatch("([!-~]+ ){2}[!-~]*", " ".join(found)):
             raise StopRun("credentials with no key, white space or odd characters; set them again")
         return Credentials(found[0], found[1], found[2] or None)
 
 
 def check_address(address: str, what: str) -> None:
-    """Raise StopRun, without quoting it, for an address whose user and password cannot be told."""
+    """Raise StopRun if it is unclear where the password in `address` ends; do not quote it."""
     user, at, _ = address.rpartition("@")
     netloc = ""
     with contextlib.suppress(ValueError):
@@ -1962,76 +1962,78 @@ def check_address(address: str, what: str) -> None:
 
 
 def send_small_body_at_once(params: Parameters, **_: object) -> None:
-    """Spare small puts the `Expect: 100-continue` round trip (a botocore event handler)."""
+    """Send small bodies with the headers (a botocore event handler).
+
+    Before it sends a file, botocore waits for "100 Continue": a round trip.
+    """
     if isinstance(params["body"], io.BytesIO):
-        # botocore waits for "100 Continue" before it sends a file; bytes go with the headers.
         params["body"] = params["body"].getvalue()
 
 
-def follow_no_redirect(context: Any, **_: object) -> None:
-    """Keep botocore from asking by HeadBucket where HeadBucket leads (a botocore event handler)."""
+def follow_no_redirect(context: dict[str, dict[str, bool]], **_: object) -> None:
+    """Keep botocore from asking HeadBucket where HeadBucket redirects to (an event handler)."""
     context["s3_redirect"]["redirected"] = True
 
 
 def name_bucket_owner(owner: str, params: dict[str, str], model: Any, **_: object) -> None:
-    """Add the owner to each request that knows the parameter (a botocore event handler)."""
+    """Add the owner to each request that has a parameter for it (a botocore event handler)."""
     if "ExpectedBucketOwner" in model.input_shape.members:  # CreateBucket lacks it
         params["ExpectedBucketOwner"] = owner
 
 
 class Session:
-    """The one boto3 session of a run, and the credentials, which it renews by itself.
+    """The boto3 session of a run, its clients and credentials.
 
     Raises StopRun when there are no credentials.
     """
 
     CONNECT_TIMEOUT_SECONDS = 10
-    # Longer than a NAS needs to flush a large file, short enough to notice a stall.
+    # Long enough for a NAS to flush a large file, short enough to notice a stall.
     READ_TIMEOUT_SECONDS = 60
 
     def __init__(self, options: Options) -> None:
         self._options = options
         self._clients: dict[str, S3Client] = {}
-        from urllib.request import getproxies  # which botocore has loaded
+        from urllib.request import getproxies  # botocore has loaded it
 
         for proxy in getproxies().values():
             check_address(proxy, "proxy of the environment")
-        # Content-MD5 is the checksum that every server understands; what is configured wins.
+        # Every server understands Content-MD5, so no other checksum is added by default.
         checksums = "request_checksum_calculation", "response_checksum_validation"
-        own: Any = {n: (n, f"AWS_{n.upper()}", "when_required", None) for n in checksums}
+        defaults = {n: (n, f"AWS_{n.upper()}", "when_required", None) for n in checksums}
         try:
             self.source = CredentialSource(options.profile)
-            self._core = botocore.session.Session(profile=options.profile, session_vars=own)
+            self._core = botocore.session.Session(profile=options.profile, session_vars=defaults)
             self._core.register_component("credential_provider", self.source)
             self._session = boto3.Session(botocore_session=self._core)
             configured = self._core.get_config_variable("ca_bundle")
-            # An empty one would have boto3 trust any certificate.
+            # With an empty one, boto3 would trust any certificate.
             self._ca_bundle: Any = configured or os.environ.get("REQUESTS_CA_BUNDLE") or True
         except request_errors() as error:
             raise configuration_error(error) from error
 
     def ca_path(self) -> str:
-        """Return the file with the certificate authorities that the run trusts."""
+        """Return the file of the certificate authorities that the run trusts."""
         return str(botocore.httpsession.get_cert_path(self._ca_bundle))
 
     def client(self, region: str | None = None) -> S3Client:
-        """Return boto3's S3 client for a region; raise StopRun when it cannot be had."""
+        """Return boto3's S3 client for a region; raise StopRun if boto3 refuses."""
         try:
             region = region or self._options.region or self._session.region_name or DEFAULT_REGION
             if region not in self._clients:
                 self._clients[region] = self._new_client(region)
-        except Exception as error:  # botocore takes any configuration for a good one
+        except Exception as error:  # botocore does not check its configuration
             raise configuration_error(error) from error
         check_address(self._clients[region].meta.endpoint_url, "endpoint")
         return self._clients[region]
 
     def _new_client(self, region: str) -> S3Client:
-        # Over plain http, boto3 would sign a SHA-256 of each body too; the signature already
-        # covers its Content-MD5.
+        # Over plain http, boto3 would also sign a SHA-256 of each body; the signature covers
+        # its Content-MD5 already.
         s3: Any = {"payload_signing_enabled": False}
         config = botocore.config.Config(
-            # The one retry loop is Retries: botocore's own has a quota per client, which many
-            # threads spend within a second on a dead endpoint.
+            # Retries is the one retry loop: botocore's own has a quota per client, which many
+            # threads use up within a second on a dead endpoint.
             retries={"mode": "standard", "total_max_attempts": 1},
             max_pool_connections=THREADS_MAX,
             s3=s3 | (self._core.get_config_variable("s3") or {}),
@@ -2053,108 +2055,101 @@ class Session:
 
 
 def endpoint_of(client: S3Client) -> str:
-    """Return what the state calls the client's server: no region of AWS, no user, no password."""
+    """Return the name of the client's server in the state: no region of AWS, no user."""
     host = re.sub(r".*@|^\w+://", "", client.meta.endpoint_url).rstrip("/")
     return re.sub(r"^[^/]*\.(?=amazonaws\.)", "", host)
 
 
 def is_aws(client: S3Client) -> bool:
-    """Tell whether the client's server is AWS itself and not a compatible one."""
+    """Return whether the client's server is AWS itself, not a compatible one."""
     return endpoint_of(client).startswith("amazonaws.")
 
 
-class Meaning(NamedTuple):
-    """What some error codes of S3, or HTTP statuses without one, mean."""
-
-    trouble: Trouble
-    advice: str
-    codes: str
-
-
-# All other codes are trouble of the one file. Those that have a meaning for one request alone (no
-# such upload, a bucket that is there already) are handled where it is made.
+# The trouble, the advice, and S3's error codes (or HTTP statuses, where there is no code) that
+# mean it. All other codes are trouble of the one file. Codes that only one request can meet (no
+# such upload, a bucket that exists already) are handled by that request.
 # https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html
 MEANINGS = (
-    Meaning(Trouble.OF_ALL, "the session token is not valid or has expired; renew it",
-            "ExpiredToken ExpiredTokenException TokenRefreshRequired InvalidToken"),
-    Meaning(Trouble.OF_ALL, "check the credentials",
-            "InvalidAccessKeyId SignatureDoesNotMatch InvalidSecurity"),
-    Meaning(Trouble.OF_ALL, "this machine's clock is too far off; set it (NTP)",
-            "RequestTimeTooSkewed RequestExpired"),
-    Meaning(Trouble.OF_ALL, "there is no such bucket; check --bucketname, or create it",
-            "NoSuchBucket InvalidBucketName"),
-    Meaning(Trouble.OF_ALL, "the bucket is in another region; set --region",
-            "AuthorizationHeaderMalformed IllegalLocationConstraintException PermanentRedirect "
-            "301"),
-    Meaning(Trouble.OF_ALL, "ask the owner of the bucket",
-            "AllAccessDisabled AccountProblem NotSignedUp"),
-    Meaning(Trouble.OF_ALL, "check --storage-class", "InvalidStorageClass"),
-    Meaning(Trouble.OF_ALL, "check --sse and --sse-kms-key-id",
-            "InvalidEncryptionAlgorithmError KMS.NotFoundException KMS.DisabledException"),
-    Meaning(Trouble.OF_ALL, "leave out --storage-class, --sse and --expected-bucket-owner",
-            "NotImplemented"),
-    Meaning(Trouble.OF_ALL, "make room there", "QuotaExceeded XMinioStorageFull"),
-    Meaning(Trouble.REFUSAL,
-            "check the policy (s3:PutObject; to list, s3:ListBucket) and whose bucket it is",
-            "AccessDenied Forbidden 403"),
-    Meaning(Trouble.OF_FILE,
-            "send it in parts by a lower --multipart-threshold, or raise the limit of the proxy",
-            "413 EntityTooLarge RequestEntityTooLarge"),
-    Meaning(Trouble.DAMAGED, "the network or the server damages data",
-            "BadDigest InvalidDigest XAmzContentSHA256Mismatch XAmzContentChecksumMismatch "
-            "IncompleteBody"),
-    Meaning(Trouble.UNAVAILABLE, "try again later",
-            "SlowDown SlowDownRead SlowDownWrite Throttling ThrottlingException RequestThrottled "
-            "RequestLimitExceeded TooManyRequests TooManyRequestsException BandwidthLimitExceeded "
-            "ServiceUnavailable Busy XMinioServerNotInitialized TemporaryRedirect "
-            "307 429 502 503 504"),
-    Meaning(Trouble.SERVER_ERROR, "try again later",
-            "InternalError InternalServerError OperationAborted RequestTimeout "
-            "PriorRequestNotComplete 408 425 500"),
+    (Trouble.OF_ALL, "the session token is not valid or has expired; renew it",
+     "ExpiredToken ExpiredTokenException TokenRefreshRequired InvalidToken"),
+    (Trouble.OF_ALL, "check the credentials",
+     "InvalidAccessKeyId SignatureDoesNotMatch InvalidSecurity"),
+    (Trouble.OF_ALL, "this machine's clock is too far off; set it (NTP)",
+     "RequestTimeTooSkewed RequestExpired"),
+    (Trouble.OF_ALL, "there is no such bucket; check --bucketname, or create it",
+     "NoSuchBucket InvalidBucketName"),
+    (Trouble.OF_ALL, "the bucket is in another region; set --region",
+     "AuthorizationHeaderMalformed IllegalLocationConstraintException PermanentRedirect 301"),
+    (Trouble.OF_ALL, "ask the owner of the bucket", "AllAccessDisabled AccountProblem NotSignedUp"),
+    (Trouble.OF_ALL, "check --storage-class", "InvalidStorageClass"),
+    (Trouble.OF_ALL, "check --sse and --sse-kms-key-id",
+     "InvalidEncryptionAlgorithmError KMS.NotFoundException KMS.DisabledException"),
+    (Trouble.OF_ALL, "leave out --storage-class, --sse and --expected-bucket-owner",
+     "NotImplemented"),
+    (Trouble.OF_ALL, "make room there", "QuotaExceeded XMinioStorageFull"),
+    (Trouble.REFUSAL, "check the policy (s3:PutObject; to list, s3:ListBucket) and whose bucket "
+     "it is", "AccessDenied Forbidden 403"),
+    (Trouble.OF_FILE, "send it in parts by a lower --multipart-threshold, or raise the limit of "
+     "the proxy", "413 EntityTooLarge RequestEntityTooLarge"),
+    (Trouble.DAMAGED, "the network or the server damages data",
+     "BadDigest InvalidDigest XAmzContentSHA256Mismatch XAmzContentChecksumMismatch "
+     "IncompleteBody"),
+    (Trouble.UNAVAILABLE, "try again later",
+     "SlowDown SlowDownRead SlowDownWrite Throttling ThrottlingException RequestThrottled "
+     "RequestLimitExceeded TooManyRequests TooManyRequestsException BandwidthLimitExceeded "
+     "ServiceUnavailable Busy XMinioServerNotInitialized TemporaryRedirect 307 429 502 503 504"),
+    (Trouble.SERVER_ERROR, "try again later",
+     "InternalError InternalServerError OperationAborted RequestTimeout "
+     "PriorRequestNotComplete 408 425 500"),
 )  # fmt: skip
-MEANING_OF = {code: meaning for meaning in MEANINGS for code in meaning.codes.split()}
+MEANING_OF = {code: (kind, advice) for kind, advice, codes in MEANINGS for code in codes.split()}
 SILENT = frozenset({Trouble.NO_ANSWER, Trouble.UNAVAILABLE})
 PASSING = SILENT | {Trouble.SERVER_ERROR}
 
 
 def region_of(answer: Answer) -> str:
-    """Return the region that an answer names as that of the bucket, or an empty string."""
+    """Return the region of the bucket that an answer names, or an empty string."""
     headers: Mapping[str, str] = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {})
     return headers.get("x-amz-bucket-region", "")
 
 
+def meaning_of(code: str, status: str) -> tuple[Trouble, str]:
+    """Return the trouble and the advice for an error code, or else for the HTTP status."""
+    if code in MEANING_OF:
+        return MEANING_OF[code]
+    trouble, advice = MEANING_OF.get(status, (Trouble.OF_FILE, ""))
+    # An unknown code that comes with 403 is no refusal of all files.
+    return (Trouble.OF_FILE, "") if trouble is Trouble.REFUSAL else (trouble, advice)
+
+
 def error_of_answer(response: Answer) -> UploadError:
-    """Return what an error answer of S3 means; the code decides, then the HTTP status."""
+    """Return the meaning of an error answer of S3."""
     metadata, error = response.get("ResponseMetadata", {}), response.get("Error", {})
-    status = str(metadata.get("HTTPStatusCode", ""))
+    status, headers = str(metadata.get("HTTPStatusCode", "")), metadata.get("HTTPHeaders", {})
     code = one_line(error.get("Code") or status)
-    # S3 itself redirects by a code of its own, or names the region.
+    # A redirect by S3 itself has a code of its own, or names the region.
     is_of_s3 = region_of(response) or (code != status and code in MEANING_OF)
-    if status.startswith("3") and "location" in metadata.get("HTTPHeaders", {}) and not is_of_s3:
-        what = f"the endpoint redirects to {one_line(metadata['HTTPHeaders']['location'])}"
+    if status.startswith("3") and "location" in headers and not is_of_s3:
+        what = f"the endpoint redirects to {one_line(headers['location'])}"
         return UploadError(f"{what}; check network and endpoint", code=code, trouble=Trouble.OF_ALL)
-    said = f"S3 answered {code}"
+    text = f"S3 answered {code}"
     message = one_line((error.get("Message") or "").strip() or code)
     if message.replace(" ", "").lower() != code.lower():
-        said += f" ({message})"
-    meaning, of_status = MEANING_OF.get(code), MEANING_OF.get(status)
-    if not meaning and of_status and of_status.trouble is not Trouble.REFUSAL:
-        meaning = of_status
-    if not meaning:
-        return UploadError(said, code=code)
-    return UploadError(f"{said}; {meaning.advice}", code=code, trouble=meaning.trouble)
+        text += f" ({message})"
+    trouble, advice = meaning_of(code, status)
+    return UploadError("; ".join(filter(None, (text, advice))), code=code, trouble=trouble)
 
 
 def error_of(error: Exception) -> UploadError:
-    """Return what `error`, one of `request_errors`, means."""
+    """Return the meaning of `error`, one of `request_errors`."""
     exceptions, text = botocore.exceptions, one_line(error)
+    from_source = f"{text}; check the source of the credentials"
     if isinstance(error, DigestMismatch):
         what = f"{text}; the network or the server damages data"
         return UploadError(what, code="BadDigest", trouble=Trouble.DAMAGED)
     if isinstance(error, exceptions.ClientError):
         if error.operation_name.startswith(("AssumeRole", "GetRoleCredentials")):
-            what = f"{text}; check the source of the credentials"
-            return UploadError(what, trouble=Trouble.OF_ALL)
+            return UploadError(from_source, trouble=Trouble.OF_ALL)
         return error_of_answer(error.response)
     if isinstance(error, exceptions.SSLError) and re.search(r"certificate|\[errno", text.lower()):
         what = f"the server's certificate cannot be trusted ({text})"
@@ -2167,8 +2162,7 @@ def error_of(error: Exception) -> UploadError:
         what = f"the server could not be reached or broke off ({text})"
         return UploadError(f"{what}; check network and endpoint", trouble=Trouble.NO_ANSWER)
     if isinstance(error, exceptions.CredentialRetrievalError):
-        what = f"{text}; check the source of the credentials"
-        return UploadError(what, trouble=Trouble.NO_ANSWER)
+        return UploadError(from_source, trouble=Trouble.NO_ANSWER)
     if isinstance(error, exceptions.ParamValidationError):
         return UploadError(text)
     return UploadError(str(configuration_error(error)), trouble=Trouble.OF_ALL)
@@ -2177,16 +2171,16 @@ def error_of(error: Exception) -> UploadError:
 class Retries:
     """The one retry loop around requests, shared by the threads of a run.
 
-    `slots` is how many requests may be under way at once, if that is bounded.
+    `slots` bounds the requests under way at once.
     """
 
-    # A request that fails for a passing reason is tried again until so long after its first
-    # failure; a run's very first request gives up sooner.
+    # Passing trouble is retried for so long after the first failure; for the first request of a
+    # run, less.
     PATIENCE_SECONDS = 60
     FIRST_PATIENCE_SECONDS = 9
     BACKOFF_FIRST_SECONDS = 0.5
     BACKOFF_MAX_SECONDS = 10
-    DAMAGED_TRIES = 3  # of what arrives damaged
+    DAMAGED_TRIES = 3
 
     def __init__(
         self, source: CredentialSource, *, slots: int | None = None, is_first_request: bool = False
@@ -2200,29 +2194,29 @@ class Retries:
         self._alive_at = -math.inf
 
     def note_life(self) -> None:
-        """Take note that the server takes bytes, or answers."""
+        """Record that the server answers, or takes bytes."""
         self._alive_at = time.monotonic()
 
     def check_stopped(self) -> None:
-        """Raise Stopped when the run is being stopped."""
+        """Raise Stopped if the run is being stopped."""
         if self.stop.is_set():
             raise Stopped
 
     def run(
         self, attempt: Callable[[], T], *, may_stop_run: bool = True, damaged_tries: int = 0
     ) -> T:
-        """Return what `attempt` returns, trying again while the trouble is a passing one.
+        """Return what `attempt` returns, trying again while the trouble is passing.
 
-        `damaged_tries` tries were made before. Raises UploadError when this file cannot be
-        sent, StopRun when no file can (UploadError too if `may_stop_run` is false, for requests
-        that a policy may deny), Stopped when the run is being stopped.
+        `damaged_tries` counts earlier tries whose bytes arrived damaged. Raises UploadError if
+        this file cannot be sent, StopRun if no file can, and Stopped. With `may_stop_run` false,
+        for requests that a policy may deny, UploadError takes the place of StopRun.
         """
         give_up_at, damaged = math.inf, damaged_tries
         pause = self.BACKOFF_FIRST_SECONDS
         while True:
             try:
                 with self._slot:
-                    self.check_stopped()  # to wait for the slot may have taken long
+                    self.check_stopped()  # waiting for the slot may have taken long
                     answer = self._source.renewing(attempt)
             except request_errors() as raised:
                 error = error_of(raised)
@@ -2243,7 +2237,7 @@ class Retries:
                 raise error
 
     def _meets_every_file(self, trouble: Trouble) -> bool:
-        # A server that has long been silent to all is gone; one that serves others is not.
+        # A server that has long been silent to all threads is gone.
         silent_seconds = time.monotonic() - self._alive_at
         is_gone = trouble in SILENT and silent_seconds > self._patience_seconds / 2
         return is_gone or trouble is Trouble.OF_ALL
