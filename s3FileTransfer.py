@@ -64,6 +64,7 @@ import base64
 import bisect
 import contextlib
 import ctypes
+import dataclasses
 import enum
 import errno
 import fnmatch
@@ -236,11 +237,6 @@ class Known(NamedTuple):
 
 
 READABLE_JSON = json.JSONEncoder(ensure_ascii=False)
-# The optional fields of Entry, in their order in the state file.
-OPTIONAL_FIELDS = {"bucket": str, "endpoint": str, "size": int, "mtime_ns": int, "ctime_ns": int}
-OPTIONAL_FIELDS |= {"etag": str, "shard": str, "error": str, "upload_id": str}
-OPTIONAL_FIELDS |= {"part_size": int, "sse": str}
-OPTIONAL_FIELDS |= {f"known_{name}": OPTIONAL_FIELDS[name] for name in Known._fields}
 
 
 def path_in_state(path: str) -> str:
@@ -331,6 +327,13 @@ class Entry:
         return text if text.isprintable() else json.dumps(json.loads(text))
 
 
+# From bucket to known_sse, in the order in which the state file has them.
+OPTIONAL_FIELDS = {
+    field.name: int if field.type == "int | None" else str
+    for field in dataclasses.fields(Entry)[3:-1]
+}
+
+
 class Way(enum.IntEnum):
     """How a file is sent; the first ways are handed out first."""
 
@@ -408,10 +411,6 @@ class StopRun(Exception):
 
 class Stopped(Exception):
     """The run is being stopped, by a signal or because no file can be sent."""
-
-
-class NoAnswer(Exception):
-    """The first request takes too long."""
 
 
 class UploadError(Exception):
@@ -746,14 +745,14 @@ class Interruption:
     def wait_for(self, function: Callable[[], T], *, seconds: float = math.inf) -> T:
         """Return the result of `function`, called in a thread that a signal can abandon.
 
-        Raises Stopped after a signal, and NoAnswer after so many seconds.
+        Raises Stopped after a signal, and TimeoutError after so many seconds.
         """
         answer = self._thread.submit(function)
         deadline = time.monotonic() + seconds
         while not wait([answer], timeout=0.05).done:
             self.check()
             if time.monotonic() > deadline:
-                raise NoAnswer
+                raise TimeoutError
         return answer.result()
 
 
@@ -2288,7 +2287,7 @@ class Bucket:
         look = functools.partial(self._head, self.client, Retries(source, is_first_request=True))
         try:
             status, region = self._interruption.wait_for(look, seconds=self.FIRST_REQUEST_SECONDS)
-        except NoAnswer as error:
+        except TimeoutError as error:
             where = one_line(self.client.meta.endpoint_url)
             raise StopRun(f"no answer from {where}; check network and endpoint") from error
         if status == 401 or (status == 400 and not region):
