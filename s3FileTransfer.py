@@ -1811,8 +1811,7 @@ def import_boto3() -> None:
     # The signers of the AWS Common Runtime read each body through Python: three times slower.
     botocore.auth.AUTH_TYPE_MAPS.update(v4=botocore.auth.SigV4Auth, s3v4=botocore.auth.S3SigV4Auth)
     aws = botocore.awsrequest
-    pools: list[Any] = [aws.AWSHTTPConnectionPool, aws.AWSHTTPSConnectionPool]
-    for pool in pools:
+    for pool in (aws.AWSHTTPConnectionPool, aws.AWSHTTPSConnectionPool):
         pool.ConnectionCls = type("Connection", (ConnectionInTime, pool.ConnectionCls), {})
     Threads(1).submit(ConnectionInTime.watch)
 
@@ -1974,7 +1973,7 @@ def follow_no_redirect(context: dict[str, dict[str, bool]], **_: object) -> None
     context["s3_redirect"]["redirected"] = True
 
 
-def name_bucket_owner(owner: str, params: dict[str, str], model: Any, **_: object) -> None:
+def name_bucket_owner(owner: str, params: Parameters, model: Any, **_: object) -> None:
     """Add the owner to each request that has a parameter for it (a botocore event handler)."""
     if "ExpectedBucketOwner" in model.input_shape.members:  # CreateBucket lacks it
         params["ExpectedBucketOwner"] = owner
@@ -2029,13 +2028,13 @@ class Session:
     def _new_client(self, region: str) -> S3Client:
         # Over plain http, boto3 would also sign a SHA-256 of each body; the signature covers
         # its Content-MD5 already.
-        s3: Any = {"payload_signing_enabled": False}
+        s3: Any = {"payload_signing_enabled": False} | (self._core.get_config_variable("s3") or {})
         config = botocore.config.Config(
             # Retries is the one retry loop: botocore's own has a quota per client, which many
             # threads use up within a second on a dead endpoint.
             retries={"mode": "standard", "total_max_attempts": 1},
             max_pool_connections=THREADS_MAX,
-            s3=s3 | (self._core.get_config_variable("s3") or {}),
+            s3=s3,
             user_agent_extra=f"s3FileTransfer/{__version__}",
             tcp_keepalive=True,
             connect_timeout=self.CONNECT_TIMEOUT_SECONDS,
