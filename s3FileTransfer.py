@@ -466,7 +466,8 @@ TEXT_MAX = 1000  # characters of a text from elsewhere
 
 def shown(text: str) -> str:
     """Return `text` as printable text on one line, with control characters escaped."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    escaped = (c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return text if text.isprintable() else "".join(escaped)
 
 
 def one_line(error: object) -> str:
@@ -698,7 +699,7 @@ class Interruption:
 
     def _on_signal(self, signum: int, _frame: object) -> None:
         now = time.monotonic()
-        # timeout(1), systemd and terminals send the same signal twice at once.
+        # timeout(1), systemd and terminals send two signals at once.
         if self.signum and now - self._came_at > self.SECOND_SIGNAL_SECONDS:
             os._exit(self.exit_code)
         if not self.signum:
@@ -1791,7 +1792,7 @@ class ConnectionInTime(AWSHTTPConnection):
 
 @functools.cache
 def import_boto3() -> None:
-    """Import boto3, which takes most of a second, so --help and --dryrun do without."""
+    """Import boto3 when it is needed: it takes most of a second, too long for --help."""
     global boto3, botocore, s3transfer  # noqa: PLW0603
     try:
         import boto3
