@@ -396,12 +396,12 @@ class Result:
 class Trouble(enum.Enum):
     """Which files an error affects, and whether trying again may help."""
 
-    NO_ANSWER = "passing: the network, or the server is away"
-    UNAVAILABLE = "passing: the server has too much to do"
+    NO_ANSWER = "passing: the server cannot be reached"
+    UNAVAILABLE = "passing: the server is overloaded"
     SERVER_ERROR = "passing, or of this key alone: the server fails"
-    DAMAGED = "passing, if it is rare: the bytes did not arrive as they were"
+    DAMAGED = "passing, if it is rare: the bytes arrived damaged"
     OF_FILE = "of this file"
-    REFUSAL = "of all files, unless something was accepted"
+    REFUSAL = "of all files, unless S3 accepts others"
     OF_ALL = "of all files"
 
 
