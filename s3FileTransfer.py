@@ -874,7 +874,7 @@ class Progress:
 
 @dataclass(slots=True)
 class Verdict:
-    """The numbers of files that a comparison with the state has found right and wrong."""
+    """How many files a comparison with the state has found right, and how many not."""
 
     files: int = 0
     bytes: int = 0
@@ -1780,7 +1780,7 @@ class ConnectionInTime(AWSHTTPConnection):
 
     @classmethod
     def watch(cls) -> None:
-        """End late requests for ever; runs in a thread of its own."""
+        """Look for late requests every second, in a thread of its own, and end them."""
         while True:
             time.sleep(1)
             for connection, ends_at in cls._ends_at.copy().items():
