@@ -3199,12 +3199,12 @@ class March:
 
 # --- one file ---------------------------------------------------------------------
 
-# Files up to this size are read once: the bytes that are hashed are the bytes sent.
+# A file up to this size is read once and sent from memory: the bytes hashed are the bytes sent.
 IN_MEMORY_BYTES = 8 * MIB
 
 
 def new_md5(data: bytes = b"") -> hashlib._Hash:
-    """Return an MD5 hash object that FIPS systems allow too: it proves, it does not secure."""
+    """Return an MD5 hash object; FIPS systems allow it because it is not for security."""
     return hashlib.md5(data, usedforsecurity=False)
 
 
@@ -3214,7 +3214,7 @@ def base64_of(digest: bytes) -> str:
 
 
 def opaque_encryption(answer: Answer) -> str | None:
-    """Return the encryption under which the ETag of an answer is no MD5: SSE-KMS or SSE-C.
+    """Return the encryption in an answer, SSE-KMS or SSE-C, under which its ETag is no MD5.
 
     https://docs.aws.amazon.com/AmazonS3/latest/API/API_Object.html
     """
@@ -3224,11 +3224,11 @@ def opaque_encryption(answer: Answer) -> str | None:
     return str(answer.get("SSECustomerAlgorithm") or "")[:TEXT_MAX] or None
 
 
-def is_proof(answer: Answer, md5: bytes) -> bool:
-    """Tell whether an answer proves that S3 has the bytes with this MD5.
+def proves(answer: Answer, md5: bytes) -> bool:
+    """Return whether an answer proves that S3 has the bytes with this MD5.
 
-    Where it names SSE-KMS or SSE-C, the Content-MD5 that S3 has accepted is the proof. False for
-    an ETag that some servers make up; raises DigestMismatch for one that is another MD5.
+    Under SSE-KMS and SSE-C the proof is that S3 accepted the Content-MD5. Return False if the
+    ETag is one that the server makes up; raise DigestMismatch if it is the MD5 of other bytes.
     """
     etag = etag_of(answer)
     if etag == md5.hex() or opaque_encryption(answer):
@@ -3239,9 +3239,9 @@ def is_proof(answer: Answer, md5: bytes) -> bool:
 
 
 def head_object(client: S3Client, bucket_name: str, key: str) -> Answer | None:
-    """Return HeadObject's answer, empty for no object, or None where it is refused."""
+    """Return the answer to HeadObject: empty if there is no object, None if S3 refuses."""
     try:
-        # Without that mode S3 tells no checksum.
+        # S3 returns a checksum only in this mode.
         return client.head_object(Bucket=bucket_name, Key=key, ChecksumMode="ENABLED")
     except botocore.exceptions.ClientError as raised:
         error = error_of(raised)
@@ -3250,7 +3250,7 @@ def head_object(client: S3Client, bucket_name: str, key: str) -> Answer | None:
         return {} if error.code in ("404", "NoSuchKey", "NotFound") else None
 
 
-# Is told of bytes that have been read.
+# Called with a number of bytes: of the piece just read, or read so far.
 OnRead = Callable[[int], object]
 
 
@@ -3261,7 +3261,7 @@ class Digests(NamedTuple):
     crc32: bytes
 
     def are_of(self, listed: PartTypeDef) -> bool:
-        """Tell whether the part that ListParts describes has the same bytes."""
+        """Return whether a part in the answer to ListParts has the same bytes."""
         if checksum := listed.get("ChecksumCRC32"):
             return base64_of(self.crc32) == checksum
         return self.md5.hex() == etag_of(listed)
@@ -3275,23 +3275,24 @@ def etag_of_parts(md5s: list[bytes]) -> str:
 def check_unchanged(
     after: os.stat_result, before: os.stat_result, has_same_start: Callable[[], bool]
 ) -> None:
-    """Raise FileChanged unless an open file has the same bytes, or has only grown at its end.
+    """Raise FileChanged unless a file has the same bytes as before, or has only grown.
 
-    Its times tell whether it was written to; ctime too, since mtime can be put back.
+    The bytes are compared only if size or times differ; ctime counts because a program can set
+    mtime back.
     """
     was, now = ((s.st_size, s.st_mtime_ns, ctime_of(s)) for s in (before, after))
     if now[0] < was[0] or (now != was and not has_same_start()):
         raise FileChanged
 
 
-class SourceFile:
-    """An open regular file, and its status when it was opened; a context manager.
+class SourceFile(io.FileIO):
+    """A regular file, open for reading, and its status when it was opened.
 
-    Raises OSError, or UploadError for what is no regular file (a FIFO never hangs), or is
-    reached through a link below `no_links_below`.
+    Raises OSError; UploadError if there is no regular file (a FIFO never hangs), or if the path
+    leads through a symbolic link below `no_links_below`.
     """
 
-    # The clocks of file systems tick so seldom that a later change may have the same time.
+    # File systems update their clock so seldom that a later change may get the same time.
     YOUNG_NS = 2 * 10**9
     READ_BYTES = MIB
 
@@ -3303,30 +3304,20 @@ class SourceFile:
             raise UploadError("it is no longer a regular file")
         if sys.platform != "win32":
             os.set_blocking(descriptor, True)
-        self.handle = io.FileIO(descriptor)
+        super().__init__(descriptor)
         self.size = self.status.st_size
         self.ctime_ns = ctime_of(self.status)
         if self.ctime_ns is not None and time.time_ns() - self.ctime_ns < self.YOUNG_NS:
             self.ctime_ns = 0
 
-    def __enter__(self) -> SourceFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the file; its status stays."""
-        self.handle.close()
-
     def read_all(self) -> bytes:
-        """Return the bytes of a small file; raise UploadError for fewer or inexplicably more."""
-        data = self.handle.read(self.size + 1)
-        while len(data) < self.size and (more := self.handle.read(self.size + 1 - len(data))):
+        """Return the bytes of a small file; raise UploadError unless it has as many as its size."""
+        data = self.read(self.size + 1)
+        while len(data) < self.size and (more := self.read(self.size + 1 - len(data))):
             data += more
         if len(data) < self.size:
             raise FileChanged
-        if len(data) > self.size and os.fstat(self.handle.fileno()).st_size == self.size:
+        if len(data) > self.size and os.fstat(self.fileno()).st_size == self.size:
             why = "it holds more than its size says, as files of the kernel do"
             raise UploadError(f"{why}; leave it out with --exclude")
         return data[: self.size]
@@ -3336,11 +3327,11 @@ class SourceFile:
     ) -> Digests:
         """Return the digests of `size` bytes from `start` on; raise FileChanged if there are fewer.
 
-        `on_read` is called with the number of bytes of each piece.
+        `on_read` is called with the size of each piece.
         """
-        self.handle.seek(start)
+        self.seek(start)
         md5, crc32, left = new_md5(), 0, size
-        while left and (data := self.handle.read(min(left, self.READ_BYTES))):
+        while left and (data := self.read(min(left, self.READ_BYTES))):
             md5.update(data)
             if with_crc32:
                 crc32 = zlib.crc32(data, crc32)
@@ -3352,49 +3343,45 @@ class SourceFile:
         return Digests(md5.digest(), crc32.to_bytes(4, "big"))
 
     def md5(self) -> bytes:
-        """Return the MD5 of the file as long as it was; raise FileChanged if it is shorter."""
+        """Return the MD5 of the file, up to the size it was opened with."""
         return self.digests(0, self.size).md5
 
     def etag_like(self, etag: str, part_size: int, *, on_read: OnRead | None = None) -> str | None:
-        """Return the ETag that S3 would give to it, if `etag` is of an object with its bytes.
+        """Return the ETag that an upload of this file gets if it is done as the one of `etag` was.
 
-        `part_size` is that of an upload in parts, in bytes. None when the number of parts shows
-        that it was another, and for what is made of no MD5s. Raises FileChanged if the file is
-        shorter than it was.
+        `part_size` is that of an upload in parts, in bytes. Return None if `etag` is not made of
+        MD5s, or has another number of parts. Raise FileChanged if the file has become shorter.
         """
-        _md5, is_of_parts, count = etag.partition("-")
-        if not re.fullmatch(r"[0-9a-f]{32}(-[0-9]+)?", etag):
+        match = re.fullmatch(r"[0-9a-f]{32}(?:-([0-9]+))?", etag)
+        if not match:
             return None
-        if not is_of_parts:
+        if match[1] is None:
             return self.digests(0, self.size, on_read=on_read).md5.hex()
         part_size = part_size_for(self.size, part_size)
-        if str(-(-self.size // part_size)) != count:
+        starts = range(0, self.size, part_size)
+        if str(len(starts)) != match[1]:
             return None
-        md5s = []
-        for start in range(0, self.size, part_size):
-            length = min(part_size, self.size - start)
-            md5s.append(self.digests(start, length, on_read=on_read).md5)
-        return etag_of_parts(md5s)
+        sizes = [min(part_size, self.size - start) for start in starts]
+        parts = map(functools.partial(self.digests, on_read=on_read), starts, sizes)
+        return etag_of_parts([part.md5 for part in parts])
 
     def check_unchanged(self, md5: bytes) -> None:
-        """Raise FileChanged unless the file still has the bytes with this MD5 at its start."""
-        after = os.fstat(self.handle.fileno())
-        check_unchanged(after, self.status, lambda: self.md5() == md5)
+        """Raise FileChanged unless the file still starts with the bytes that have this MD5."""
+        check_unchanged(os.fstat(self.fileno()), self.status, lambda: self.md5() == md5)
 
 
-@functools.lru_cache(1024)
-def type_of_suffixes(suffixes: str) -> str | None:
-    """Return the media type of a file whose name has such suffixes, as "tar.gz"."""
-    return mimetypes.guess_type(f"name.{suffixes}")[0]
+# Looking up a type takes 8 µs, which a small file would notice.
+guess_type = functools.lru_cache(1024)(mimetypes.guess_type)
 
 
 def content_type_of(path: str) -> str | None:
-    """Return the media type of a file, by its name."""
-    return type_of_suffixes(os.path.basename(path).partition(".")[2])
+    """Return the media type of a file, which only the suffixes of its name decide."""
+    suffixes = os.path.basename(path).partition(".")[2]
+    return guess_type(f"name.{suffixes}")[0]
 
 
 def mtime_text(status: os.stat_result) -> str:
-    """Return the time in seconds since 1970, as rclone keeps and restores it."""
+    """Return mtime in seconds since 1970, as rclone stores and restores it."""
     return f"{Decimal(status.st_mtime_ns).scaleb(-9):f}"
 
 
@@ -3407,11 +3394,11 @@ class Bandwidth:
         self._lock = threading.Lock()
 
     def seconds_until_free(self) -> float:
-        """Return after how many seconds the next byte may leave."""
+        """Return in how many seconds the next byte may leave."""
         return max(0.0, self._free_at - time.monotonic())
 
     def take(self, size: int) -> float:
-        """Take the next turn for so many bytes; return after how many seconds it comes."""
+        """Reserve the next turn for `size` bytes; return in how many seconds it comes."""
         with self._lock:
             now = time.monotonic()
             starts_at = max(now, self._free_at)
@@ -3420,50 +3407,51 @@ class Bandwidth:
 
 
 def why_unreadable(error: OSError | UploadError) -> str:
-    """Return why a file could not be read, in a few words."""
+    """Return in a few words why a file could not be read."""
     return reason(error) if isinstance(error, OSError) else str(error)
 
 
 class LargeReads:
-    """A body of `size` bytes for boto3 that is read in large pieces, or as bandwidth allows.
+    """A body for boto3, `size` bytes of a file from `start` on, that is read in large pieces.
 
     urllib3 asks for 16 KiB at a time and sends whatever it gets: at a gigabyte a second
-    the small reads would cost as much as the sending. `on_moved` is told after each piece how
-    many bytes have been read so far.
+    the small reads would cost as much as the sending. `on_moved` is called after each piece with
+    the number of bytes read so far.
     """
 
     def __init__(
-        self, body: io.BytesIO | s3transfer.utils.ReadFileChunk, size: int, *,
-        on_moved: Callable[[int], None], uploader: Uploader,
-    ) -> None:  # fmt: skip
-        self._body, self._size, self._on_moved = body, size, on_moved
+        self, file: IO[bytes], start: int, size: int, *, on_moved: OnRead, uploader: Uploader
+    ) -> None:
+        file.seek(start)
+        self._chunk = s3transfer.utils.ReadFileChunk(file, size, start + size)
+        self.seek, self.tell = self._chunk.seek, self._chunk.tell
+        self._size, self._on_moved = size, on_moved
         self._bandwidth, self._piece_bytes = uploader.bandwidth, uploader.options.piece_bytes
-        self.seek, self.tell = body.seek, body.tell
 
     def __len__(self) -> int:
         return self._size
 
     def read(self, size: int = -1) -> bytes:
-        """Return the next bytes: as many as are good, whatever `size` says."""
-        if size < 0:  # nothing but a hash would ask for all at once
-            return self._body.read()
+        """Return the next piece, whatever `size` says; raise UploadError if it cannot be read."""
+        if size < 0:  # only what hashes a body asks for all of it
+            return self._chunk.read()
         try:
-            data = self._body.read(self._piece_bytes)
+            data = self._chunk.read(self._piece_bytes)
         except OSError as error:
             raise read_error(error) from error
-        if not data and self._body.tell() < self._size:
-            raise FileChanged  # it is shorter now, and the server would wait for the rest
+        if not data and self.tell() < self._size:
+            raise FileChanged  # the server would wait for the bytes that the file has lost
         if self._bandwidth:
             time.sleep(self._bandwidth.take(len(data)))
-        self._on_moved(self._body.tell())
+        self._on_moved(self.tell())
         return data
 
 
 class Uploader:
     """The reliable way: sends one file per calling thread, and proves that S3 has its bytes."""
 
-    # Other processes may use up what this one can open, or have a lease on a file (Samba, nfsd),
-    # which they are asked to give up when it is opened: that passes.
+    # These pass: other processes may have used up the open files; and who has a lease on a file
+    # (Samba, nfsd) is asked to give it up when somebody else opens the file.
     CANNOT_OPEN_NOW = (errno.EMFILE, errno.ENFILE, errno.EAGAIN)
 
     def __init__(
@@ -3474,36 +3462,34 @@ class Uploader:
         self.retries, self.bandwidth, self.part_threads = retries, bandwidth, part_threads
         # Returns when the disk has the id of an entry's new multipart upload.
         self.save_upload = save_upload
-        # Set when S3 has taken something, so that a refusal is not of all files.
+        # Set when S3 has accepted something: a refusal is then not of all files.
         self.accepted = threading.Event()
         self._progress = run.report.progress
         self._run_parameters = run.options.object_parameters()
 
     def upload(self, task: Task) -> Result:
-        """Send one file and return how that ended; the one place that decides that."""
-        # The known ETag stays until the file proves to be another.
+        """Send one file; return the outcome, which is decided nowhere else."""
+        # The known ETag stays until the file proves to have other bytes.
         result = Result(etag=task.etag, upload_id=task.upload_id, part_size=task.part_size)
         started = time.monotonic()
         try:
             result.outcome = self._send(task, result)
-        except FileChanged as error:
-            result.outcome, result.error = Outcome.TRY_LATER, str(error)
-        except UploadError as error:
-            if error.trouble is Trouble.REFUSAL:
-                result.outcome = Outcome.REFUSED
-            elif error.code or error.trouble in PASSING:
-                result.is_said_by_server = True
-            result.error = str(error)
-        except StopRun as error:
-            result.outcome, result.error = Outcome.STOPS_RUN, str(error)
         except Stopped:
             result.outcome = Outcome.STOPPED
+        except StopRun as stop:
+            result.outcome, result.error = Outcome.STOPS_RUN, str(stop)
         except MemoryError:
             result.outcome, result.error = Outcome.TRY_LATER, "there is no memory left to send it"
-        except OSError as error:
-            if error.errno in self.CANNOT_OPEN_NOW:
+        except (UploadError, OSError) as raised:
+            error = read_error(raised)
+            result.error = str(error)
+            is_passing = getattr(raised, "errno", None) in self.CANNOT_OPEN_NOW
+            if is_passing or isinstance(error, FileChanged):
                 result.outcome = Outcome.TRY_LATER
-            result.error = str(read_error(error))
+            elif error.trouble is Trouble.REFUSAL:
+                result.outcome = Outcome.REFUSED
+            else:
+                result.is_said_by_server = bool(error.code or error.trouble in PASSING)
         result.seconds = time.monotonic() - started
         return result
 
@@ -3517,7 +3503,7 @@ class Uploader:
                 etag = source.etag_like(
                     task.etag, part_size, on_read=lambda _: self.retries.check_stopped()
                 )
-                result.ctime_ns = source.ctime_ns
+                result.ctime_ns = source.ctime_ns  # only now: the bytes are compared
                 if etag == task.etag:
                     return Outcome.UNCHANGED
                 result.etag = result.part_size = None
@@ -3529,32 +3515,22 @@ class Uploader:
         return Outcome.UPLOADED
 
     def _put(self, task: Task, source: SourceFile, result: Result) -> None:
-        """Send the file with PutObject."""
-        limit = self.bandwidth
-        body: Any
-        if source.size <= IN_MEMORY_BYTES:
-            data = source.read_all()
-            body, md5 = io.BytesIO(data), new_md5(data).digest()
-        else:
-            md5 = source.md5()
-            source.handle.seek(0)
-            body = s3transfer.utils.ReadFileChunk(source.handle, source.size, source.size)
-        if source.size > (self.options.piece_bytes if limit else IN_MEMORY_BYTES):
-            note = functools.partial(self.note_moved, task.entry_index)
-            body = LargeReads(body, source.size, on_moved=note, uploader=self)
+        """Send the file with PutObject, and prove the object."""
+        body, md5 = self._body_and_md5(task, source)
         parameters = self.object_parameters(task.filepath, source.status)
         parameters |= {"Bucket": self.bucket.name, "Key": task.key, "ContentMD5": base64_of(md5)}
-
+        parameters["Body"] = body
         accepted_md5, etag = task.accepted
         answers: list[Answer] = [{"ETag": etag}] if accepted_md5 == md5.hex() else []
 
         def put() -> None:
-            if not answers:
+            if answers:  # a lane has sent it: only the proof is missing
+                answer = answers.pop()
+            else:
                 body.seek(0)
-                if limit and isinstance(body, io.BytesIO):
-                    time.sleep(limit.take(source.size))
-                answers.append(self.client.put_object(Body=body, **parameters))
-            answer = answers.pop()
+                if self.bandwidth and source.size <= self.options.piece_bytes:
+                    time.sleep(self.bandwidth.take(source.size))
+                answer = self.client.put_object(**parameters)
             proof = self._proof(answer, task.key, md5=md5, size=source.size)
             result.etag = etag_of(proof) or etag_of(answer)
             result.sse = opaque_encryption(proof)
@@ -3562,7 +3538,7 @@ class Uploader:
         try:
             self.retries.run(put, damaged_tries=int(task.was_in_lane and not answers))
         except UploadError as error:
-            # A file that changes between hashing and sending is refused as damaged.
+            # S3 refuses a file that changes between hashing and sending as damaged.
             source.check_unchanged(md5)
             if error.trouble is Trouble.NO_ANSWER and body.tell():
                 why = f"{error}, or send it in parts by a lower --multipart-threshold"
@@ -3570,21 +3546,36 @@ class Uploader:
             raise
         source.check_unchanged(md5)
 
-    def _proof(self, answer: Answer, key: str, *, md5: bytes, size: int) -> Answer:
-        """Return what proves a put: its answer, or HeadObject's if its ETag is no MD5.
+    def _body_and_md5(
+        self, task: Task, source: SourceFile
+    ) -> tuple[io.BytesIO | LargeReads, bytes]:
+        """Return the body of a put, and the MD5 of its bytes."""
+        file: IO[bytes] = source
+        if source.size > IN_MEMORY_BYTES:
+            md5 = source.md5()
+        else:
+            data = source.read_all()
+            file, md5 = io.BytesIO(data), new_md5(data).digest()
+            if not self.bandwidth or source.size <= self.options.piece_bytes:
+                return file, md5
+        note = functools.partial(self.note_moved, task.entry_index)
+        return LargeReads(file, 0, source.size, on_moved=note, uploader=self), md5
 
-        S3 has accepted the Content-MD5, then. Raises DigestMismatch for other bytes.
+    def _proof(self, answer: Answer, key: str, *, md5: bytes, size: int) -> Answer:
+        """Return the answer that proves a put: its own, or if its ETag is no MD5, HeadObject's.
+
+        In the second case S3 has accepted the Content-MD5. Raise DigestMismatch for other bytes.
         """
-        if is_proof(answer, md5):
+        if proves(answer, md5):
             return answer
         head = head_object(self.client, self.bucket.name, key)
         if head is None and etag_of(answer):
             return answer
-        # A web server that says yes to everything gives no time.
+        # A web server that answers 200 to everything sends no Last-Modified.
         if not (head and head.get("LastModified") and head.get("ContentLength") == size):
             etag = shown(etag_of(answer)) or "missing"
             raise DigestMismatch(f"its ETag is {etag}, and no object of {size:,} bytes is there")
-        is_proof(head, md5)
+        proves(head, md5)  # or raises
         return head
 
     def object_parameters(self, path: str, status: os.stat_result) -> Parameters:
@@ -3596,7 +3587,7 @@ class Uploader:
         return parameters
 
     def note_moved(self, entry_index: int, size: int, sent_earlier: int = 0) -> None:
-        """Take note of how many bytes of a file have been sent, in all and by an earlier run."""
+        """Record how many bytes of a file are sent: in all, and by an earlier run."""
         self.retries.note_life()
         self._progress.moved(entry_index, size, sent_earlier)
 
@@ -3611,42 +3602,46 @@ class Uploader:
 # --- parts ------------------------------------------------------------------------
 
 
-class FileInParts:
-    """A file as it is sent in parts: where they begin, and their digests once they are read."""
+class NotThere(DigestMismatch):
+    """S3 answered that it completed the upload, but there is no object."""
 
-    def __init__(self, uploader: Uploader, path: str, source: SourceFile, part_size: int) -> None:
-        self.path, self.size, self.part_size = path, source.size, part_size
-        self.digests: dict[int, Digests] = {}
-        self.has_crc32 = False
-        self._status, self._retries = source.status, uploader.retries
-        self._no_links_below = uploader.options.no_links_below
+
+class FileInParts:
+    """A file that is sent in parts: the digests of its parts, and the proof of its object.
+
+    https://docs.aws.amazon.com/AmazonS3/latest/userguide/checking-object-integrity.html
+    """
+
+    def __init__(self, uploader: Uploader, task: Task, source: SourceFile, result: Result) -> None:
+        self.task, self.result, self.size = task, result, source.size
+        wanted = result.part_size or uploader.options.multipart_chunksize
+        self.part_size = part_size_for(source.size, wanted)
+        self.digests: dict[int, Digests] = {}  # by the number of the part
+        # Content-MD5 proves the parts everywhere; other servers than AWS may not know CRC32.
+        config: Any = uploader.client.meta.config
+        is_asked_for = config.request_checksum_calculation == "when_supported"
+        self.has_crc32 = is_asked_for or is_aws(uploader.client)
+        self.sse: str | None = None  # set if ETags are no MD5s
+        self._uploader, self._retries, self._status = uploader, uploader.retries, source.status
 
     def open(self) -> SourceFile:
-        """Open the file once more; raises OSError, or FileChanged if its path has another now."""
+        """Open the file again; raise OSError, or FileChanged if its path leads to another file."""
+        no_links_below = self._uploader.options.no_links_below
         try:
-            source = SourceFile(self.path, no_links_below=self._no_links_below)
+            source = SourceFile(self.task.filepath, no_links_below=no_links_below)
         except UploadError as error:  # not even a file
             raise FileChanged from error
-        now, was = source.status, self._status
-        if (now.st_dev, now.st_ino) != (was.st_dev, was.st_ino):
+        if not os.path.samestat(source.status, self._status):
             source.close()
             raise FileChanged
         return source
 
     def read(self, number: int, *, source: SourceFile) -> Digests:
-        """Return the digests of the part with that number (from 1), of the open file."""
+        """Return the digests of a part of the open file; the first part has the number 1."""
         self._retries.check_stopped()
         start = (number - 1) * self.part_size
         length = min(self.part_size, self.size - start)
         return source.digests(start, length, with_crc32=self.has_crc32)
-
-    def read_again(self) -> dict[int, Digests]:
-        """Return the digests of all parts, read from the file anew."""
-        again = {}
-        with self.open() as source:
-            for number in range(1, -(-self.size // self.part_size) + 1):
-                again[number] = self.read(number, source=source)
-        return again
 
     def check_unchanged(self) -> None:
         """Raise FileChanged unless the file still has the parts that were read."""
@@ -3658,59 +3653,36 @@ class FileInParts:
 
             check_unchanged(source.status, self._status, has_same_parts)
 
-    def expected_etag(self) -> str:
-        """Return the ETag that S3 gives to the object, if its ETags are MD5s."""
-        return etag_of_parts([digests.md5 for _, digests in sorted(self.digests.items())])
-
-    def expected_crc32(self) -> str:
-        """Return the CRC32 that S3 gives to the object: that of the CRC32s of its parts."""
-        crc32s = b"".join(digests.crc32 for _, digests in sorted(self.digests.items()))
-        return f"{base64_of(zlib.crc32(crc32s).to_bytes(4, 'big'))}-{len(self.digests)}"
-
-
-class NotThere(DigestMismatch):
-    """The server has said that it completed the upload, and there is no object."""
-
-
-class MultipartProof:
-    """Whether the object that was sent in parts holds the bytes that were read.
-
-    https://docs.aws.amazon.com/AmazonS3/latest/userguide/checking-object-integrity.html
-    """
-
-    def __init__(self, uploader: Uploader, key: str, file: FileInParts) -> None:
-        self._client, self._retries = uploader.client, uploader.retries
-        self._bucket_name, self._key, self._file = uploader.bucket.name, key, file
-        self.sse: str | None = None  # under which ETags are no MD5s
-
     def note_encryption(self, answer: Answer) -> None:
-        """Take note of what an answer tells of the bucket's ETags."""
+        """Record whether ETags are no MD5s, if an answer says so."""
         self.sse = self.sse or opaque_encryption(answer)
 
     def proven_etag(self, answer: Answer) -> str:
-        """Return the ETag of an object that was completed with this answer.
+        """Return the ETag of the object that S3 completed with this answer.
 
-        Raises DigestMismatch when it holds other bytes, NotThere when there is none. Where
-        neither the answer nor HeadObject tells, the parts stand as proof: S3 has accepted each
-        with its Content-MD5.
+        Raise DigestMismatch if it holds other bytes, NotThere if there is none. If neither the
+        answer nor HeadObject tells, the proof is that S3 accepted the Content-MD5 of each part.
         """
         proven = self._compare(answer)
         if proven is None and (head := self._head()) is not None:
             if not head:
                 raise NotThere(self._mismatch(head))
             answer = head
-            proven = head.get("ContentLength") == self._file.size and self._compare(head)
+            proven = head.get("ContentLength") == self.size and self._compare(head)
         if proven is False:
             raise DigestMismatch(self._mismatch(answer))
         return etag_of(answer)
 
     def proven_etag_in_place(self, *, within_seconds: float = 0) -> str | None:
-        """Return the ETag of the object once it is there and provably holds the bytes."""
+        """Return the ETag of the object once it is there and provably holds the bytes, or None."""
         give_up_at = time.monotonic() + within_seconds
         while True:
             head = self._head() or {}
-            if head.get("ContentLength") == self._file.size:
-                self._file.digests = self._file.digests or self._file.read_again()
+            if head.get("ContentLength") == self.size:
+                if not self.digests:  # an earlier run has sent the parts
+                    with self.open() as source:
+                        for number in range(1, -(-self.size // self.part_size) + 1):
+                            self.digests[number] = self.read(number, source=source)
                 if self._compare(head):
                     return etag_of(head)
             if time.monotonic() >= give_up_at:
@@ -3718,70 +3690,77 @@ class MultipartProof:
             self._retries.stop.wait(Retries.BACKOFF_MAX_SECONDS)
             self._retries.check_stopped()
 
-    def _mismatch(self, answer: Answer) -> str:
-        if self._has_crc32(answer):
-            what, found, expected = "CRC32", answer["ChecksumCRC32"], self._file.expected_crc32()
-        else:
-            what, found, expected = "ETag", etag_of(answer), self._file.expected_etag()
-        return f"its {what} is {found or 'missing'} and should be {expected}"
+    def _expected_etag(self) -> str:
+        """Return the ETag that S3 gives to the object, if its ETags are MD5s."""
+        return etag_of_parts([part.md5 for _, part in sorted(self.digests.items())])
+
+    def _expected_crc32(self) -> str:
+        """Return the CRC32 that S3 gives to the object: that of the CRC32s of its parts."""
+        crc32s = b"".join(part.crc32 for _, part in sorted(self.digests.items()))
+        return f"{base64_of(zlib.crc32(crc32s).to_bytes(4, 'big'))}-{len(self.digests)}"
+
+    def _crc32_of(self, answer: Answer) -> str | None:
+        """Return the CRC32 in an answer if it is made of those of the parts."""
+        crc32 = answer.get("ChecksumCRC32") or ""
+        is_of_parts = self.has_crc32 and crc32.endswith(f"-{len(self.digests)}")
+        return crc32 if is_of_parts else None
 
     def _compare(self, answer: Answer) -> bool | None:
-        """Tell whether the object in `answer` holds the bytes; None when it does not say."""
+        """Return whether the object in an answer holds the bytes; None if that is unclear."""
         self.note_encryption(answer)
         etag = etag_of(answer)
-        if etag == self._file.expected_etag():
+        if etag == self._expected_etag():
             return True
-        if self._has_crc32(answer):
-            return bool(answer["ChecksumCRC32"] == self._file.expected_crc32())
+        if crc32 := self._crc32_of(answer):
+            return crc32 == self._expected_crc32()
         if self.sse:
             return None
         if re.fullmatch(r"[0-9a-f]{32}", etag):
-            with self._file.open() as source:
-                return source.digests(0, self._file.size).md5.hex() == etag
-        # Another number of parts: the server has put them together in its own way.
-        count = len(self._file.digests)
+            with self.open() as source:
+                return source.digests(0, self.size).md5.hex() == etag
+        # With another number of parts, the server has put them together in its own way.
+        count = len(self.digests)
         return False if re.fullmatch(rf"[0-9a-f]{{32}}-{count}", etag) else None
 
-    def _has_crc32(self, answer: Answer) -> bool:
-        """Tell whether the answer has a CRC32 that is made of those of the parts."""
-        crc32 = answer.get("ChecksumCRC32") or ""
-        return self._file.has_crc32 and crc32.endswith(f"-{len(self._file.digests)}")
+    def _mismatch(self, answer: Answer) -> str:
+        if crc32 := self._crc32_of(answer):
+            return f"its CRC32 is {crc32} and should be {self._expected_crc32()}"
+        return f"its ETag is {etag_of(answer) or 'missing'} and should be {self._expected_etag()}"
 
     def _head(self) -> Answer | None:
-        head = functools.partial(head_object, self._client, self._bucket_name, self._key)
+        client, bucket_name = self._uploader.client, self._uploader.bucket.name
+        head = functools.partial(head_object, client, bucket_name, self.task.key)
         return self._retries.run(head, may_stop_run=False)
 
 
 class PartsClient:
     """What boto3's S3Transfer sees as its client while it sends one file.
 
-    S3Transfer divides the file and sends the parts in parallel. Its requests pass
-    through the methods that are named as boto3's: here each part gets its Content-MD5
-    and is tried again by itself, a part that S3 already has is answered in S3's place
-    (which is all that resuming is), and a failure aborts nothing, so that a later
-    run can go on. https://docs.aws.amazon.com/AmazonS3/latest/userguide/mpuoverview.html
+    S3Transfer divides the file and sends the parts in parallel. Its requests go through the
+    methods here, which have the names of boto3's. Each part gets its Content-MD5 and its own
+    retries. A part that S3 already has is not sent, but answered for: that is all that resuming
+    takes. A failure aborts nothing, so that a later run can resume.
+    https://docs.aws.amazon.com/AmazonS3/latest/userguide/mpuoverview.html
     """
 
-    # An object may still be put together after the answer to Complete was lost.
+    # The object may still appear after the answer to CompleteMultipartUpload was lost.
     APPEARS_SECONDS = 180
 
     def __init__(
-        self, uploader: Uploader, task: Task, file: FileInParts, *,
-        result: Result, proof: MultipartProof, on_s3: Mapping[int, PartTypeDef],
-    ) -> None:  # fmt: skip
+        self, uploader: Uploader, file: FileInParts, *, on_s3: Mapping[int, PartTypeDef]
+    ) -> None:
         self.meta = uploader.client.meta
         self._uploader, self._client, self._retries = uploader, uploader.client, uploader.retries
-        self._entry_index, self._on_s3 = task.entry_index, on_s3
-        self._file, self._result, self._proof = file, result, proof
+        self._file, self._result, self._on_s3 = file, file.result, on_s3
         self._etags: dict[int, str] = {}
         self._moved: dict[int, int] = {}
         self._sent_earlier = 0
         self.etag = ""
 
     def create_multipart_upload(self, **parameters: Any) -> Parameters:
-        """Start the multipart upload, or answer with the one to go on with.
+        """Start the multipart upload, or answer with the one to resume.
 
-        Returns only when the state holds its id: no kill leaves parts that nobody knows of.
+        Return only when the disk has its id, so that a kill leaves no parts that nobody knows of.
         """
         if not self._result.upload_id:
 
@@ -3793,16 +3772,16 @@ class PartsClient:
 
             self._result.upload_id = self._retries.run(create)
             self._result.part_size = self._file.part_size
-            self._uploader.accepted.set()  # it takes the same permission as to send a part
-            self._uploader.save_upload(self._entry_index, self._result)
+            self._uploader.accepted.set()  # sending a part takes no other permission
+            self._uploader.save_upload(self._file.task.entry_index, self._result)
         return {"UploadId": self._result.upload_id}
 
     def upload_part(self, *, PartNumber: int, Body: Any, **parameters: Any) -> Parameters:
         """Send one part and prove it, unless S3 has the same bytes under its number."""
         number, size = PartNumber, len(Body)
-        # Not Body itself, which breaks off in the middle once another part has failed.
+        # Not Body itself: once another part has failed, reading it fails in the middle.
         with self._file.open() as source:
-            # Known before it is sent: what is refused may have changed meanwhile.
+            # Before sending: check_unchanged needs the digests of a part that S3 refuses.
             digests = self._file.digests[number] = self._file.read(number, source=source)
             listed = self._on_s3.get(number)
             if listed and listed.get("Size") == size and digests.are_of(listed):
@@ -3814,24 +3793,22 @@ class PartsClient:
                 parameters.pop("ChecksumAlgorithm", None)
                 if self._file.has_crc32:
                     parameters["ChecksumCRC32"] = base64_of(digests.crc32)
-                etag = self._send(source.handle, size, digests=digests, parameters=parameters)
+                etag = self._send(source, size, md5=digests.md5, parameters=parameters)
         self._etags[number] = etag
         return {"ETag": etag}
 
-    def _send(
-        self, handle: io.FileIO, size: int, *, digests: Digests, parameters: Parameters
-    ) -> str:
+    def _send(self, source: SourceFile, size: int, *, md5: bytes, parameters: Parameters) -> str:
         number = parameters["PartNumber"]
-        handle.seek((number - 1) * self._file.part_size)
-        chunk = s3transfer.utils.ReadFileChunk(handle, size, self._file.size)
+        start = (number - 1) * self._file.part_size
         note = functools.partial(self._note_moved, number)
-        body: Any = LargeReads(chunk, size, on_moved=note, uploader=self._uploader)
+        body = LargeReads(source, start, size, on_moved=note, uploader=self._uploader)
+        parameters["Body"] = body
 
         def send() -> str:
             body.seek(0)
-            answer = self._client.upload_part(Body=body, **parameters)
-            self._proof.note_encryption(answer)
-            is_proof(answer, digests.md5)
+            answer = self._client.upload_part(**parameters)
+            self._file.note_encryption(answer)
+            proves(answer, md5)  # or raises
             if not answer.get("ETag"):
                 raise DigestMismatch("the answer has no ETag")
             return answer["ETag"].removeprefix("W/")
@@ -3843,10 +3820,10 @@ class PartsClient:
     def _note_moved(self, number: int, size: int) -> None:
         self._moved[number] = size
         moved = sum(list(self._moved.values()))
-        self._uploader.note_moved(self._entry_index, moved, self._sent_earlier)
+        self._uploader.note_moved(self._file.task.entry_index, moved, self._sent_earlier)
 
     def complete_multipart_upload(self, **parameters: Any) -> Parameters:
-        """Make the parts one object, unless the file changed meanwhile, and prove it."""
+        """Complete the upload, unless the file changed meanwhile, and prove the object."""
         self._file.check_unchanged()
         parts: list[Parameters] = []
         for number, digests in sorted(self._file.digests.items()):
@@ -3862,51 +3839,50 @@ class PartsClient:
             return self._client.complete_multipart_upload(**parameters)
 
         try:
-            # Silence may mean that the server is at work on it.
+            # A server that gives no answer may be at work on the object: that stops no run.
             answer = self._retries.run(complete, may_stop_run=False)
         except UploadError as error:
-            if error.trouble is Trouble.OF_ALL and error.code != "NotImplemented":
-                raise StopRun(str(error)) from error
-            if error.code not in USELESS_UPLOAD and error.trouble not in PASSING:
-                raise
-            # Perhaps a first request does complete it, and only its answer was lost.
-            seconds = self.APPEARS_SECONDS if tries > 1 else 0
-            self.etag = self._proof.proven_etag_in_place(within_seconds=seconds) or ""
-            if not self.etag and tries > 1:  # what may be completed still is not aborted
-                why = f"{error}; no answer said that it is complete, and it does not appear"
-                raise UploadError(why, trouble=error.trouble) from error
-            if not self.etag:
-                raise
+            self.etag = self._etag_despite(error, tries=tries)
         else:
-            self.etag = self._proof.proven_etag(answer)
+            self.etag = self._file.proven_etag(answer)
         return {}
 
+    def _etag_despite(self, error: UploadError, *, tries: int) -> str:
+        """Return the ETag of the object if S3 has completed it although the last try failed."""
+        if error.trouble is Trouble.OF_ALL and error.code != "NotImplemented":
+            raise StopRun(str(error)) from error
+        if error.code not in USELESS_UPLOAD and error.trouble not in PASSING:
+            raise error
+        # If there was an earlier try, perhaps only its answer was lost.
+        within_seconds = self.APPEARS_SECONDS if tries > 1 else 0
+        if etag := self._file.proven_etag_in_place(within_seconds=within_seconds):
+            return etag
+        if tries == 1:
+            raise error
+        # Without the code of `error`: S3 may still complete the upload, so it is not aborted.
+        why = f"{error}; no answer said that it is complete, and it does not appear"
+        raise UploadError(why, trouble=error.trouble) from error
+
     def abort_multipart_upload(self, **_: object) -> Parameters:
-        """Do nothing: S3Transfer aborts after any failure, but the parts are of use."""
+        """Do nothing: S3Transfer aborts after any failure, but a later run needs the parts."""
         return {}
 
 
 class MultipartUpload:
-    """One file sent in parts, from those that S3 has of it on.
+    """Sends one file in parts, beginning with those that S3 lacks.
 
-    `result.upload_id` is the upload that a later run can go on with, if any.
+    If the file is not sent, `result.upload_id` is the upload that a later run can resume, if any.
     """
 
     def __init__(self, uploader: Uploader, task: Task, source: SourceFile, result: Result) -> None:
         self._uploader, self._retries = uploader, uploader.retries
         self._task, self._source, self._result = task, source, result
-        # Other servers may not know CRC32; Content-MD5 proves the parts everywhere.
-        config: Any = uploader.client.meta.config
-        is_asked_for = config.request_checksum_calculation == "when_supported"
-        self._wants_crc32 = is_asked_for or is_aws(uploader.client)
 
     def send(self) -> None:
-        """Send the file, and note the object's proven ETag; raises what `upload` knows."""
+        """Send the file and record the object's proven ETag; raise what `upload` handles."""
         if self._source.size > PARTS_MAX * PART_MAX_BYTES:
             raise UploadError("it is larger than the 48.8 TiB that S3 takes; split it")
-        tries = 0
-        while True:
-            tries += 1
+        for tries in itertools.count(1):
             try:
                 self._result.etag = self._attempt()
                 return
@@ -3921,64 +3897,57 @@ class MultipartUpload:
             except UploadError as error:
                 if error.code not in USELESS_UPLOAD or tries == Retries.DAMAGED_TRIES:
                     raise
-                self._uploader.abort(self._task, self._result)
-                self._forget_upload()
+                self._abort_and_forget()
 
     def _attempt(self) -> str:
         """Send what S3 lacks of the file, and return the object's proven ETag."""
-        wanted = self._result.part_size or self._uploader.options.multipart_chunksize
-        part_size = part_size_for(self._source.size, wanted)
-        file = FileInParts(self._uploader, self._task.filepath, self._source, part_size)
-        file.has_crc32 = self._wants_crc32
-        proof = MultipartProof(self._uploader, self._task.key, file)
-        on_s3: Mapping[int, PartTypeDef] | None = {}
-        if self._result.upload_id:
-            try:
-                on_s3 = self._find_parts(file)
-            except UploadError as error:
-                if error.code not in UPLOAD_GONE:
-                    raise
-                on_s3 = None
-                # Perhaps it was completed, and only the answer was lost.
-                if etag := proof.proven_etag_in_place():
-                    self._forget_upload()
-                    self._result.part_size, self._result.sse = part_size, proof.sse
-                    return etag
-        if on_s3 is None:  # from the start, perhaps with another part size
+        file = FileInParts(self._uploader, self._task, self._source, self._result)
+        try:
+            on_s3 = self._find_parts(file)
+        except UploadError as error:
+            if error.code not in UPLOAD_GONE:
+                raise
+            # Perhaps S3 completed it, and only the answer was lost.
+            etag = file.proven_etag_in_place()
             self._forget_upload()
+            if etag:
+                self._result.part_size, self._result.sse = file.part_size, file.sse
+                return etag
+            on_s3 = None
+        if on_s3 is None:  # from the start, perhaps with another part size
             return self._attempt()
-        client = PartsClient(
-            self._uploader, self._task, file, result=self._result, proof=proof, on_s3=on_s3
-        )
+        client = PartsClient(self._uploader, file, on_s3=on_s3)
         try:
             self._transfer(client, file)
         except UploadError:
-            # A part that changes between hashing and sending is refused as damaged.
+            # S3 refuses a part that changes between hashing and sending as damaged.
             file.check_unchanged()
             raise
-        self._result.upload_id, self._result.sse = None, proof.sse
+        self._result.upload_id, self._result.sse = None, file.sse
         return client.etag
 
-    def _transfer(self, client: Any, file: FileInParts, *, use_threads: bool = True) -> None:
-        config: Any = boto3.s3.transfer.TransferConfig(
+    def _transfer(
+        self, client: PartsClient, file: FileInParts, *, use_threads: bool = True
+    ) -> None:
+        config = boto3.s3.transfer.TransferConfig(
             use_threads=use_threads,
             multipart_threshold=1,
             multipart_chunksize=file.part_size,
             max_concurrency=self._uploader.part_threads,
-            # boto3's own "auto" may pick the CRT, which ignores --endpoint-url.
+            # boto3's own "auto" may choose the CRT, which ignores --endpoint-url.
             preferred_transfer_client="classic",
         )
         files = s3transfer.utils.OSUtils()
         # A file that grows is sent as long as it was at the start.
         files.get_file_size = lambda filename: file.size  # type: ignore[method-assign]
-        extra_args = self._uploader.object_parameters(file.path, self._source.status)
+        path, bucket, key = self._task.filepath, self._uploader.bucket.name, self._task.key
+        extra_args = self._uploader.object_parameters(path, self._source.status)
         if file.has_crc32:
             extra_args["ChecksumAlgorithm"] = "CRC32"
-        bucket, key = self._uploader.bucket.name, self._task.key
         try:
-            with boto3.s3.transfer.S3Transfer(client, config, files) as transfer:
-                transfer.upload_file(file.path, bucket, key, None, extra_args)
-        except RuntimeError:  # there are no more threads to be had
+            with boto3.s3.transfer.S3Transfer(client, config, files) as transfer:  # type: ignore[arg-type]
+                transfer.upload_file(path, bucket, key, None, extra_args)
+        except RuntimeError:  # the system gives no more threads
             if not use_threads:
                 raise
             self._transfer(client, file, use_threads=False)
@@ -3986,32 +3955,38 @@ class MultipartUpload:
     def _forget_upload(self) -> None:
         self._result.upload_id = self._result.part_size = None
 
-    def _find_parts(self, file: FileInParts) -> Mapping[int, PartTypeDef] | None:
-        """Return what S3 has of the recorded upload; one that is of no use is aborted (None).
+    def _abort_and_forget(self) -> None:
+        self._uploader.abort(self._task, self._result)
+        self._forget_upload()
 
-        Raises UploadError when that cannot be found out now, or the upload is gone.
+    def _find_parts(self, file: FileInParts) -> Mapping[int, PartTypeDef] | None:
+        """Return what S3 has of the recorded upload; abort it and return None if it is no use.
+
+        Raise UploadError if S3 does not tell now, or if the upload is gone.
         """
-        list_parts = functools.partial(self._list_parts, file)
+        if not self._result.upload_id:
+            return {}
         on_s3 = None
         try:
+            list_parts = functools.partial(self._list_parts, file)
             on_s3 = self._retries.run(list_parts, may_stop_run=False)
         except UploadError as error:
             is_unknown = error.trouble in {*PASSING, Trouble.OF_ALL}
             if (is_unknown and error.code != "NotImplemented") or error.code in UPLOAD_GONE:
                 raise
         if on_s3 is None:
-            self._uploader.abort(self._task, self._result)
+            self._abort_and_forget()
         return on_s3
 
-    def _list_parts(self, file: FileInParts) -> dict[int, PartTypeDef] | None:
-        """Return the parts by number, or None when the upload is not as this run wants it."""
+    def _list_parts(self, file: FileInParts) -> Mapping[int, PartTypeDef] | None:
+        """Return the parts by number, or None if the upload is not as this run wants it."""
         on_s3: dict[int, PartTypeDef] = {}
         key, wanted_class = self._task.key, self._uploader.options.storage_class
         pages = self._uploader.client.get_paginator("list_parts").paginate(
             Bucket=self._uploader.bucket.name, Key=key, UploadId=self._result.upload_id or ""
         )
         for page in pages:
-            # Its object would get the class that it was begun with.
+            # The object would get the storage class that the upload was started with.
             if wanted_class and page.get("StorageClass", wanted_class) != wanted_class:
                 return None
             if page.get("Key", key) != key:
@@ -4147,7 +4122,7 @@ class LanePut:
             self.request = None  # they hold each other: the body would never be freed
             with self._source:
                 ended.result()
-                is_proven = is_proof(answer, self._md5)
+                is_proven = proves(answer, self._md5)
                 self._source.check_unchanged(self._md5)
         except (awscrt.exceptions.AwsCrtError, DigestMismatch, UploadError, OSError):
             return LaneResult(self.index)
