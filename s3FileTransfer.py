@@ -97,6 +97,7 @@ from decimal import Decimal
 from typing import IO, TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, TypeVar
 
 if TYPE_CHECKING:
+    import awscrt.s3
     import boto3
     import boto3.s3.transfer
     import botocore.auth
@@ -4000,7 +4001,10 @@ class MultipartUpload:
 
 
 class LaneResult(NamedTuple):
-    """What a lane says of a file: that S3 has it, or (without an ETag) nothing."""
+    """What a lane reports of a file; without an ETag, the file is for the reliable way.
+
+    A tuple, unlike Result, because JSON takes it as it is, and a lane makes thousands a second.
+    """
 
     entry_index: int
     size: int = 0
@@ -4008,7 +4012,7 @@ class LaneResult(NamedTuple):
     ctime_ns: int | None = None
     etag: str | None = None
     sse: str | None = None
-    md5: str | None = None  # of what S3 has accepted, where its ETag does not prove it
+    md5: str | None = None  # of what S3 has accepted, if its ETag does not prove it
 
 
 # Headers of a put that differ from file to file, or are set when it is signed.
@@ -4019,7 +4023,7 @@ OF_ONE_PUT = frozenset(
 
 
 class PutTemplate(NamedTuple):
-    """What the requests of all lanes have in common, as botocore has serialised it."""
+    """What all requests of the lanes have in common, as botocore has serialised it."""
 
     region: str
     is_https: bool
@@ -4030,24 +4034,24 @@ class PutTemplate(NamedTuple):
 
     @classmethod
     def of(cls, bucket: Bucket, options: Options) -> PutTemplate:
-        """Return that of a bucket: the request that boto3 would send for a put.
+        """Return the template of the puts that boto3 would send to a bucket.
 
-        It is signed: raises what the source of the credentials raises.
+        botocore signs one to show it: raises what the source of the credentials raises.
         """
         requests = []
 
-        # The request is not sent, since this handler answers it.
+        # botocore sends no request that a handler has answered.
         def take(request: Any, **_: object) -> Any:
             requests.append(request)
             return botocore.awsrequest.AWSResponse(request.url, 200, request.headers, io.BytesIO())
 
         events: Any = bucket.client.meta.events
-        parameters = options.object_parameters()
+        parameters: Parameters = {"Bucket": bucket.name, "Key": "KEY", "Body": b""}
+        parameters |= options.object_parameters()
         events.register_first("before-send.s3.PutObject", take)
         try:
             with contextlib.suppress(AttributeError):  # the answer has no body to parse
-                put: Any = bucket.client.put_object
-                put(Bucket=bucket.name, Key="KEY", Body=b"", **parameters)
+                bucket.client.put_object(**parameters)
         finally:
             events.unregister("before-send.s3.PutObject", take)
         (request,) = requests
@@ -4079,106 +4083,98 @@ def keep_thread_state() -> None:
         THREAD.state = ctypes.pythonapi.PyGILState_Ensure()
 
 
-class RuntimeBody:
-    """A body as the runtime reads it."""
+class LanePut:
+    """One put that is under way; to the runtime, the body that it reads."""
 
-    def __init__(self, data: bytes) -> None:
+    request: awscrt.s3.S3Request
+
+    def __init__(self, index: int, source: SourceFile, data: bytes) -> None:
+        self._index, self._source, self.md5 = index, source, new_md5(data).digest()
+        self._answer: dict[str, str] = {}
         body = io.BytesIO(data)
         self.read, self.seek, self._readinto = body.read, body.seek, body.readinto
 
     def readinto1(self, buffer: memoryview) -> int:
-        """Read into the buffer and return how many bytes; the runtime has a thread for this."""
+        """Read into the buffer and return how many bytes (a callback of the runtime)."""
         keep_thread_state()
         return self._readinto(buffer)
 
-
-class LanePut:
-    """One put that is under way."""
-
-    request: Any
-
-    def __init__(self, index: int, source: SourceFile, md5: bytes) -> None:
-        self.index, self._source, self._md5 = index, source, md5
-        self._answer: dict[str, str] = {}
-
     def take_headers(self, headers: list[tuple[str, str]], **_: object) -> None:
-        """Take note of the answer's headers (a callback of the runtime)."""
+        """Keep the headers of the answer (a callback of the runtime)."""
         keep_thread_state()
         self._answer = {name.lower(): value for name, value in headers}
 
     def result(self) -> LaneResult:
-        """Return what came of it, once it has ended."""
-        import awscrt.exceptions
-
+        """Return what came of the put, once it has ended, and close the file."""
         encryption = "x-amz-server-side-encryption"
         answer = {
             "ETag": self._answer.get("etag"),
             "ServerSideEncryption": self._answer.get(encryption),
             "SSECustomerAlgorithm": self._answer.get(f"{encryption}-customer-algorithm"),
         }
-        status = self._source.status
+        ended = self.request.finished_future
+        del self.request  # put and request hold each other: the body would never be freed
         try:
-            ended = self.request.finished_future
-            self.request = None  # they hold each other: the body would never be freed
-            with self._source:
+            with self._source as source:
                 ended.result()
-                is_proven = proves(answer, self._md5)
-                self._source.check_unchanged(self._md5)
+                unproven = None if proves(answer, self.md5) else self.md5.hex()
+                source.check_unchanged(self.md5)
         except (awscrt.exceptions.AwsCrtError, DigestMismatch, UploadError, OSError):
-            return LaneResult(self.index)
-        return LaneResult(
-            self.index, status.st_size, status.st_mtime_ns, self._source.ctime_ns,
-            etag_of(answer), opaque_encryption(answer), None if is_proven else self._md5.hex(),
-        )  # fmt: skip
+            return LaneResult(self._index)
+        file = source.size, source.status.st_mtime_ns, source.ctime_ns
+        return LaneResult(self._index, *file, etag_of(answer), opaque_encryption(answer), unproven)
 
 
 class LaneSender:
-    """What works inside a lane: one thread, that begins all puts, proves them, and tells of them.
+    """What works inside a lane: one thread that begins all puts, proves and reports them.
 
-    Threads that work in turns would mostly hand the interpreter's lock to each other.
+    Several threads would mostly pass the interpreter's lock around.
     """
 
-    # With all that is under way a file needs about 10. After 30 without a byte the runtime sends it
-    # a second time, and an answer that comes byte by byte it awaits for ever.
+    # With all that is under way a file needs about 10. After 30 without a byte the runtime sends
+    # the file again, and it waits forever for an answer that trickles.
     ANSWER_SECONDS = 25
     SLOW_READ_SECONDS, READERS = 0.002, 16
     BATCH_SECONDS = 0.005  # each message wakes the main process
 
-    def __init__(self, runtime: Any, messages: Iterator[Any], pipe: IO[bytes]) -> None:
-        self._runtime, self._messages, self._pipe = runtime, messages, pipe
+    def __init__(self, messages: Iterator[Any], pipe: IO[bytes]) -> None:
+        self._messages, self._pipe = messages, pipe
         self._template = PutTemplate(*next(messages))
         self._client, self._signing = self._make_client(), None
-        # What the other threads, and those of the runtime, leave to the working one.
+        # What other threads, and those of the runtime, leave to the working one.
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._results: list[LaneResult] = []
-        self._under_way: dict[Any, float] = {}  # requests, and when they were begun
+        self._under_way: dict[awscrt.s3.S3Request, float] = {}  # and when it was begun
         self._read_seconds, self._readers = 0.0, Threads(self.READERS)
 
-    def _make_client(self) -> Any:
-        io, s3, template = self._runtime.io, self._runtime.s3, self._template
-        # Retries is the one retry loop; no less can be had here. 0 would mean the default, which is
-        # 5; of its bucket of 1, a second try of one file takes all, until another succeeds. Made
-        # first: too old a runtime fails here, before anything is there to be torn down.
-        few_tries = s3.S3RetryConfig(max_retries=1, initial_bucket_capacity=1)
-        loops = io.EventLoopGroup(1)
-        modes, tls = s3.S3RequestTlsMode, None
-        if template.is_https:
-            options = io.TlsContextOptions()
-            options.override_default_trust_store_from_path(ca_filepath=template.ca_path)
-            tls = io.ClientTlsContext(options).new_connection_options()
-        return s3.S3Client(
-            bootstrap=io.ClientBootstrap(loops, io.DefaultHostResolver(loops)),
-            region=template.region,
-            tls_mode=modes.ENABLED if template.is_https else modes.DISABLED,
+    def _make_client(self) -> awscrt.s3.S3Client:
+        # Before all else: a runtime that is too old fails here, with nothing to tear down.
+        # Retries is the one retry loop, but one retry is the least to be had (0 is the default, 5).
+        # In a bucket of 1, a second try of one file leaves none for others until one succeeds.
+        few_tries = awscrt.s3.S3RetryConfig(max_retries=1, initial_bucket_capacity=1)
+        loops = awscrt.io.EventLoopGroup(1)
+        mode, tls = awscrt.s3.S3RequestTlsMode.DISABLED, None
+        if self._template.is_https:
+            mode, options = awscrt.s3.S3RequestTlsMode.ENABLED, awscrt.io.TlsContextOptions()
+            options.override_default_trust_store_from_path(ca_filepath=self._template.ca_path)
+            tls = awscrt.io.ClientTlsContext(options).new_connection_options()
+        resolver = awscrt.io.DefaultHostResolver(loops)
+        return awscrt.s3.S3Client(
+            bootstrap=awscrt.io.ClientBootstrap(loops, resolver),
+            region=self._template.region,
+            tls_mode=mode,
             tls_connection_options=tls,
-            # Decides the number of connections: 250 of them, about as many as requests in flight.
+            # Makes 250 connections, about as many as there are requests under way.
             throughput_target_gbps=100,
             connect_timeout_ms=Session.CONNECT_TIMEOUT_SECONDS * 1000,
             retry_config=few_tries,
         )
 
     def run(self) -> None:
-        """Send the files of the messages, until these end: raises OSError then."""
+        """Send the files of the messages; end the process after the last message.
+
+        Raises OSError if the main process has ended.
+        """
         for work in (self._receive, self._give_up_late):
             threading.Thread(target=work, daemon=True).start()
         told_at = 0.0
@@ -4206,8 +4202,8 @@ class LaneSender:
         """Begin the puts of some files, in other threads where reading is slow (NFS)."""
         if credentials:
             # Static: the runtime would otherwise ask Python for them with each request.
-            provider = self._runtime.auth.AwsCredentialsProvider.new_static(*credentials)
-            self._signing = self._runtime.s3.create_default_s3_signing_config(
+            provider = awscrt.auth.AwsCredentialsProvider.new_static(*credentials)
+            self._signing = awscrt.s3.create_default_s3_signing_config(
                 region=self._template.region, credential_provider=provider
             )
         for task in itertools.starmap(Task, tasks):
@@ -4231,29 +4227,27 @@ class LaneSender:
             self._calls.put(lambda: self._results.append(LaneResult(task.entry_index)))
             return
         self._read_seconds += (time.monotonic() - started - self._read_seconds) / 32
-        md5 = new_md5(data).digest()
+        put = LanePut(task.entry_index, source, data)
         headers = [
             *self._template.headers.items(),
-            ("Content-MD5", base64_of(md5)),
+            ("Content-MD5", base64_of(put.md5)),
             ("Content-Length", str(len(data))),
             ("x-amz-meta-mtime", mtime_text(source.status)),
         ]
         if content_type := content_type_of(task.filepath):
             headers.append(("Content-Type", content_type))
         path = self._template.path + urllib.parse.quote(task.key, safe="/-_.~")
-        put = LanePut(task.entry_index, source, md5)
-        http, s3 = self._runtime.http, self._runtime.s3
+        http_headers = awscrt.http.HttpHeaders(headers)
         put.request = self._client.make_request(
-            type=s3.S3RequestType.DEFAULT,
+            type=awscrt.s3.S3RequestType.DEFAULT,
             operation_name="PutObject",
             signing_config=self._signing,
-            request=http.HttpRequest("PUT", path, http.HttpHeaders(headers), RuntimeBody(data)),
+            request=awscrt.http.HttpRequest("PUT", path, http_headers, put),
             on_headers=put.take_headers,
         )
         self._under_way[put.request] = time.monotonic()
-        put.request.finished_future.add_done_callback(
-            lambda _: self._calls.put(lambda: self._end(put))
-        )
+        end = functools.partial(self._end, put)
+        put.request.finished_future.add_done_callback(lambda _: self._calls.put(end))
 
     def _end(self, put: LanePut) -> None:
         del self._under_way[put.request]
@@ -4261,7 +4255,7 @@ class LaneSender:
 
 
 def raise_file_limit() -> int:
-    """Let this process open as many files as it will have under way; return how many it may."""
+    """Raise the limit of open files to what the run may need; return how many it may open."""
     wanted = 4096  # macOS gives 256
     if sys.platform == "win32":
         return wanted
@@ -4277,44 +4271,45 @@ def raise_file_limit() -> int:
 
 
 def end_process(failed: threading.ExceptHookArgs) -> None:
-    """End a lane in which a thread has failed: the reliable way gets what it had."""
+    """End a lane in which a thread has failed; its files go to the reliable way."""
     threading.__excepthook__(failed)
     os._exit(1)
 
 
 def send_message(pipe: IO[bytes], message: object) -> None:
-    """Send a message through a pipe, as a line of JSON; raises OSError if its other end is gone."""
+    """Send a message through a pipe as a line of JSON; raise OSError if nobody reads there."""
     pipe.write(json.dumps(message).encode() + b"\n")
     pipe.flush()
 
 
 def messages_of(pipe: IO[bytes]) -> Iterator[Any]:
-    """Yield the messages that come through a pipe, until it closes; one that is torn is none."""
+    """Yield the messages that come through a pipe until it closes, without a torn last one."""
     return (json.loads(line) for line in pipe if line.endswith(b"\n"))
 
 
 def run_lane() -> NoReturn:
-    """Be a lane: files come from standard input, until it closes; results go to standard output."""
+    """Run as a lane: take files from standard input until it closes, send results to stdout."""
+    global awscrt
     gc.disable()  # as in main()
-    # A signal to the whole process group is for the main process to answer.
+    # A signal to the whole process group is for the main process to handle.
     for signum in Interruption.SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
     threading.excepthook = end_process
     raise_file_limit()
-    # Where the runtime or its threads cannot be had, or the run has ended, so does the lane. The
-    # standard output that Python has opened may be without a buffer, and write half a message.
-    no_threads = RuntimeError, StopRun
-    ends = contextlib.suppress(ImportError, AttributeError, StopIteration, OSError, *no_threads)
-    with ends, open(1, "wb", closefd=False) as pipe:
+    # The lane ends without the runtime or threads, and with the run.
+    problems = ImportError, AttributeError, StopIteration, OSError, RuntimeError, StopRun
+    # Not sys.stdout: under python -u it has no buffer and may write half a message.
+    with contextlib.suppress(*problems), open(1, "wb", closefd=False) as pipe:
         import awscrt.auth
+        import awscrt.exceptions
         import awscrt.http
         import awscrt.io
         import awscrt.s3
 
-        sender = LaneSender(awscrt, messages_of(sys.stdin.buffer), pipe)
+        sender = LaneSender(messages_of(sys.stdin.buffer), pipe)
         gc.freeze()
         gc.enable()
-        send_message(pipe, [])
+        send_message(pipe, [])  # it is ready
         sender.run()
     os._exit(0)
 
@@ -4322,9 +4317,9 @@ def run_lane() -> NoReturn:
 class Lane:
     """A lane as the main process sees it; `indexes` are those of the entries that it has.
 
-    It is this script, started once more: as `python -c` it would take modules from the current
-    directory, where anybody may have put them, and a fork would keep the state's lock after the
-    main process has died. That death closes the pipes, which ends the lane.
+    It is this script, started once more. `python -c` would import modules from the current
+    directory, where anybody may have put them; a fork would keep the lock of the state after the
+    main process has died. When the main process dies, the pipes close, which ends the lane.
     """
 
     ARGUMENT = "be-a-lane"  # the only one; no option of the command line
@@ -4340,45 +4335,39 @@ class Lane:
         flags |= {"safe_path": "-P", "utf8_mode": "-Xutf8"}
         like_this = [flag for name, flag in flags.items() if getattr(sys.flags, name, False)]
         with contextlib.ExitStack() as held_back:
-            if sys.platform != "win32":
+            if sys.platform != "win32":  # no signal ends the lane before it ignores them
                 before = signal.pthread_sigmask(signal.SIG_BLOCK, Interruption.SIGNALS)
                 held_back.callback(signal.pthread_sigmask, signal.SIG_SETMASK, before)
             self._process = subprocess.Popen(
                 [sys.executable, *like_this, os.path.realpath(__file__), self.ARGUMENT],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                # On Windows: a console's Ctrl-C is for all processes of a group.
+                # On Windows, Ctrl-C in a console goes to all processes of a group.
                 creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
             )
         assert self._process.stdin and self._process.stdout
         self._to_it, self._from_it = self._process.stdin, self._process.stdout
 
     def open(
-        self, template: PutTemplate, source: CredentialSource, *,
-        on_results: Callable[[Lane, list[LaneResult]], None], on_end: Callable[[Lane], None],
-    ) -> None:  # fmt: skip
-        """Let it take files; both functions are called from threads of its own.
-
-        Only from now on is it asked for an answer: the walk may have taken long.
-        """
-
-        def listen() -> None:
-            try:
-                for results in messages_of(self._from_it):  # first of all none: it is ready
-                    self.is_ready, self._heard_at = True, time.monotonic()
-                    on_results(self, list(itertools.starmap(LaneResult, results)))
-            finally:  # a bug too must not make the run wait for ever
-                on_end(self)
-
+        self, template: PutTemplate, source: CredentialSource, listen: Callable[[Lane], None]
+    ) -> None:
+        """Let it take files; `listen` is called in a thread of its own, to read `results`."""
+        # Not since its start: nobody has listened, and the walk may have taken long.
         self._heard_at = time.monotonic()
-        for work in (functools.partial(self._feed, template, source), listen):
-            try:
-                threading.Thread(target=work, daemon=True).start()
-            except RuntimeError:  # no more threads: it cannot be of use
-                on_end(self)
+        try:
+            for work in (self._feed, template, source), (listen, self):
+                threading.Thread(target=work[0], args=work[1:], daemon=True).start()
+        except RuntimeError:  # no more threads to be had
+            self._heard_at = -math.inf
+
+    def results(self) -> Iterator[list[LaneResult]]:
+        """Yield its results until it ends: first none at all, when it is ready."""
+        for results in messages_of(self._from_it):
+            self.is_ready, self._heard_at = True, time.monotonic()
+            yield list(itertools.starmap(LaneResult, results))
 
     def add(self, task: Task) -> None:
-        """Have it send a file, with the next `flush`."""
+        """Add a file to those that `flush` hands over."""
         if not self.indexes:
             self._heard_at = time.monotonic()
         self.indexes.add(task.entry_index)
@@ -4391,20 +4380,20 @@ class Lane:
             self._batch = []
 
     def is_stuck(self) -> bool:
-        """Tell whether it should long have said something: a disk may hang (NFS)."""
+        """Return whether an answer is long overdue: a disk may hang (NFS)."""
         is_asked = bool(self.indexes) or not self.is_ready
         return is_asked and time.monotonic() - self._heard_at > self.STUCK_SECONDS
 
     def kill(self) -> None:
-        """End it, whatever it does, and wait for that: in a container, nobody else may do so."""
+        """Kill it and wait for its end: in a container, nobody else may do so."""
         self._process.kill()  # it ignores SIGTERM, as signals are for the main process
         with contextlib.suppress(subprocess.TimeoutExpired):  # a disk may hang (NFS)
             self._process.wait(self.END_SECONDS)
 
     def _feed(self, template: PutTemplate, source: CredentialSource) -> None:
-        # In a thread: to renew credentials can take long, and so can a pipe that is full.
+        # In a thread: renewing credentials may take long, and so may a full pipe.
         known: Credentials | None = None
-        # Their source may fail, or the lane: its pipe closes, and so it ends.
+        # When the credentials or the lane fail, the pipe closes, which ends the lane.
         with contextlib.suppress(OSError, StopRun, *request_errors()), self._to_it:
             send_message(self._to_it, template)
             while True:
@@ -4415,14 +4404,14 @@ class Lane:
 
 
 def text_of(path: str) -> str:
-    """Return what a small file of the system holds; nothing if it cannot be read."""
+    """Return the text of a small file of the system, empty if it cannot be read."""
     with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
         return file.read()
     return ""
 
 
 def granted_cores() -> int:
-    """Return how many cores this process may use, by the quotas of its groups and all above, too.
+    """Return how many cores this process may use, by the quotas of its cgroup and all above it.
 
     https://docs.kernel.org/admin-guide/cgroup-v2.html#cpu-interface-files
     """
@@ -4440,74 +4429,58 @@ def granted_cores() -> int:
     return max(cores, 1)
 
 
-class Lanes:
-    """All lanes of a run: none where they do not pay or cannot do what is asked."""
+class Lanes(list[Lane]):
+    """The lanes of a run: none where they do not pay, or cannot do what is asked."""
 
     FILES_PER_LANE = 500
     LANES_MAX = 8
 
     def __init__(self, bucket: Bucket, options: Options) -> None:
-        """Find out whether there can be lanes; raise StopRun if they are asked for and not."""
-        self._bucket, self._options, self._lanes = bucket, options, list[Lane]()
-        self._is_asked_for = options.preferred_transfer_client == "crt"
-        problem = self._problem()
+        """Find out whether there can be lanes; raise StopRun if not, and the user wants them."""
+        wanted, problem = options.preferred_transfer_client, self._problem(bucket)
+        self._is_asked_for = wanted == "crt"
         if problem and self._is_asked_for:
             raise StopRun(f"cannot use the AWS Common Runtime: {problem}")
-        wanted = options.max_concurrency or self.LANES_MAX
-        self._lanes_max = min(granted_cores(), wanted, self.LANES_MAX)
-        if problem or options.preferred_transfer_client == "classic":
+        may_be = options.max_concurrency or self.LANES_MAX
+        self._lanes_max = min(granted_cores(), may_be, self.LANES_MAX)
+        if problem or wanted == "classic":
             self._lanes_max = 0
 
-    def __len__(self) -> int:
-        return len(self._lanes)
-
-    def __iter__(self) -> Iterator[Lane]:
-        return iter(self._lanes)
-
     def start_for(self, small_files: int) -> None:
-        """Start as many lanes as pay for so many small files, if they are not started yet."""
+        """Start as many lanes as pay for so many small files, less those already started."""
         pay = small_files // self.FILES_PER_LANE
         if small_files and self._is_asked_for:
             pay = max(pay, 1)
-        while len(self._lanes) < min(pay, self._lanes_max):
+        while len(self) < min(pay, self._lanes_max):
             try:
-                self._lanes.append(Lane())
+                self.append(Lane())
             except OSError:  # no more processes or pipes: the reliable way needs none
-                self._lanes_max = len(self._lanes)
-
-    def drop(self, lane: Lane) -> None:
-        """Have no more to do with a lane that has ended."""
-        self._lanes.remove(lane)
+                self._lanes_max = len(self)
 
     def close(self) -> None:
         """End all lanes, and leave no process behind."""
-        for lane in self._lanes:
+        for lane in self:
             lane.kill()
 
-    def _problem(self) -> str | None:
+    @staticmethod
+    def _problem(bucket: Bucket) -> str | None:
         """Return why small files cannot go through the AWS Common Runtime, or None if they can."""
-        client = self._bucket.client
-        if not self._has_runtime():
+        try:
+            from awscrt.s3 import S3RetryConfig  # noqa: F401
+        except ImportError:
             return INSTALL_RUNTIME
-        if self._bucket.name.startswith("arn:"):
+        if bucket.name.startswith("arn:"):
             return "it does not know access points"
-        url = client.meta.endpoint_url
+        url = bucket.client.meta.endpoint_url
         if urllib.parse.urlsplit(url).scheme in botocore.utils.get_environ_proxies(url):
             return "it does not know the proxy of the environment"
-        config: Any = client.meta.config
+        config: Any = bucket.client.meta.config
         wanted = config.signature_version, config.request_checksum_calculation
         if wanted != ("s3v4", "when_required") or config.s3["payload_signing_enabled"]:
             return "it does not know the signature or the digests of the configuration"
         if not os.path.isfile(globals().get("__file__", "")):
             return "its processes need the script as a file"
         return None
-
-    def _has_runtime(self) -> bool:
-        try:
-            import awscrt.s3
-        except ImportError:
-            return False
-        return hasattr(awscrt.s3, "S3RetryConfig")
 
 
 # --- transfer ---------------------------------------------------------------------
@@ -4630,7 +4603,7 @@ class Transfer:
             make_template = functools.partial(PutTemplate.of, bucket, options)
             template = run.interruption.wait_for(lambda: Retries(source).run(make_template))
             for lane in lanes:
-                lane.open(template, source, on_results=self._tell_results, on_end=self._tell_end)
+                lane.open(template, source, self._listen)
 
     def run(self) -> None:
         """Send every pending entry, until all is done or the run must stop (`stop_message`).
@@ -4797,11 +4770,13 @@ class Transfer:
         while not written.wait(0.5):
             self._retries.check_stopped()
 
-    def _tell_results(self, lane: Lane, results: list[LaneResult]) -> None:
-        self._news.put(lambda: self._take_results(lane, results))
-
-    def _tell_end(self, lane: Lane) -> None:
-        self._news.put(lambda: self._drop_lane(lane))
+    def _listen(self, lane: Lane) -> None:
+        """Tell the main thread what a lane reports, until the lane ends."""
+        try:
+            for results in lane.results():
+                self._news.put(functools.partial(self._take_results, lane, results))
+        finally:  # a bug too must not make the run wait forever
+            self._news.put(functools.partial(self._drop_lane, lane))
 
     # --- What is recorded ---
 
@@ -4878,7 +4853,7 @@ class Transfer:
         if lane in self._lanes:
             lane.kill()  # first: what was stuck may go on, and send older bytes last
             self._take_results(lane, [LaneResult(index) for index in sorted(lane.indexes)])
-            self._lanes.drop(lane)
+            self._lanes.remove(lane)
 
     def _record(self, index: int, result: Result) -> None:
         """Write down in its entry what became of a file."""
