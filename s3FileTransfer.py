@@ -3466,7 +3466,6 @@ class Uploader:
         # Set when S3 has accepted something: a refusal is then not of all files.
         self.accepted = threading.Event()
         self._progress = run.report.progress
-        self._run_parameters = run.options.object_parameters()
 
     def upload(self, task: Task) -> Result:
         """Send one file; return the outcome, which is decided nowhere else."""
@@ -3581,7 +3580,7 @@ class Uploader:
 
     def object_parameters(self, path: str, status: os.stat_result) -> Parameters:
         """Return boto3's parameters that describe a new object."""
-        parameters: Parameters = dict(self._run_parameters)
+        parameters: Parameters = {**self.options.object_parameters()}
         if content_type := content_type_of(path):
             parameters["ContentType"] = content_type
         parameters["Metadata"] = {"mtime": mtime_text(status)}
@@ -3786,7 +3785,7 @@ class PartsClient:
             digests = self._file.digests[number] = self._file.read(number, source=source)
             listed = self._on_s3.get(number)
             if listed and listed.get("Size") == size and digests.are_of(listed):
-                etag = listed["ETag"]
+                self._etags[number] = listed["ETag"]
                 self._sent_earlier += size
                 self._note_moved(number, size)
             else:
@@ -3795,8 +3794,8 @@ class PartsClient:
                 if self._file.has_crc32:
                     parameters["ChecksumCRC32"] = base64_of(digests.crc32)
                 etag = self._send(source, size, md5=digests.md5, parameters=parameters)
-        self._etags[number] = etag
-        return {"ETag": etag}
+                self._etags[number] = etag
+        return {"ETag": self._etags[number]}
 
     def _send(self, source: SourceFile, size: int, *, md5: bytes, parameters: Parameters) -> str:
         number = parameters["PartNumber"]
@@ -3988,9 +3987,8 @@ class MultipartUpload:
         )
         for page in pages:
             # The object would get the storage class that the upload was started with.
-            if wanted_class and page.get("StorageClass", wanted_class) != wanted_class:
-                return None
-            if page.get("Key", key) != key:
+            is_other_class = page.get("StorageClass", wanted_class) != wanted_class
+            if page.get("Key", key) != key or (wanted_class and is_other_class):
                 return None
             file.has_crc32 = page.get("ChecksumAlgorithm") == "CRC32"
             on_s3 |= {part["PartNumber"]: part for part in page.get("Parts", ())}
@@ -4084,7 +4082,7 @@ def keep_thread_state() -> None:
 
 
 class LanePut:
-    """One put that is under way; to the runtime, the body that it reads."""
+    """A put that is under way, and the body of its request."""
 
     request: awscrt.s3.S3Request
 
@@ -4290,7 +4288,6 @@ def messages_of(pipe: IO[bytes]) -> Iterator[Any]:
 def run_lane() -> NoReturn:
     """Run as a lane: take files from standard input until it closes, send results to stdout."""
     global awscrt
-    gc.disable()  # as in main()
     # A signal to the whole process group is for the main process to handle.
     for signum in Interruption.SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
@@ -4307,8 +4304,6 @@ def run_lane() -> NoReturn:
         import awscrt.s3
 
         sender = LaneSender(messages_of(sys.stdin.buffer), pipe)
-        gc.freeze()
-        gc.enable()
         send_message(pipe, [])  # it is ready
         sender.run()
     os._exit(0)
@@ -4441,10 +4436,9 @@ class Lanes(list[Lane]):
         self._is_asked_for = wanted == "crt"
         if problem and self._is_asked_for:
             raise StopRun(f"cannot use the AWS Common Runtime: {problem}")
-        may_be = options.max_concurrency or self.LANES_MAX
-        self._lanes_max = min(granted_cores(), may_be, self.LANES_MAX)
-        if problem or wanted == "classic":
-            self._lanes_max = 0
+        concurrency = options.max_concurrency or self.LANES_MAX
+        can_be = min(granted_cores(), concurrency, self.LANES_MAX)
+        self._lanes_max = 0 if problem or wanted == "classic" else can_be
 
     def start_for(self, small_files: int) -> None:
         """Start as many lanes as pay for so many small files, less those already started."""
