@@ -90,7 +90,7 @@ import zlib
 from argparse import ArgumentTypeError
 from array import array
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
 from decimal import Decimal
@@ -3516,7 +3516,7 @@ class Uploader:
 
     def _put(self, task: Task, source: SourceFile, result: Result) -> None:
         """Send the file with PutObject, and prove the object."""
-        body, md5 = self._body_and_md5(task, source)
+        body, md5 = self._body(task, source)
         parameters = self.object_parameters(task.filepath, source.status)
         parameters |= {"Bucket": self.bucket.name, "Key": task.key, "ContentMD5": base64_of(md5)}
         parameters["Body"] = body
@@ -3546,9 +3546,7 @@ class Uploader:
             raise
         source.check_unchanged(md5)
 
-    def _body_and_md5(
-        self, task: Task, source: SourceFile
-    ) -> tuple[io.BytesIO | LargeReads, bytes]:
+    def _body(self, task: Task, source: SourceFile) -> tuple[io.BytesIO | LargeReads, bytes]:
         """Return the body of a put, and the MD5 of its bytes."""
         file: IO[bytes] = source
         if source.size > IN_MEMORY_BYTES:
@@ -3752,7 +3750,6 @@ class PartsClient:
         self.meta = uploader.client.meta
         self._uploader, self._client, self._retries = uploader, uploader.client, uploader.retries
         self._file, self._result, self._on_s3 = file, file.result, on_s3
-        self._etags: dict[int, str] = {}
         self._moved: dict[int, int] = {}
         self._sent_earlier = 0
         self.etag = ""
@@ -3776,26 +3773,24 @@ class PartsClient:
             self._uploader.save_upload(self._file.task.entry_index, self._result)
         return {"UploadId": self._result.upload_id}
 
-    def upload_part(self, *, PartNumber: int, Body: Any, **parameters: Any) -> Parameters:
+    def upload_part(self, *, PartNumber: int, Body: Sized, **parameters: Any) -> Parameters:
         """Send one part and prove it, unless S3 has the same bytes under its number."""
         number, size = PartNumber, len(Body)
         # Not Body itself: once another part has failed, reading it fails in the middle.
         with self._file.open() as source:
             # Before sending: check_unchanged needs the digests of a part that S3 refuses.
             digests = self._file.digests[number] = self._file.read(number, source=source)
+            crc32 = {"ChecksumCRC32": base64_of(digests.crc32)} if self._file.has_crc32 else {}
             listed = self._on_s3.get(number)
             if listed and listed.get("Size") == size and digests.are_of(listed):
-                self._etags[number] = listed["ETag"]
+                etag = listed["ETag"]
                 self._sent_earlier += size
                 self._note_moved(number, size)
             else:
-                parameters |= {"PartNumber": number, "ContentMD5": base64_of(digests.md5)}
+                parameters |= {"PartNumber": number, "ContentMD5": base64_of(digests.md5), **crc32}
                 parameters.pop("ChecksumAlgorithm", None)
-                if self._file.has_crc32:
-                    parameters["ChecksumCRC32"] = base64_of(digests.crc32)
                 etag = self._send(source, size, md5=digests.md5, parameters=parameters)
-                self._etags[number] = etag
-        return {"ETag": self._etags[number]}
+        return {"ETag": etag, **crc32}  # S3Transfer passes them on to complete the upload
 
     def _send(self, source: SourceFile, size: int, *, md5: bytes, parameters: Parameters) -> str:
         number = parameters["PartNumber"]
@@ -3825,12 +3820,6 @@ class PartsClient:
     def complete_multipart_upload(self, **parameters: Any) -> Parameters:
         """Complete the upload, unless the file changed meanwhile, and prove the object."""
         self._file.check_unchanged()
-        parts: list[Parameters] = []
-        for number, digests in sorted(self._file.digests.items()):
-            parts.append({"PartNumber": number, "ETag": self._etags[number]})
-            if self._file.has_crc32:
-                parts[-1]["ChecksumCRC32"] = base64_of(digests.crc32)
-        parameters["MultipartUpload"] = {"Parts": parts}
         tries = 0
 
         def complete() -> Answer:
@@ -3926,11 +3915,10 @@ class MultipartUpload:
         self._result.upload_id, self._result.sse = None, file.sse
         return client.etag
 
-    def _transfer(
-        self, client: PartsClient, file: FileInParts, *, use_threads: bool = True
-    ) -> None:
+    def _transfer(self, client: PartsClient, file: FileInParts, *, threads: bool = True) -> None:
+        """Have S3Transfer send the file through `client`, in one thread if no more can be had."""
         config = boto3.s3.transfer.TransferConfig(
-            use_threads=use_threads,
+            use_threads=threads,
             multipart_threshold=1,
             multipart_chunksize=file.part_size,
             max_concurrency=self._uploader.part_threads,
@@ -3948,9 +3936,9 @@ class MultipartUpload:
             with boto3.s3.transfer.S3Transfer(client, config, files) as transfer:  # type: ignore[arg-type]
                 transfer.upload_file(path, bucket, key, None, extra_args)
         except RuntimeError:  # the system gives no more threads
-            if not use_threads:
+            if not threads:
                 raise
-            self._transfer(client, file, use_threads=False)
+            self._transfer(client, file, threads=False)
 
     def _forget_upload(self) -> None:
         self._result.upload_id = self._result.part_size = None
@@ -4123,6 +4111,17 @@ class LanePut:
         return LaneResult(self._index, *file, etag_of(answer), opaque_encryption(answer), unproven)
 
 
+def send_message(pipe: IO[bytes], message: object) -> None:
+    """Send a message through a pipe as a line of JSON; raise OSError if nobody reads there."""
+    pipe.write(json.dumps(message).encode() + b"\n")
+    pipe.flush()
+
+
+def messages_of(pipe: IO[bytes]) -> Iterator[Any]:
+    """Yield the messages that come through a pipe until it closes, without a torn last one."""
+    return (json.loads(line) for line in pipe if line.endswith(b"\n"))
+
+
 class LaneSender:
     """What works inside a lane: one thread that begins all puts, proves and reports them.
 
@@ -4142,13 +4141,14 @@ class LaneSender:
         # What other threads, and those of the runtime, leave to the working one.
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._results: list[LaneResult] = []
-        self._under_way: dict[awscrt.s3.S3Request, float] = {}  # and when it was begun
+        self._under_way: dict[awscrt.s3.S3Request, float] = {}  # and when each was begun
+        # The time to read a file, as a moving average; and who reads if that is long.
         self._read_seconds, self._readers = 0.0, Threads(self.READERS)
 
     def _make_client(self) -> awscrt.s3.S3Client:
-        # Before all else: a runtime that is too old fails here, with nothing to tear down.
-        # Retries is the one retry loop, but one retry is the least to be had (0 is the default, 5).
-        # In a bucket of 1, a second try of one file leaves none for others until one succeeds.
+        # First of all: if the runtime is too old for it, there is nothing to tear down yet.
+        # Retries is the one retry loop, but the runtime's minimum is one retry (0 means 5). A
+        # bucket of 1 allows one file a retry, and no other until a request succeeds.
         few_tries = awscrt.s3.S3RetryConfig(max_retries=1, initial_bucket_capacity=1)
         loops = awscrt.io.EventLoopGroup(1)
         mode, tls = awscrt.s3.S3RequestTlsMode.DISABLED, None
@@ -4272,17 +4272,6 @@ def end_process(failed: threading.ExceptHookArgs) -> None:
     """End a lane in which a thread has failed; its files go to the reliable way."""
     threading.__excepthook__(failed)
     os._exit(1)
-
-
-def send_message(pipe: IO[bytes], message: object) -> None:
-    """Send a message through a pipe as a line of JSON; raise OSError if nobody reads there."""
-    pipe.write(json.dumps(message).encode() + b"\n")
-    pipe.flush()
-
-
-def messages_of(pipe: IO[bytes]) -> Iterator[Any]:
-    """Yield the messages that come through a pipe until it closes, without a torn last one."""
-    return (json.loads(line) for line in pipe if line.endswith(b"\n"))
 
 
 def run_lane() -> NoReturn:
