@@ -3312,7 +3312,7 @@ class SourceFile(io.FileIO):
             self.ctime_ns = 0
 
     def read_all(self) -> bytes:
-        """Return the bytes of a small file; raise UploadError unless it has as many as its size."""
+        """Return the bytes of a small file, up to its size; raise UploadError if that is wrong."""
         data = self.read(self.size + 1)
         while len(data) < self.size and (more := self.read(self.size + 1 - len(data))):
             data += more
@@ -3451,8 +3451,8 @@ class LargeReads:
 class Uploader:
     """The reliable way: sends one file per calling thread, and proves that S3 has its bytes."""
 
-    # These pass: other processes may have used up the open files; and who has a lease on a file
-    # (Samba, nfsd) is asked to give it up when somebody else opens the file.
+    # These pass: other processes have too many files open, or one of them (Samba, nfsd) has a
+    # lease on this file, which the kernel has asked it to give up.
     CANNOT_OPEN_NOW = (errno.EMFILE, errno.ENFILE, errno.EAGAIN)
 
     def __init__(
@@ -3858,7 +3858,7 @@ class PartsClient:
 
 
 class MultipartUpload:
-    """Sends one file in parts, beginning with those that S3 lacks.
+    """Sends one file in parts, except for the parts that S3 already has.
 
     If the file is not sent, `result.upload_id` is the upload that a later run can resume, if any.
     """
@@ -4022,7 +4022,8 @@ class PutTemplate(NamedTuple):
     def of(cls, bucket: Bucket, options: Options) -> PutTemplate:
         """Return the template of the puts that boto3 would send to a bucket.
 
-        botocore signs one to show it: raises what the source of the credentials raises.
+        botocore prepares and signs one, which is not sent. Raises what the source of the
+        credentials raises.
         """
         requests = []
 
@@ -4123,13 +4124,13 @@ def messages_of(pipe: IO[bytes]) -> Iterator[Any]:
 
 
 class LaneSender:
-    """What works inside a lane: one thread that begins all puts, proves and reports them.
+    """What runs in a lane: one thread that begins all puts, proves and reports them.
 
     Several threads would mostly pass the interpreter's lock around.
     """
 
-    # With all that is under way a file needs about 10. After 30 without a byte the runtime sends
-    # the file again, and it waits forever for an answer that trickles.
+    # A put takes about 10 with all others under way. After 30 without a byte the runtime would
+    # send the file again, and it would wait forever for an answer that trickles.
     ANSWER_SECONDS = 25
     SLOW_READ_SECONDS, READERS = 0.002, 16
     BATCH_SECONDS = 0.005  # each message wakes the main process
@@ -4138,7 +4139,7 @@ class LaneSender:
         self._messages, self._pipe = messages, pipe
         self._template = PutTemplate(*next(messages))
         self._client, self._signing = self._make_client(), None
-        # What other threads, and those of the runtime, leave to the working one.
+        # Calls that the other threads, and those of the runtime, leave to this one.
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._results: list[LaneResult] = []
         self._under_way: dict[awscrt.s3.S3Request, float] = {}  # and when each was begun
@@ -4308,7 +4309,7 @@ class Lane:
 
     ARGUMENT = "be-a-lane"  # the only one; no option of the command line
     STUCK_SECONDS = 120
-    END_SECONDS = 1  # are enough for a killed process
+    END_SECONDS = 1  # enough for a killed process
 
     def __init__(self) -> None:
         self.indexes: set[int] = set()
@@ -4345,7 +4346,7 @@ class Lane:
             self._heard_at = -math.inf
 
     def results(self) -> Iterator[list[LaneResult]]:
-        """Yield its results until it ends: first none at all, when it is ready."""
+        """Yield the lists of results until it ends; the first, empty, says that it is ready."""
         for results in messages_of(self._from_it):
             self.is_ready, self._heard_at = True, time.monotonic()
             yield list(itertools.starmap(LaneResult, results))
@@ -4369,7 +4370,7 @@ class Lane:
         return is_asked and time.monotonic() - self._heard_at > self.STUCK_SECONDS
 
     def kill(self) -> None:
-        """Kill it and wait for its end: in a container, nobody else may do so."""
+        """Kill it and wait for its end, since in a container nobody else may reap it."""
         self._process.kill()  # it ignores SIGTERM, as signals are for the main process
         with contextlib.suppress(subprocess.TimeoutExpired):  # a disk may hang (NFS)
             self._process.wait(self.END_SECONDS)
