@@ -3348,7 +3348,7 @@ class SourceFile(io.FileIO):
         return self.digests(0, self.size).md5
 
     def etag_like(self, etag: str, part_size: int, *, on_read: OnRead | None = None) -> str | None:
-        """Return the ETag that an upload of this file gets if it is done as the one of `etag` was.
+        """Return the ETag that this file would get, uploaded as the object with `etag` was.
 
         `part_size` is that of an upload in parts, in bytes. Return None if `etag` is not made of
         MD5s, or has another number of parts. Raise FileChanged if the file has become shorter.
