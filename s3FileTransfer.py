@@ -95,13 +95,14 @@ import zlib
 from argparse import ArgumentTypeError
 from array import array
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import IO, TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, TypeVar
 
 if TYPE_CHECKING:
+    import awscrt.s3
     import boto3
     import botocore
     import s3transfer
@@ -3185,12 +3186,12 @@ class March:
 
 # --- one file ---------------------------------------------------------------------
 
-# Files up to this size are read once: the bytes that are hashed are the bytes sent.
+# A file up to this size is read once and sent from memory: the bytes hashed are the bytes sent.
 IN_MEMORY_BYTES = 8 * MIB
 
 
 def new_md5(data: bytes = b"") -> hashlib._Hash:
-    """Return an MD5 hash object that FIPS systems allow too: it proves, it does not secure."""
+    """Return an MD5 hash object; FIPS systems allow it because it is not for security."""
     return hashlib.md5(data, usedforsecurity=False)
 
 
@@ -3200,7 +3201,7 @@ def base64_of(digest: bytes) -> str:
 
 
 def opaque_encryption(answer: Answer) -> str | None:
-    """Return the encryption under which the ETag of an answer is no MD5: SSE-KMS or SSE-C.
+    """Return the encryption in an answer, SSE-KMS or SSE-C, under which its ETag is no MD5.
 
     https://docs.aws.amazon.com/AmazonS3/latest/API/API_Object.html
     """
@@ -3210,11 +3211,11 @@ def opaque_encryption(answer: Answer) -> str | None:
     return str(answer.get("SSECustomerAlgorithm") or "")[:TEXT_MAX] or None
 
 
-def is_proof(answer: Answer, md5: bytes) -> bool:
-    """Tell whether an answer proves that S3 has the bytes with this MD5.
+def proves(answer: Answer, md5: bytes) -> bool:
+    """Return whether an answer proves that S3 has the bytes with this MD5.
 
-    Where it names SSE-KMS or SSE-C, the Content-MD5 that S3 has accepted is the proof. False for
-    an ETag that some servers make up; raises DigestMismatch for one that is another MD5.
+    Under SSE-KMS and SSE-C the proof is that S3 accepted the Content-MD5. Return False if the
+    ETag is one that the server makes up; raise DigestMismatch if it is the MD5 of other bytes.
     """
     etag = etag_of(answer)
     if etag == md5.hex() or opaque_encryption(answer):
@@ -3225,9 +3226,9 @@ def is_proof(answer: Answer, md5: bytes) -> bool:
 
 
 def head_object(client: S3Client, bucket_name: str, key: str) -> Answer | None:
-    """Return HeadObject's answer, empty for no object, or None where it is refused."""
+    """Return the answer to HeadObject: empty if there is no object, None if S3 refuses."""
     try:
-        # Without that mode S3 tells no checksum.
+        # S3 returns a checksum only in this mode.
         return client.head_object(Bucket=bucket_name, Key=key, ChecksumMode="ENABLED")
     except botocore.exceptions.ClientError as raised:
         error = error_of(raised)
@@ -3236,7 +3237,7 @@ def head_object(client: S3Client, bucket_name: str, key: str) -> Answer | None:
         return {} if error.code in ("404", "NoSuchKey", "NotFound") else None
 
 
-# Is told of bytes that have been read.
+# Called with a number of bytes: of the piece just read, or read so far.
 OnRead = Callable[[int], object]
 
 
@@ -3247,7 +3248,7 @@ class Digests(NamedTuple):
     crc32: bytes
 
     def are_of(self, listed: PartTypeDef) -> bool:
-        """Tell whether the part that ListParts describes has the same bytes."""
+        """Return whether a part in the answer to ListParts has the same bytes."""
         if checksum := listed.get("ChecksumCRC32"):
             return base64_of(self.crc32) == checksum
         return self.md5.hex() == etag_of(listed)
@@ -3261,23 +3262,24 @@ def etag_of_parts(md5s: list[bytes]) -> str:
 def check_unchanged(
     after: os.stat_result, before: os.stat_result, has_same_start: Callable[[], bool]
 ) -> None:
-    """Raise FileChanged unless an open file has the same bytes, or has only grown at its end.
+    """Raise FileChanged unless a file has the same bytes as before, or has only grown.
 
-    Its times tell whether it was written to; ctime too, since mtime can be put back.
+    The bytes are compared only if size or times differ; ctime counts because a program can set
+    mtime back.
     """
     was, now = ((s.st_size, s.st_mtime_ns, ctime_of(s)) for s in (before, after))
     if now[0] < was[0] or (now != was and not has_same_start()):
         raise FileChanged
 
 
-class SourceFile:
-    """An open regular file, and its status when it was opened; a context manager.
+class SourceFile(io.FileIO):
+    """A regular file, open for reading, and its status when it was opened.
 
-    Raises OSError, or UploadError for what is no regular file (a FIFO never hangs), or is
-    reached through a link below `no_links_below`.
+    Raises OSError; UploadError if there is no regular file (a FIFO never hangs), or if the path
+    leads through a symbolic link below `no_links_below`.
     """
 
-    # The clocks of file systems tick so seldom that a later change may have the same time.
+    # File systems update their clock so seldom that a later change may get the same time.
     YOUNG_NS = 2 * 10**9
     READ_BYTES = MIB
 
@@ -3289,30 +3291,20 @@ class SourceFile:
             raise UploadError("it is no longer a regular file")
         if sys.platform != "win32":
             os.set_blocking(descriptor, True)
-        self.handle = io.FileIO(descriptor)
+        super().__init__(descriptor)
         self.size = self.status.st_size
         self.ctime_ns = ctime_of(self.status)
         if self.ctime_ns is not None and time.time_ns() - self.ctime_ns < self.YOUNG_NS:
             self.ctime_ns = 0
 
-    def __enter__(self) -> SourceFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the file; its status stays."""
-        self.handle.close()
-
     def read_all(self) -> bytes:
-        """Return the bytes of a small file; raise UploadError for fewer or inexplicably more."""
-        data = self.handle.read(self.size + 1)
-        while len(data) < self.size and (more := self.handle.read(self.size + 1 - len(data))):
+        """Return the bytes of a small file, up to its size; raise UploadError if that is wrong."""
+        data = self.read(self.size + 1)
+        while len(data) < self.size and (more := self.read(self.size + 1 - len(data))):
             data += more
         if len(data) < self.size:
             raise FileChanged
-        if len(data) > self.size and os.fstat(self.handle.fileno()).st_size == self.size:
+        if len(data) > self.size and os.fstat(self.fileno()).st_size == self.size:
             why = "it holds more than its size says, as files of the kernel do"
             raise UploadError(f"{why}; leave it out with --exclude")
         return data[: self.size]
@@ -3322,11 +3314,11 @@ class SourceFile:
     ) -> Digests:
         """Return the digests of `size` bytes from `start` on; raise FileChanged if there are fewer.
 
-        `on_read` is called with the number of bytes of each piece.
+        `on_read` is called with the size of each piece.
         """
-        self.handle.seek(start)
+        self.seek(start)
         md5, crc32, left = new_md5(), 0, size
-        while left and (data := self.handle.read(min(left, self.READ_BYTES))):
+        while left and (data := self.read(min(left, self.READ_BYTES))):
             md5.update(data)
             if with_crc32:
                 crc32 = zlib.crc32(data, crc32)
@@ -3338,49 +3330,45 @@ class SourceFile:
         return Digests(md5.digest(), crc32.to_bytes(4, "big"))
 
     def md5(self) -> bytes:
-        """Return the MD5 of the file as long as it was; raise FileChanged if it is shorter."""
+        """Return the MD5 of the file, up to the size it was opened with."""
         return self.digests(0, self.size).md5
 
     def etag_like(self, etag: str, part_size: int, *, on_read: OnRead | None = None) -> str | None:
-        """Return the ETag that S3 would give to it, if `etag` is of an object with its bytes.
+        """Return the ETag that this file would get, uploaded as the object with `etag` was.
 
-        `part_size` is that of an upload in parts, in bytes. None when the number of parts shows
-        that it was another, and for what is made of no MD5s. Raises FileChanged if the file is
-        shorter than it was.
+        `part_size` is that of an upload in parts, in bytes. Return None if `etag` is not made of
+        MD5s, or has another number of parts. Raise FileChanged if the file has become shorter.
         """
-        _md5, is_of_parts, count = etag.partition("-")
-        if not re.fullmatch(r"[0-9a-f]{32}(-[0-9]+)?", etag):
+        match = re.fullmatch(r"[0-9a-f]{32}(?:-([0-9]+))?", etag)
+        if not match:
             return None
-        if not is_of_parts:
+        if match[1] is None:
             return self.digests(0, self.size, on_read=on_read).md5.hex()
         part_size = part_size_for(self.size, part_size)
-        if str(-(-self.size // part_size)) != count:
+        starts = range(0, self.size, part_size)
+        if str(len(starts)) != match[1]:
             return None
-        md5s = []
-        for start in range(0, self.size, part_size):
-            length = min(part_size, self.size - start)
-            md5s.append(self.digests(start, length, on_read=on_read).md5)
-        return etag_of_parts(md5s)
+        sizes = [min(part_size, self.size - start) for start in starts]
+        parts = map(functools.partial(self.digests, on_read=on_read), starts, sizes)
+        return etag_of_parts([part.md5 for part in parts])
 
     def check_unchanged(self, md5: bytes) -> None:
-        """Raise FileChanged unless the file still has the bytes with this MD5 at its start."""
-        after = os.fstat(self.handle.fileno())
-        check_unchanged(after, self.status, lambda: self.md5() == md5)
+        """Raise FileChanged unless the file still starts with the bytes that have this MD5."""
+        check_unchanged(os.fstat(self.fileno()), self.status, lambda: self.md5() == md5)
 
 
-@functools.lru_cache(1024)
-def type_of_suffixes(suffixes: str) -> str | None:
-    """Return the media type of a file whose name has such suffixes, as "tar.gz"."""
-    return mimetypes.guess_type(f"name.{suffixes}")[0]
+# Looking up a type takes 8 µs, which a small file would notice.
+guess_type = functools.lru_cache(1024)(mimetypes.guess_type)
 
 
 def content_type_of(path: str) -> str | None:
-    """Return the media type of a file, by its name."""
-    return type_of_suffixes(os.path.basename(path).partition(".")[2])
+    """Return the media type of a file, which only the suffixes of its name decide."""
+    suffixes = os.path.basename(path).partition(".")[2]
+    return guess_type(f"name.{suffixes}")[0]
 
 
 def mtime_text(status: os.stat_result) -> str:
-    """Return the time in seconds since 1970, as rclone keeps and restores it."""
+    """Return mtime in seconds since 1970, as rclone stores and restores it."""
     return f"{Decimal(status.st_mtime_ns).scaleb(-9):f}"
 
 
@@ -3393,11 +3381,11 @@ class Bandwidth:
         self._lock = threading.Lock()
 
     def seconds_until_free(self) -> float:
-        """Return after how many seconds the next byte may leave."""
+        """Return in how many seconds the next byte may leave."""
         return max(0.0, self._free_at - time.monotonic())
 
     def take(self, size: int) -> float:
-        """Take the next turn for so many bytes; return after how many seconds it comes."""
+        """Reserve the next turn for `size` bytes; return in how many seconds it comes."""
         with self._lock:
             now = time.monotonic()
             starts_at = max(now, self._free_at)
@@ -3406,45 +3394,46 @@ class Bandwidth:
 
 
 class LargeReads:
-    """A body of `size` bytes for boto3 that is read in large pieces, or as bandwidth allows.
+    """A body for boto3, `size` bytes of a file from `start` on, that is read in large pieces.
 
     urllib3 asks for 16 KiB at a time and sends whatever it gets: at a gigabyte a second
-    the small reads would cost as much as the sending. `on_moved` is told after each piece how
-    many bytes have been read so far.
+    the small reads would cost as much as the sending. `on_moved` is called after each piece with
+    the number of bytes read so far.
     """
 
     def __init__(
-        self, body: io.BytesIO | s3transfer.utils.ReadFileChunk, size: int, *,
-        on_moved: Callable[[int], None], uploader: Uploader,
-    ) -> None:  # fmt: skip
-        self._body, self._size, self._on_moved = body, size, on_moved
+        self, file: IO[bytes], start: int, size: int, *, on_moved: OnRead, uploader: Uploader
+    ) -> None:
+        file.seek(start)
+        self._chunk = s3transfer.utils.ReadFileChunk(file, size, start + size)
+        self.seek, self.tell = self._chunk.seek, self._chunk.tell
+        self._size, self._on_moved = size, on_moved
         self._bandwidth, self._piece_bytes = uploader.bandwidth, uploader.options.piece_bytes
-        self.seek, self.tell = body.seek, body.tell
 
     def __len__(self) -> int:
         return self._size
 
     def read(self, size: int = -1) -> bytes:
-        """Return the next bytes: as many as are good, whatever `size` says."""
-        if size < 0:  # nothing but a hash would ask for all at once
-            return self._body.read()
+        """Return the next piece, whatever `size` says; raise UploadError if it cannot be read."""
+        if size < 0:  # only what hashes a body asks for all of it
+            return self._chunk.read()
         try:
-            data = self._body.read(self._piece_bytes)
+            data = self._chunk.read(self._piece_bytes)
         except OSError as error:
             raise read_error(error) from error
-        if not data and self._body.tell() < self._size:
-            raise FileChanged  # it is shorter now, and the server would wait for the rest
+        if not data and self.tell() < self._size:
+            raise FileChanged  # the server would wait for the bytes that the file has lost
         if self._bandwidth:
             time.sleep(self._bandwidth.take(len(data)))
-        self._on_moved(self._body.tell())
+        self._on_moved(self.tell())
         return data
 
 
 class Uploader:
     """The reliable way: sends one file per calling thread, and proves that S3 has its bytes."""
 
-    # Other processes may use up what this one can open, or have a lease on a file (Samba, nfsd),
-    # which they are asked to give up when it is opened: that passes.
+    # These pass: other processes have too many files open, or one of them (Samba, nfsd) has a
+    # lease on this file, which the kernel has asked it to give up.
     CANNOT_OPEN_NOW = (errno.EMFILE, errno.ENFILE, errno.EAGAIN)
 
     def __init__(
@@ -3455,36 +3444,33 @@ class Uploader:
         self.retries, self.bandwidth, self.part_threads = retries, bandwidth, part_threads
         # Returns when the disk has the id of an entry's new multipart upload.
         self.save_upload = save_upload
-        # Set when S3 has taken something, so that a refusal is not of all files.
+        # Set when S3 has accepted something: a refusal is then not of all files.
         self.accepted = threading.Event()
         self._progress = run.report.progress
-        self._run_parameters = run.options.object_parameters()
 
     def upload(self, task: Task) -> Result:
-        """Send one file and return how that ended; the one place that decides that."""
-        # The known ETag stays until the file proves to be another.
+        """Send one file; return the outcome, which is decided nowhere else."""
+        # The known ETag stays until the file proves to have other bytes.
         result = Result(etag=task.etag, upload_id=task.upload_id, part_size=task.part_size)
         started = time.monotonic()
         try:
             result.outcome = self._send(task, result)
-        except FileChanged as error:
-            result.outcome, result.error = Outcome.TRY_LATER, str(error)
-        except UploadError as error:
-            if error.trouble is Trouble.REFUSAL:
-                result.outcome = Outcome.REFUSED
-            elif error.code or error.trouble in PASSING:
-                result.is_said_by_server = True
-            result.error = str(error)
-        except StopRun as error:
-            result.outcome, result.error = Outcome.STOPS_RUN, str(error)
         except Stopped:
             result.outcome = Outcome.STOPPED
+        except StopRun as stop:
+            result.outcome, result.error = Outcome.STOPS_RUN, str(stop)
         except MemoryError:
             result.outcome, result.error = Outcome.TRY_LATER, "there is no memory left to send it"
-        except OSError as error:
-            if error.errno in self.CANNOT_OPEN_NOW:
+        except (UploadError, OSError) as raised:
+            error = read_error(raised)
+            result.error = str(error)
+            is_passing = getattr(raised, "errno", None) in self.CANNOT_OPEN_NOW
+            if is_passing or isinstance(error, FileChanged):
                 result.outcome = Outcome.TRY_LATER
-            result.error = str(read_error(error))
+            elif error.trouble is Trouble.REFUSAL:
+                result.outcome = Outcome.REFUSED
+            else:
+                result.is_said_by_server = bool(error.code or error.trouble in PASSING)
         result.seconds = time.monotonic() - started
         return result
 
@@ -3498,7 +3484,7 @@ class Uploader:
                 etag = source.etag_like(
                     task.etag, part_size, on_read=lambda _: self.retries.check_stopped()
                 )
-                result.ctime_ns = source.ctime_ns
+                result.ctime_ns = source.ctime_ns  # only now: the bytes are compared
                 if etag == task.etag:
                     return Outcome.UNCHANGED
                 result.etag = result.part_size = None
@@ -3510,32 +3496,22 @@ class Uploader:
         return Outcome.UPLOADED
 
     def _put(self, task: Task, source: SourceFile, result: Result) -> None:
-        """Send the file with PutObject."""
-        limit = self.bandwidth
-        body: Any
-        if source.size <= IN_MEMORY_BYTES:
-            data = source.read_all()
-            body, md5 = io.BytesIO(data), new_md5(data).digest()
-        else:
-            md5 = source.md5()
-            source.handle.seek(0)
-            body = s3transfer.utils.ReadFileChunk(source.handle, source.size, source.size)
-        if source.size > (self.options.piece_bytes if limit else IN_MEMORY_BYTES):
-            note = functools.partial(self.note_moved, task.entry_index)
-            body = LargeReads(body, source.size, on_moved=note, uploader=self)
+        """Send the file with PutObject, and prove the object."""
+        body, md5 = self._body(task, source)
         parameters = self.object_parameters(task.filepath, source.status)
         parameters |= {"Bucket": self.bucket.name, "Key": task.key, "ContentMD5": base64_of(md5)}
-
+        parameters["Body"] = body
         accepted_md5, etag = task.accepted
         answers: list[Answer] = [{"ETag": etag}] if accepted_md5 == md5.hex() else []
 
         def put() -> None:
-            if not answers:
+            if answers:  # a lane has sent it: only the proof is missing
+                answer = answers.pop()
+            else:
                 body.seek(0)
-                if limit and isinstance(body, io.BytesIO):
-                    time.sleep(limit.take(source.size))
-                answers.append(self.client.put_object(Body=body, **parameters))
-            answer = answers.pop()
+                if self.bandwidth and source.size <= self.options.piece_bytes:
+                    time.sleep(self.bandwidth.take(source.size))
+                answer = self.client.put_object(**parameters)
             proof = self._proof(answer, task.key, md5=md5, size=source.size)
             result.etag = etag_of(proof) or etag_of(answer)
             result.sse = opaque_encryption(proof)
@@ -3543,7 +3519,7 @@ class Uploader:
         try:
             self.retries.run(put, damaged_tries=int(task.was_in_lane and not answers))
         except UploadError as error:
-            # A file that changes between hashing and sending is refused as damaged.
+            # S3 refuses a file that changes between hashing and sending as damaged.
             source.check_unchanged(md5)
             if error.trouble is Trouble.NO_ANSWER and body.tell():
                 why = f"{error}, or send it in parts by a lower --multipart-threshold"
@@ -3551,33 +3527,46 @@ class Uploader:
             raise
         source.check_unchanged(md5)
 
-    def _proof(self, answer: Answer, key: str, *, md5: bytes, size: int) -> Answer:
-        """Return what proves a put: its answer, or HeadObject's if its ETag is no MD5.
+    def _body(self, task: Task, source: SourceFile) -> tuple[io.BytesIO | LargeReads, bytes]:
+        """Return the body of a put, and the MD5 of its bytes."""
+        file: IO[bytes] = source
+        if source.size > IN_MEMORY_BYTES:
+            md5 = source.md5()
+        else:
+            data = source.read_all()
+            file, md5 = io.BytesIO(data), new_md5(data).digest()
+            if not self.bandwidth or source.size <= self.options.piece_bytes:
+                return file, md5
+        note = functools.partial(self.note_moved, task.entry_index)
+        return LargeReads(file, 0, source.size, on_moved=note, uploader=self), md5
 
-        S3 has accepted the Content-MD5, then. Raises DigestMismatch for other bytes.
+    def _proof(self, answer: Answer, key: str, *, md5: bytes, size: int) -> Answer:
+        """Return the answer that proves a put: its own, or if its ETag is no MD5, HeadObject's.
+
+        In the second case S3 has accepted the Content-MD5. Raise DigestMismatch for other bytes.
         """
-        if is_proof(answer, md5):
+        if proves(answer, md5):
             return answer
         head = head_object(self.client, self.bucket.name, key)
         if head is None and etag_of(answer):
             return answer
-        # A web server that says yes to everything gives no time.
+        # A web server that answers 200 to everything sends no Last-Modified.
         if not (head and head.get("LastModified") and head.get("ContentLength") == size):
             etag = shown(etag_of(answer)) or "missing"
             raise DigestMismatch(f"its ETag is {etag}, and no object of {size:,} bytes is there")
-        is_proof(head, md5)
+        proves(head, md5)  # or raises
         return head
 
     def object_parameters(self, path: str, status: os.stat_result) -> Parameters:
         """Return boto3's parameters that describe a new object."""
-        parameters: Parameters = dict(self._run_parameters)
+        parameters: Parameters = {**self.options.object_parameters()}
         if content_type := content_type_of(path):
             parameters["ContentType"] = content_type
         parameters["Metadata"] = {"mtime": mtime_text(status)}
         return parameters
 
     def note_moved(self, entry_index: int, size: int, sent_earlier: int = 0) -> None:
-        """Take note of how many bytes of a file have been sent, in all and by an earlier run."""
+        """Record how many bytes of a file are sent: in all, and by an earlier run."""
         self.retries.note_life()
         self._progress.moved(entry_index, size, sent_earlier)
 
@@ -3592,42 +3581,46 @@ class Uploader:
 # --- parts ------------------------------------------------------------------------
 
 
-class FileInParts:
-    """A file as it is sent in parts: where they begin, and their digests once they are read."""
+class NotThere(DigestMismatch):
+    """S3 answered that it completed the upload, but there is no object."""
 
-    def __init__(self, uploader: Uploader, path: str, source: SourceFile, part_size: int) -> None:
-        self.path, self.size, self.part_size = path, source.size, part_size
-        self.digests: dict[int, Digests] = {}
-        self.has_crc32 = False
-        self._status, self._retries = source.status, uploader.retries
-        self._no_links_below = uploader.options.no_links_below
+
+class FileInParts:
+    """A file that is sent in parts: the digests of its parts, and the proof of its object.
+
+    https://docs.aws.amazon.com/AmazonS3/latest/userguide/checking-object-integrity.html
+    """
+
+    def __init__(self, uploader: Uploader, task: Task, source: SourceFile, result: Result) -> None:
+        self.task, self.result, self.size = task, result, source.size
+        wanted = result.part_size or uploader.options.multipart_chunksize
+        self.part_size = part_size_for(source.size, wanted)
+        self.digests: dict[int, Digests] = {}  # by the number of the part
+        # Content-MD5 proves the parts everywhere; other servers than AWS may not know CRC32.
+        config: Any = uploader.client.meta.config
+        is_asked_for = config.request_checksum_calculation == "when_supported"
+        self.has_crc32 = is_asked_for or is_aws(uploader.client)
+        self.sse: str | None = None  # set if ETags are no MD5s
+        self._uploader, self._retries, self._status = uploader, uploader.retries, source.status
 
     def open(self) -> SourceFile:
-        """Open the file once more; raises OSError, or FileChanged if its path has another now."""
+        """Open the file again; raise OSError, or FileChanged if its path leads to another file."""
+        no_links_below = self._uploader.options.no_links_below
         try:
-            source = SourceFile(self.path, no_links_below=self._no_links_below)
+            source = SourceFile(self.task.filepath, no_links_below=no_links_below)
         except UploadError as error:  # not even a file
             raise FileChanged from error
-        now, was = source.status, self._status
-        if (now.st_dev, now.st_ino) != (was.st_dev, was.st_ino):
+        if not os.path.samestat(source.status, self._status):
             source.close()
             raise FileChanged
         return source
 
     def read(self, number: int, *, source: SourceFile) -> Digests:
-        """Return the digests of the part with that number (from 1), of the open file."""
+        """Return the digests of a part of the open file; the first part has the number 1."""
         self._retries.check_stopped()
         start = (number - 1) * self.part_size
         length = min(self.part_size, self.size - start)
         return source.digests(start, length, with_crc32=self.has_crc32)
-
-    def read_again(self) -> dict[int, Digests]:
-        """Return the digests of all parts, read from the file anew."""
-        again = {}
-        with self.open() as source:
-            for number in range(1, -(-self.size // self.part_size) + 1):
-                again[number] = self.read(number, source=source)
-        return again
 
     def check_unchanged(self) -> None:
         """Raise FileChanged unless the file still has the parts that were read."""
@@ -3639,59 +3632,36 @@ class FileInParts:
 
             check_unchanged(source.status, self._status, has_same_parts)
 
-    def expected_etag(self) -> str:
-        """Return the ETag that S3 gives to the object, if its ETags are MD5s."""
-        return etag_of_parts([digests.md5 for _, digests in sorted(self.digests.items())])
-
-    def expected_crc32(self) -> str:
-        """Return the CRC32 that S3 gives to the object: that of the CRC32s of its parts."""
-        crc32s = b"".join(digests.crc32 for _, digests in sorted(self.digests.items()))
-        return f"{base64_of(zlib.crc32(crc32s).to_bytes(4, 'big'))}-{len(self.digests)}"
-
-
-class NotThere(DigestMismatch):
-    """The server has said that it completed the upload, and there is no object."""
-
-
-class MultipartProof:
-    """Whether the object that was sent in parts holds the bytes that were read.
-
-    https://docs.aws.amazon.com/AmazonS3/latest/userguide/checking-object-integrity.html
-    """
-
-    def __init__(self, uploader: Uploader, key: str, file: FileInParts) -> None:
-        self._client, self._retries = uploader.client, uploader.retries
-        self._bucket_name, self._key, self._file = uploader.bucket.name, key, file
-        self.sse: str | None = None  # under which ETags are no MD5s
-
     def note_encryption(self, answer: Answer) -> None:
-        """Take note of what an answer tells of the bucket's ETags."""
+        """Record whether ETags are no MD5s, if an answer says so."""
         self.sse = self.sse or opaque_encryption(answer)
 
     def proven_etag(self, answer: Answer) -> str:
-        """Return the ETag of an object that was completed with this answer.
+        """Return the ETag of the object that S3 completed with this answer.
 
-        Raises DigestMismatch when it holds other bytes, NotThere when there is none. Where
-        neither the answer nor HeadObject tells, the parts stand as proof: S3 has accepted each
-        with its Content-MD5.
+        Raise DigestMismatch if it holds other bytes, NotThere if there is none. If neither the
+        answer nor HeadObject tells, the proof is that S3 accepted the Content-MD5 of each part.
         """
         proven = self._compare(answer)
         if proven is None and (head := self._head()) is not None:
             if not head:
                 raise NotThere(self._mismatch(head))
             answer = head
-            proven = head.get("ContentLength") == self._file.size and self._compare(head)
+            proven = head.get("ContentLength") == self.size and self._compare(head)
         if proven is False:
             raise DigestMismatch(self._mismatch(answer))
         return etag_of(answer)
 
     def proven_etag_in_place(self, *, within_seconds: float = 0) -> str | None:
-        """Return the ETag of the object once it is there and provably holds the bytes."""
+        """Return the ETag of the object once it is there and provably holds the bytes, or None."""
         give_up_at = time.monotonic() + within_seconds
         while True:
             head = self._head() or {}
-            if head.get("ContentLength") == self._file.size:
-                self._file.digests = self._file.digests or self._file.read_again()
+            if head.get("ContentLength") == self.size:
+                if not self.digests:  # an earlier run has sent the parts
+                    with self.open() as source:
+                        for number in range(1, -(-self.size // self.part_size) + 1):
+                            self.digests[number] = self.read(number, source=source)
                 if self._compare(head):
                     return etag_of(head)
             if time.monotonic() >= give_up_at:
@@ -3699,70 +3669,76 @@ class MultipartProof:
             self._retries.stop.wait(Retries.BACKOFF_MAX_SECONDS)
             self._retries.check_stopped()
 
-    def _mismatch(self, answer: Answer) -> str:
-        if self._has_crc32(answer):
-            what, found, expected = "CRC32", answer["ChecksumCRC32"], self._file.expected_crc32()
-        else:
-            what, found, expected = "ETag", etag_of(answer), self._file.expected_etag()
-        return f"its {what} is {found or 'missing'} and should be {expected}"
+    def _expected_etag(self) -> str:
+        """Return the ETag that S3 gives to the object, if its ETags are MD5s."""
+        return etag_of_parts([part.md5 for _, part in sorted(self.digests.items())])
+
+    def _expected_crc32(self) -> str:
+        """Return the CRC32 that S3 gives to the object: that of the CRC32s of its parts."""
+        crc32s = b"".join(part.crc32 for _, part in sorted(self.digests.items()))
+        return f"{base64_of(zlib.crc32(crc32s).to_bytes(4, 'big'))}-{len(self.digests)}"
+
+    def _crc32_of(self, answer: Answer) -> str | None:
+        """Return the CRC32 in an answer if it is made of those of the parts."""
+        crc32 = answer.get("ChecksumCRC32") or ""
+        is_of_parts = self.has_crc32 and crc32.endswith(f"-{len(self.digests)}")
+        return crc32 if is_of_parts else None
 
     def _compare(self, answer: Answer) -> bool | None:
-        """Tell whether the object in `answer` holds the bytes; None when it does not say."""
+        """Return whether the object in an answer holds the bytes; None if that is unclear."""
         self.note_encryption(answer)
         etag = etag_of(answer)
-        if etag == self._file.expected_etag():
+        if etag == self._expected_etag():
             return True
-        if self._has_crc32(answer):
-            return bool(answer["ChecksumCRC32"] == self._file.expected_crc32())
+        if crc32 := self._crc32_of(answer):
+            return crc32 == self._expected_crc32()
         if self.sse:
             return None
         if re.fullmatch(r"[0-9a-f]{32}", etag):
-            with self._file.open() as source:
-                return source.digests(0, self._file.size).md5.hex() == etag
-        # Another number of parts: the server has put them together in its own way.
-        count = len(self._file.digests)
+            with self.open() as source:
+                return source.digests(0, self.size).md5.hex() == etag
+        # With another number of parts, the server has put them together in its own way.
+        count = len(self.digests)
         return False if re.fullmatch(rf"[0-9a-f]{{32}}-{count}", etag) else None
 
-    def _has_crc32(self, answer: Answer) -> bool:
-        """Tell whether the answer has a CRC32 that is made of those of the parts."""
-        crc32 = answer.get("ChecksumCRC32") or ""
-        return self._file.has_crc32 and crc32.endswith(f"-{len(self._file.digests)}")
+    def _mismatch(self, answer: Answer) -> str:
+        if crc32 := self._crc32_of(answer):
+            return f"its CRC32 is {crc32} and should be {self._expected_crc32()}"
+        return f"its ETag is {etag_of(answer) or 'missing'} and should be {self._expected_etag()}"
 
     def _head(self) -> Answer | None:
-        head = functools.partial(head_object, self._client, self._bucket_name, self._key)
+        client, bucket_name = self._uploader.client, self._uploader.bucket.name
+        head = functools.partial(head_object, client, bucket_name, self.task.key)
         return self._retries.run(head, may_stop_run=False)
 
 
 class PartsClient:
     """What boto3's S3Transfer sees as its client while it sends one file.
 
-    S3Transfer divides the file and sends the parts in parallel. Its requests pass
-    through the methods that are named as boto3's: here each part gets its Content-MD5
-    and is tried again by itself, a part that S3 already has is answered in S3's place
-    (which is all that resuming is), and a failure aborts nothing, so that a later
-    run can go on. https://docs.aws.amazon.com/AmazonS3/latest/userguide/mpuoverview.html
+    S3Transfer divides the file and sends the parts in parallel. Its requests go through the
+    methods here, which have the names of boto3's. Each part gets its Content-MD5 and its own
+    retries. A part that S3 already has is not sent, but answered for: that is all that resuming
+    takes. A failure aborts nothing, so that a later run can resume.
+    https://docs.aws.amazon.com/AmazonS3/latest/userguide/mpuoverview.html
     """
 
-    # An object may still be put together after the answer to Complete was lost.
+    # The object may still appear after the answer to CompleteMultipartUpload was lost.
     APPEARS_SECONDS = 180
 
     def __init__(
-        self, uploader: Uploader, task: Task, file: FileInParts, *,
-        result: Result, proof: MultipartProof, on_s3: Mapping[int, PartTypeDef],
-    ) -> None:  # fmt: skip
+        self, uploader: Uploader, file: FileInParts, *, on_s3: Mapping[int, PartTypeDef]
+    ) -> None:
         self.meta = uploader.client.meta
         self._uploader, self._client, self._retries = uploader, uploader.client, uploader.retries
-        self._entry_index, self._on_s3 = task.entry_index, on_s3
-        self._file, self._result, self._proof = file, result, proof
-        self._etags: dict[int, str] = {}
+        self._file, self._result, self._on_s3 = file, file.result, on_s3
         self._moved: dict[int, int] = {}
         self._sent_earlier = 0
         self.etag = ""
 
     def create_multipart_upload(self, **parameters: Any) -> Parameters:
-        """Start the multipart upload, or answer with the one to go on with.
+        """Start the multipart upload, or answer with the one to resume.
 
-        Returns only when the state holds its id: no kill leaves parts that nobody knows of.
+        Return only when the disk has its id, so that a kill leaves no parts that nobody knows of.
         """
         if not self._result.upload_id:
 
@@ -3774,45 +3750,41 @@ class PartsClient:
 
             self._result.upload_id = self._retries.run(create)
             self._result.part_size = self._file.part_size
-            self._uploader.accepted.set()  # it takes the same permission as to send a part
-            self._uploader.save_upload(self._entry_index, self._result)
+            self._uploader.accepted.set()  # sending a part takes no other permission
+            self._uploader.save_upload(self._file.task.entry_index, self._result)
         return {"UploadId": self._result.upload_id}
 
-    def upload_part(self, *, PartNumber: int, Body: Any, **parameters: Any) -> Parameters:
+    def upload_part(self, *, PartNumber: int, Body: Sized, **parameters: Any) -> Parameters:
         """Send one part and prove it, unless S3 has the same bytes under its number."""
         number, size = PartNumber, len(Body)
-        # Not Body itself, which breaks off in the middle once another part has failed.
+        # Not Body itself: once another part has failed, reading it fails in the middle.
         with self._file.open() as source:
-            # Known before it is sent: what is refused may have changed meanwhile.
+            # Before sending: check_unchanged needs the digests of a part that S3 refuses.
             digests = self._file.digests[number] = self._file.read(number, source=source)
+            crc32 = {"ChecksumCRC32": base64_of(digests.crc32)} if self._file.has_crc32 else {}
             listed = self._on_s3.get(number)
             if listed and listed.get("Size") == size and digests.are_of(listed):
                 etag = listed["ETag"]
                 self._sent_earlier += size
                 self._note_moved(number, size)
             else:
-                parameters |= {"PartNumber": number, "ContentMD5": base64_of(digests.md5)}
+                parameters |= {"PartNumber": number, "ContentMD5": base64_of(digests.md5), **crc32}
                 parameters.pop("ChecksumAlgorithm", None)
-                if self._file.has_crc32:
-                    parameters["ChecksumCRC32"] = base64_of(digests.crc32)
-                etag = self._send(source.handle, size, digests=digests, parameters=parameters)
-        self._etags[number] = etag
-        return {"ETag": etag}
+                etag = self._send(source, size, md5=digests.md5, parameters=parameters)
+        return {"ETag": etag, **crc32}  # S3Transfer passes them on to complete the upload
 
-    def _send(
-        self, handle: io.FileIO, size: int, *, digests: Digests, parameters: Parameters
-    ) -> str:
+    def _send(self, source: SourceFile, size: int, *, md5: bytes, parameters: Parameters) -> str:
         number = parameters["PartNumber"]
-        handle.seek((number - 1) * self._file.part_size)
-        chunk = s3transfer.utils.ReadFileChunk(handle, size, self._file.size)
+        start = (number - 1) * self._file.part_size
         note = functools.partial(self._note_moved, number)
-        body: Any = LargeReads(chunk, size, on_moved=note, uploader=self._uploader)
+        body = LargeReads(source, start, size, on_moved=note, uploader=self._uploader)
+        parameters["Body"] = body
 
         def send() -> str:
             body.seek(0)
-            answer = self._client.upload_part(Body=body, **parameters)
-            self._proof.note_encryption(answer)
-            is_proof(answer, digests.md5)
+            answer = self._client.upload_part(**parameters)
+            self._file.note_encryption(answer)
+            proves(answer, md5)  # or raises
             if not answer.get("ETag"):
                 raise DigestMismatch("the answer has no ETag")
             return answer["ETag"].removeprefix("W/")
@@ -3824,17 +3796,11 @@ class PartsClient:
     def _note_moved(self, number: int, size: int) -> None:
         self._moved[number] = size
         moved = sum(list(self._moved.values()))
-        self._uploader.note_moved(self._entry_index, moved, self._sent_earlier)
+        self._uploader.note_moved(self._file.task.entry_index, moved, self._sent_earlier)
 
     def complete_multipart_upload(self, **parameters: Any) -> Parameters:
-        """Make the parts one object, unless the file changed meanwhile, and prove it."""
+        """Complete the upload, unless the file changed meanwhile, and prove the object."""
         self._file.check_unchanged()
-        parts: list[Parameters] = []
-        for number, digests in sorted(self._file.digests.items()):
-            parts.append({"PartNumber": number, "ETag": self._etags[number]})
-            if self._file.has_crc32:
-                parts[-1]["ChecksumCRC32"] = base64_of(digests.crc32)
-        parameters["MultipartUpload"] = {"Parts": parts}
         tries = 0
 
         def complete() -> Answer:
@@ -3843,51 +3809,50 @@ class PartsClient:
             return self._client.complete_multipart_upload(**parameters)
 
         try:
-            # Silence may mean that the server is at work on it.
+            # A server that gives no answer may be at work on the object: that stops no run.
             answer = self._retries.run(complete, may_stop_run=False)
         except UploadError as error:
-            if error.trouble is Trouble.OF_ALL and error.code != "NotImplemented":
-                raise StopRun(str(error)) from error
-            if error.code not in USELESS_UPLOAD and error.trouble not in PASSING:
-                raise
-            # Perhaps a first request does complete it, and only its answer was lost.
-            seconds = self.APPEARS_SECONDS if tries > 1 else 0
-            self.etag = self._proof.proven_etag_in_place(within_seconds=seconds) or ""
-            if not self.etag and tries > 1:  # what may be completed still is not aborted
-                why = f"{error}; no answer said that it is complete, and it does not appear"
-                raise UploadError(why, trouble=error.trouble) from error
-            if not self.etag:
-                raise
+            self.etag = self._etag_despite(error, tries=tries)
         else:
-            self.etag = self._proof.proven_etag(answer)
+            self.etag = self._file.proven_etag(answer)
         return {}
 
+    def _etag_despite(self, error: UploadError, *, tries: int) -> str:
+        """Return the ETag of the object if S3 has completed it although the last try failed."""
+        if error.trouble is Trouble.OF_ALL and error.code != "NotImplemented":
+            raise StopRun(str(error)) from error
+        if error.code not in USELESS_UPLOAD and error.trouble not in PASSING:
+            raise error
+        # If there was an earlier try, perhaps only its answer was lost.
+        within_seconds = self.APPEARS_SECONDS if tries > 1 else 0
+        if etag := self._file.proven_etag_in_place(within_seconds=within_seconds):
+            return etag
+        if tries == 1:
+            raise error
+        # Without the code of `error`: S3 may still complete the upload, so it is not aborted.
+        why = f"{error}; no answer said that it is complete, and it does not appear"
+        raise UploadError(why, trouble=error.trouble) from error
+
     def abort_multipart_upload(self, **_: object) -> Parameters:
-        """Do nothing: S3Transfer aborts after any failure, but the parts are of use."""
+        """Do nothing: S3Transfer aborts after any failure, but a later run needs the parts."""
         return {}
 
 
 class MultipartUpload:
-    """One file sent in parts, from those that S3 has of it on.
+    """Sends one file in parts, except for the parts that S3 already has.
 
-    `result.upload_id` is the upload that a later run can go on with, if any.
+    If the file is not sent, `result.upload_id` is the upload that a later run can resume, if any.
     """
 
     def __init__(self, uploader: Uploader, task: Task, source: SourceFile, result: Result) -> None:
         self._uploader, self._retries = uploader, uploader.retries
         self._task, self._source, self._result = task, source, result
-        # Other servers may not know CRC32; Content-MD5 proves the parts everywhere.
-        config: Any = uploader.client.meta.config
-        is_asked_for = config.request_checksum_calculation == "when_supported"
-        self._wants_crc32 = is_asked_for or is_aws(uploader.client)
 
     def send(self) -> None:
-        """Send the file, and note the object's proven ETag; raises what `upload` knows."""
+        """Send the file and record the object's proven ETag; raise what `upload` handles."""
         if self._source.size > PARTS_MAX * PART_MAX_BYTES:
             raise UploadError("it is larger than the 48.8 TiB that S3 takes; split it")
-        tries = 0
-        while True:
-            tries += 1
+        for tries in itertools.count(1):
             try:
                 self._result.etag = self._attempt()
                 return
@@ -3902,100 +3867,97 @@ class MultipartUpload:
             except UploadError as error:
                 if error.code not in USELESS_UPLOAD or tries == Retries.DAMAGED_TRIES:
                     raise
-                self._uploader.abort(self._task, self._result)
-                self._forget_upload()
+                self._abort_and_forget()
 
     def _attempt(self) -> str:
         """Send what S3 lacks of the file, and return the object's proven ETag."""
-        wanted = self._result.part_size or self._uploader.options.multipart_chunksize
-        part_size = part_size_for(self._source.size, wanted)
-        file = FileInParts(self._uploader, self._task.filepath, self._source, part_size)
-        file.has_crc32 = self._wants_crc32
-        proof = MultipartProof(self._uploader, self._task.key, file)
-        on_s3: Mapping[int, PartTypeDef] | None = {}
-        if self._result.upload_id:
-            try:
-                on_s3 = self._find_parts(file)
-            except UploadError as error:
-                if error.code not in UPLOAD_GONE:
-                    raise
-                on_s3 = None
-                # Perhaps it was completed, and only the answer was lost.
-                if etag := proof.proven_etag_in_place():
-                    self._forget_upload()
-                    self._result.part_size, self._result.sse = part_size, proof.sse
-                    return etag
-        if on_s3 is None:  # from the start, perhaps with another part size
+        file = FileInParts(self._uploader, self._task, self._source, self._result)
+        try:
+            on_s3 = self._find_parts(file)
+        except UploadError as error:
+            if error.code not in UPLOAD_GONE:
+                raise
+            # Perhaps S3 completed it, and only the answer was lost.
+            etag = file.proven_etag_in_place()
             self._forget_upload()
+            if etag:
+                self._result.part_size, self._result.sse = file.part_size, file.sse
+                return etag
+            on_s3 = None
+        if on_s3 is None:  # from the start, perhaps with another part size
             return self._attempt()
-        client = PartsClient(
-            self._uploader, self._task, file, result=self._result, proof=proof, on_s3=on_s3
-        )
+        client = PartsClient(self._uploader, file, on_s3=on_s3)
         try:
             self._transfer(client, file)
         except UploadError:
-            # A part that changes between hashing and sending is refused as damaged.
+            # S3 refuses a part that changes between hashing and sending as damaged.
             file.check_unchanged()
             raise
-        self._result.upload_id, self._result.sse = None, proof.sse
+        self._result.upload_id, self._result.sse = None, file.sse
         return client.etag
 
-    def _transfer(self, client: Any, file: FileInParts, *, use_threads: bool = True) -> None:
-        config: Any = boto3.s3.transfer.TransferConfig(
-            use_threads=use_threads,
+    def _transfer(self, client: PartsClient, file: FileInParts, *, threads: bool = True) -> None:
+        """Have S3Transfer send the file through `client`, in one thread if no more can be had."""
+        config = boto3.s3.transfer.TransferConfig(
+            use_threads=threads,
             multipart_threshold=1,
             multipart_chunksize=file.part_size,
             max_concurrency=self._uploader.part_threads,
-            # boto3's own "auto" may pick the CRT, which ignores --endpoint-url.
+            # boto3's own "auto" may choose the CRT, which ignores --endpoint-url.
             preferred_transfer_client="classic",
         )
         files = s3transfer.utils.OSUtils()
         # A file that grows is sent as long as it was at the start.
         files.get_file_size = lambda filename: file.size  # type: ignore[method-assign]
-        extra_args = self._uploader.object_parameters(file.path, self._source.status)
+        path, bucket, key = self._task.filepath, self._uploader.bucket.name, self._task.key
+        extra_args = self._uploader.object_parameters(path, self._source.status)
         if file.has_crc32:
             extra_args["ChecksumAlgorithm"] = "CRC32"
-        bucket, key = self._uploader.bucket.name, self._task.key
         try:
-            with boto3.s3.transfer.S3Transfer(client, config, files) as transfer:
-                transfer.upload_file(file.path, bucket, key, None, extra_args)
-        except RuntimeError:  # there are no more threads to be had
-            if not use_threads:
+            with boto3.s3.transfer.S3Transfer(client, config, files) as transfer:  # type: ignore[arg-type]
+                transfer.upload_file(path, bucket, key, None, extra_args)
+        except RuntimeError:  # the system gives no more threads
+            if not threads:
                 raise
-            self._transfer(client, file, use_threads=False)
+            self._transfer(client, file, threads=False)
 
     def _forget_upload(self) -> None:
         self._result.upload_id = self._result.part_size = None
 
-    def _find_parts(self, file: FileInParts) -> Mapping[int, PartTypeDef] | None:
-        """Return what S3 has of the recorded upload; one that is of no use is aborted (None).
+    def _abort_and_forget(self) -> None:
+        self._uploader.abort(self._task, self._result)
+        self._forget_upload()
 
-        Raises UploadError when that cannot be found out now, or the upload is gone.
+    def _find_parts(self, file: FileInParts) -> Mapping[int, PartTypeDef] | None:
+        """Return what S3 has of the recorded upload; abort it and return None if it is no use.
+
+        Raise UploadError if S3 does not tell now, or if the upload is gone.
         """
-        list_parts = functools.partial(self._list_parts, file)
+        if not self._result.upload_id:
+            return {}
         on_s3 = None
         try:
+            list_parts = functools.partial(self._list_parts, file)
             on_s3 = self._retries.run(list_parts, may_stop_run=False)
         except UploadError as error:
             is_unknown = error.trouble in {*PASSING, Trouble.OF_ALL}
             if (is_unknown and error.code != "NotImplemented") or error.code in UPLOAD_GONE:
                 raise
         if on_s3 is None:
-            self._uploader.abort(self._task, self._result)
+            self._abort_and_forget()
         return on_s3
 
-    def _list_parts(self, file: FileInParts) -> dict[int, PartTypeDef] | None:
-        """Return the parts by number, or None when the upload is not as this run wants it."""
+    def _list_parts(self, file: FileInParts) -> Mapping[int, PartTypeDef] | None:
+        """Return the parts by number, or None if the upload is not as this run wants it."""
         on_s3: dict[int, PartTypeDef] = {}
         key, wanted_class = self._task.key, self._uploader.options.storage_class
         pages = self._uploader.client.get_paginator("list_parts").paginate(
             Bucket=self._uploader.bucket.name, Key=key, UploadId=self._result.upload_id or ""
         )
         for page in pages:
-            # Its object would get the class that it was begun with.
-            if wanted_class and page.get("StorageClass", wanted_class) != wanted_class:
-                return None
-            if page.get("Key", key) != key:
+            # The object would get the storage class that the upload was started with.
+            is_other_class = page.get("StorageClass", wanted_class) != wanted_class
+            if page.get("Key", key) != key or (wanted_class and is_other_class):
                 return None
             file.has_crc32 = page.get("ChecksumAlgorithm") == "CRC32"
             on_s3 |= {part["PartNumber"]: part for part in page.get("Parts", ())}
@@ -4006,7 +3968,10 @@ class MultipartUpload:
 
 
 class LaneResult(NamedTuple):
-    """What a lane says of a file: that S3 has it, or (without an ETag) nothing."""
+    """What a lane reports of a file; without an ETag, the file is for the reliable way.
+
+    A tuple, unlike Result, because JSON takes it as it is, and a lane makes thousands a second.
+    """
 
     entry_index: int
     size: int = 0
@@ -4014,7 +3979,7 @@ class LaneResult(NamedTuple):
     ctime_ns: int | None = None
     etag: str | None = None
     sse: str | None = None
-    md5: str | None = None  # of what S3 has accepted, where its ETag does not prove it
+    md5: str | None = None  # of what S3 has accepted, if its ETag does not prove it
 
 
 # Headers of a put that differ from file to file, or are set when it is signed.
@@ -4025,7 +3990,7 @@ OF_ONE_PUT = frozenset(
 
 
 class PutTemplate(NamedTuple):
-    """What the requests of all lanes have in common, as botocore has serialised it."""
+    """What all requests of the lanes have in common, as botocore has serialised it."""
 
     region: str
     is_https: bool
@@ -4036,24 +4001,25 @@ class PutTemplate(NamedTuple):
 
     @classmethod
     def of(cls, bucket: Bucket, options: Options) -> PutTemplate:
-        """Return that of a bucket: the request that boto3 would send for a put.
+        """Return the template of the puts that boto3 would send to a bucket.
 
-        It is signed: raises what the source of the credentials raises.
+        botocore prepares and signs one, which is not sent. Raises what the source of the
+        credentials raises.
         """
         requests = []
 
-        # The request is not sent, since this handler answers it.
+        # botocore sends no request that a handler has answered.
         def take(request: Any, **_: object) -> Any:
             requests.append(request)
             return botocore.awsrequest.AWSResponse(request.url, 200, request.headers, io.BytesIO())
 
         events: Any = bucket.client.meta.events
-        parameters = options.object_parameters()
+        parameters: Parameters = {"Bucket": bucket.name, "Key": "KEY", "Body": b""}
+        parameters |= options.object_parameters()
         events.register_first("before-send.s3.PutObject", take)
         try:
             with contextlib.suppress(AttributeError):  # the answer has no body to parse
-                put: Any = bucket.client.put_object
-                put(Bucket=bucket.name, Key="KEY", Body=b"", **parameters)
+                bucket.client.put_object(**parameters)
         finally:
             events.unregister("before-send.s3.PutObject", take)
         (request,) = requests
@@ -4085,106 +4051,110 @@ def keep_thread_state() -> None:
         THREAD.state = ctypes.pythonapi.PyGILState_Ensure()
 
 
-class RuntimeBody:
-    """A body as the runtime reads it."""
+class LanePut:
+    """A put that is under way, and the body of its request."""
 
-    def __init__(self, data: bytes) -> None:
+    request: awscrt.s3.S3Request
+
+    def __init__(self, index: int, source: SourceFile, data: bytes) -> None:
+        self._index, self._source, self.md5 = index, source, new_md5(data).digest()
+        self._answer: dict[str, str] = {}
         body = io.BytesIO(data)
         self.read, self.seek, self._readinto = body.read, body.seek, body.readinto
 
     def readinto1(self, buffer: memoryview) -> int:
-        """Read into the buffer and return how many bytes; the runtime has a thread for this."""
+        """Read into the buffer and return how many bytes (a callback of the runtime)."""
         keep_thread_state()
         return self._readinto(buffer)
 
-
-class LanePut:
-    """One put that is under way."""
-
-    request: Any
-
-    def __init__(self, index: int, source: SourceFile, md5: bytes) -> None:
-        self.index, self._source, self._md5 = index, source, md5
-        self._answer: dict[str, str] = {}
-
     def take_headers(self, headers: list[tuple[str, str]], **_: object) -> None:
-        """Take note of the answer's headers (a callback of the runtime)."""
+        """Keep the headers of the answer (a callback of the runtime)."""
         keep_thread_state()
         self._answer = {name.lower(): value for name, value in headers}
 
     def result(self) -> LaneResult:
-        """Return what came of it, once it has ended."""
-        import awscrt.exceptions
-
+        """Return what came of the put, once it has ended, and close the file."""
         encryption = "x-amz-server-side-encryption"
         answer = {
             "ETag": self._answer.get("etag"),
             "ServerSideEncryption": self._answer.get(encryption),
             "SSECustomerAlgorithm": self._answer.get(f"{encryption}-customer-algorithm"),
         }
-        status = self._source.status
+        ended = self.request.finished_future
+        del self.request  # put and request hold each other: the body would never be freed
         try:
-            ended = self.request.finished_future
-            self.request = None  # they hold each other: the body would never be freed
-            with self._source:
+            with self._source as source:
                 ended.result()
-                is_proven = is_proof(answer, self._md5)
-                self._source.check_unchanged(self._md5)
+                unproven = None if proves(answer, self.md5) else self.md5.hex()
+                source.check_unchanged(self.md5)
         except (awscrt.exceptions.AwsCrtError, DigestMismatch, UploadError, OSError):
-            return LaneResult(self.index)
-        return LaneResult(
-            self.index, status.st_size, status.st_mtime_ns, self._source.ctime_ns,
-            etag_of(answer), opaque_encryption(answer), None if is_proven else self._md5.hex(),
-        )  # fmt: skip
+            return LaneResult(self._index)
+        file = source.size, source.status.st_mtime_ns, source.ctime_ns
+        return LaneResult(self._index, *file, etag_of(answer), opaque_encryption(answer), unproven)
+
+
+def send_message(pipe: IO[bytes], message: object) -> None:
+    """Send a message through a pipe as a line of JSON; raise OSError if nobody reads there."""
+    pipe.write(json.dumps(message).encode() + b"\n")
+    pipe.flush()
+
+
+def messages_of(pipe: IO[bytes]) -> Iterator[Any]:
+    """Yield the messages that come through a pipe until it closes, without a torn last one."""
+    return (json.loads(line) for line in pipe if line.endswith(b"\n"))
 
 
 class LaneSender:
-    """What works inside a lane: one thread, that begins all puts, proves them, and tells of them.
+    """What runs in a lane: one thread that begins all puts, proves and reports them.
 
-    Threads that work in turns would mostly hand the interpreter's lock to each other.
+    Several threads would mostly pass the interpreter's lock around.
     """
 
-    # With all that is under way a file needs about 10. After 30 without a byte the runtime sends it
-    # a second time, and an answer that comes byte by byte it awaits for ever.
+    # A put takes about 10 with all others under way. After 30 without a byte the runtime would
+    # send the file again, and it would wait forever for an answer that trickles.
     ANSWER_SECONDS = 25
     SLOW_READ_SECONDS, READERS = 0.002, 16
     BATCH_SECONDS = 0.005  # each message wakes the main process
 
-    def __init__(self, runtime: Any, messages: Iterator[Any], pipe: IO[bytes]) -> None:
-        self._runtime, self._messages, self._pipe = runtime, messages, pipe
+    def __init__(self, messages: Iterator[Any], pipe: IO[bytes]) -> None:
+        self._messages, self._pipe = messages, pipe
         self._template = PutTemplate(*next(messages))
         self._client, self._signing = self._make_client(), None
-        # What the other threads, and those of the runtime, leave to the working one.
+        # Calls that the other threads, and those of the runtime, leave to this one.
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._results: list[LaneResult] = []
-        self._under_way: dict[Any, float] = {}  # requests, and when they were begun
+        self._under_way: dict[awscrt.s3.S3Request, float] = {}  # and when each was begun
+        # The time to read a file, as a moving average; and who reads if that is long.
         self._read_seconds, self._readers = 0.0, Threads(self.READERS)
 
-    def _make_client(self) -> Any:
-        io, s3, template = self._runtime.io, self._runtime.s3, self._template
-        # Retries is the one retry loop; no less can be had here. 0 would mean the default, which is
-        # 5; of its bucket of 1, a second try of one file takes all, until another succeeds. Made
-        # first: too old a runtime fails here, before anything is there to be torn down.
-        few_tries = s3.S3RetryConfig(max_retries=1, initial_bucket_capacity=1)
-        loops = io.EventLoopGroup(1)
-        modes, tls = s3.S3RequestTlsMode, None
-        if template.is_https:
-            options = io.TlsContextOptions()
-            options.override_default_trust_store_from_path(ca_filepath=template.ca_path)
-            tls = io.ClientTlsContext(options).new_connection_options()
-        return s3.S3Client(
-            bootstrap=io.ClientBootstrap(loops, io.DefaultHostResolver(loops)),
-            region=template.region,
-            tls_mode=modes.ENABLED if template.is_https else modes.DISABLED,
+    def _make_client(self) -> awscrt.s3.S3Client:
+        # First of all: if the runtime is too old for it, there is nothing to tear down yet.
+        # Retries is the one retry loop, but the runtime's minimum is one retry (0 means 5). A
+        # bucket of 1 allows one file a retry, and no other until a request succeeds.
+        few_tries = awscrt.s3.S3RetryConfig(max_retries=1, initial_bucket_capacity=1)
+        loops = awscrt.io.EventLoopGroup(1)
+        mode, tls = awscrt.s3.S3RequestTlsMode.DISABLED, None
+        if self._template.is_https:
+            mode, options = awscrt.s3.S3RequestTlsMode.ENABLED, awscrt.io.TlsContextOptions()
+            options.override_default_trust_store_from_path(ca_filepath=self._template.ca_path)
+            tls = awscrt.io.ClientTlsContext(options).new_connection_options()
+        resolver = awscrt.io.DefaultHostResolver(loops)
+        return awscrt.s3.S3Client(
+            bootstrap=awscrt.io.ClientBootstrap(loops, resolver),
+            region=self._template.region,
+            tls_mode=mode,
             tls_connection_options=tls,
-            # Decides the number of connections: 250 of them, about as many as requests in flight.
+            # Makes 250 connections, about as many as there are requests under way.
             throughput_target_gbps=100,
             connect_timeout_ms=Session.CONNECT_TIMEOUT_SECONDS * 1000,
             retry_config=few_tries,
         )
 
     def run(self) -> None:
-        """Send the files of the messages, until these end: raises OSError then."""
+        """Send the files of the messages; end the process after the last message.
+
+        Raises OSError if the main process has ended.
+        """
         for work in (self._receive, self._give_up_late):
             threading.Thread(target=work, daemon=True).start()
         told_at = 0.0
@@ -4212,8 +4182,8 @@ class LaneSender:
         """Begin the puts of some files, in other threads where reading is slow (NFS)."""
         if credentials:
             # Static: the runtime would otherwise ask Python for them with each request.
-            provider = self._runtime.auth.AwsCredentialsProvider.new_static(*credentials)
-            self._signing = self._runtime.s3.create_default_s3_signing_config(
+            provider = awscrt.auth.AwsCredentialsProvider.new_static(*credentials)
+            self._signing = awscrt.s3.create_default_s3_signing_config(
                 region=self._template.region, credential_provider=provider
             )
         for task in itertools.starmap(Task, tasks):
@@ -4237,29 +4207,27 @@ class LaneSender:
             self._calls.put(lambda: self._results.append(LaneResult(task.entry_index)))
             return
         self._read_seconds += (time.monotonic() - started - self._read_seconds) / 32
-        md5 = new_md5(data).digest()
+        put = LanePut(task.entry_index, source, data)
         headers = [
             *self._template.headers.items(),
-            ("Content-MD5", base64_of(md5)),
+            ("Content-MD5", base64_of(put.md5)),
             ("Content-Length", str(len(data))),
             ("x-amz-meta-mtime", mtime_text(source.status)),
         ]
         if content_type := content_type_of(task.filepath):
             headers.append(("Content-Type", content_type))
         path = self._template.path + urllib.parse.quote(task.key, safe="/-_.~")
-        put = LanePut(task.entry_index, source, md5)
-        http, s3 = self._runtime.http, self._runtime.s3
+        http_headers = awscrt.http.HttpHeaders(headers)
         put.request = self._client.make_request(
-            type=s3.S3RequestType.DEFAULT,
+            type=awscrt.s3.S3RequestType.DEFAULT,
             operation_name="PutObject",
             signing_config=self._signing,
-            request=http.HttpRequest("PUT", path, http.HttpHeaders(headers), RuntimeBody(data)),
+            request=awscrt.http.HttpRequest("PUT", path, http_headers, put),
             on_headers=put.take_headers,
         )
         self._under_way[put.request] = time.monotonic()
-        put.request.finished_future.add_done_callback(
-            lambda _: self._calls.put(lambda: self._end(put))
-        )
+        end = functools.partial(self._end, put)
+        put.request.finished_future.add_done_callback(lambda _: self._calls.put(end))
 
     def _end(self, put: LanePut) -> None:
         del self._under_way[put.request]
@@ -4267,7 +4235,7 @@ class LaneSender:
 
 
 def raise_file_limit() -> int:
-    """Let this process open as many files as it will have under way; return how many it may."""
+    """Raise the limit of open files to what the run may need; return how many it may open."""
     wanted = 4096  # macOS gives 256
     if sys.platform == "win32":
         return wanted
@@ -4283,44 +4251,31 @@ def raise_file_limit() -> int:
 
 
 def end_process(failed: threading.ExceptHookArgs) -> None:
-    """End a lane in which a thread has failed: the reliable way gets what it had."""
+    """End a lane in which a thread has failed; its files go to the reliable way."""
     threading.__excepthook__(failed)
     os._exit(1)
 
 
-def send_message(pipe: IO[bytes], message: object) -> None:
-    """Send a message through a pipe, as a line of JSON; raises OSError if its other end is gone."""
-    pipe.write(json.dumps(message).encode() + b"\n")
-    pipe.flush()
-
-
-def messages_of(pipe: IO[bytes]) -> Iterator[Any]:
-    """Yield the messages that come through a pipe, until it closes; one that is torn is none."""
-    return (json.loads(line) for line in pipe if line.endswith(b"\n"))
-
-
 def run_lane() -> NoReturn:
-    """Be a lane: files come from standard input, until it closes; results go to standard output."""
-    gc.disable()  # as in main()
-    # A signal to the whole process group is for the main process to answer.
+    """Run as a lane: take files from standard input until it closes, send results to stdout."""
+    global awscrt
+    # A signal to the whole process group is for the main process to handle.
     for signum in Interruption.SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
     threading.excepthook = end_process
     raise_file_limit()
-    # Where the runtime or its threads cannot be had, or the run has ended, so does the lane. The
-    # standard output that Python has opened may be without a buffer, and write half a message.
-    no_threads = RuntimeError, StopRun
-    ends = contextlib.suppress(ImportError, AttributeError, StopIteration, OSError, *no_threads)
-    with ends, open(1, "wb", closefd=False) as pipe:
+    # The lane ends without the runtime or threads, and with the run.
+    problems = ImportError, AttributeError, StopIteration, OSError, RuntimeError, StopRun
+    # Not sys.stdout: under python -u it has no buffer and may write half a message.
+    with contextlib.suppress(*problems), open(1, "wb", closefd=False) as pipe:
         import awscrt.auth
+        import awscrt.exceptions
         import awscrt.http
         import awscrt.io
         import awscrt.s3
 
-        sender = LaneSender(awscrt, messages_of(sys.stdin.buffer), pipe)
-        gc.freeze()
-        gc.enable()
-        send_message(pipe, [])
+        sender = LaneSender(messages_of(sys.stdin.buffer), pipe)
+        send_message(pipe, [])  # it is ready
         sender.run()
     os._exit(0)
 
@@ -4328,14 +4283,14 @@ def run_lane() -> NoReturn:
 class Lane:
     """A lane as the main process sees it; `indexes` are those of the entries that it has.
 
-    It is this script, started once more: as `python -c` it would take modules from the current
-    directory, where anybody may have put them, and a fork would keep the state's lock after the
-    main process has died. That death closes the pipes, which ends the lane.
+    It is this script, started once more. `python -c` would import modules from the current
+    directory, where anybody may have put them; a fork would keep the lock of the state after the
+    main process has died. When the main process dies, the pipes close, which ends the lane.
     """
 
     ARGUMENT = "be-a-lane"  # the only one; no option of the command line
     STUCK_SECONDS = 120
-    END_SECONDS = 1  # are enough for a killed process
+    END_SECONDS = 1  # enough for a killed process
 
     def __init__(self) -> None:
         self.indexes: set[int] = set()
@@ -4346,45 +4301,39 @@ class Lane:
         flags |= {"safe_path": "-P", "utf8_mode": "-Xutf8"}
         like_this = [flag for name, flag in flags.items() if getattr(sys.flags, name, False)]
         with contextlib.ExitStack() as held_back:
-            if sys.platform != "win32":
+            if sys.platform != "win32":  # no signal ends the lane before it ignores them
                 before = signal.pthread_sigmask(signal.SIG_BLOCK, Interruption.SIGNALS)
                 held_back.callback(signal.pthread_sigmask, signal.SIG_SETMASK, before)
             self._process = subprocess.Popen(
                 [sys.executable, *like_this, os.path.realpath(__file__), self.ARGUMENT],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                # On Windows: a console's Ctrl-C is for all processes of a group.
+                # On Windows, Ctrl-C in a console goes to all processes of a group.
                 creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
             )
         assert self._process.stdin and self._process.stdout
         self._to_it, self._from_it = self._process.stdin, self._process.stdout
 
     def open(
-        self, template: PutTemplate, source: CredentialSource, *,
-        on_results: Callable[[Lane, list[LaneResult]], None], on_end: Callable[[Lane], None],
-    ) -> None:  # fmt: skip
-        """Let it take files; both functions are called from threads of its own.
-
-        Only from now on is it asked for an answer: the walk may have taken long.
-        """
-
-        def listen() -> None:
-            try:
-                for results in messages_of(self._from_it):  # first of all none: it is ready
-                    self.is_ready, self._heard_at = True, time.monotonic()
-                    on_results(self, list(itertools.starmap(LaneResult, results)))
-            finally:  # a bug too must not make the run wait for ever
-                on_end(self)
-
+        self, template: PutTemplate, source: CredentialSource, listen: Callable[[Lane], None]
+    ) -> None:
+        """Let it take files; `listen` is called in a thread of its own, to read `results`."""
+        # Not since its start: nobody has listened, and the walk may have taken long.
         self._heard_at = time.monotonic()
-        for work in (functools.partial(self._feed, template, source), listen):
-            try:
-                threading.Thread(target=work, daemon=True).start()
-            except RuntimeError:  # no more threads: it cannot be of use
-                on_end(self)
+        try:
+            for work in (self._feed, template, source), (listen, self):
+                threading.Thread(target=work[0], args=work[1:], daemon=True).start()
+        except RuntimeError:  # no more threads to be had
+            self._heard_at = -math.inf
+
+    def results(self) -> Iterator[list[LaneResult]]:
+        """Yield the lists of results until it ends; the first, empty, says that it is ready."""
+        for results in messages_of(self._from_it):
+            self.is_ready, self._heard_at = True, time.monotonic()
+            yield list(itertools.starmap(LaneResult, results))
 
     def add(self, task: Task) -> None:
-        """Have it send a file, with the next `flush`."""
+        """Add a file to those that `flush` hands over."""
         if not self.indexes:
             self._heard_at = time.monotonic()
         self.indexes.add(task.entry_index)
@@ -4397,20 +4346,20 @@ class Lane:
             self._batch = []
 
     def is_stuck(self) -> bool:
-        """Tell whether it should long have said something: a disk may hang (NFS)."""
+        """Return whether an answer is long overdue: a disk may hang (NFS)."""
         is_asked = bool(self.indexes) or not self.is_ready
         return is_asked and time.monotonic() - self._heard_at > self.STUCK_SECONDS
 
     def kill(self) -> None:
-        """End it, whatever it does, and wait for that: in a container, nobody else may do so."""
+        """Kill it and wait for its end, since in a container nobody else may reap it."""
         self._process.kill()  # it ignores SIGTERM, as signals are for the main process
         with contextlib.suppress(subprocess.TimeoutExpired):  # a disk may hang (NFS)
             self._process.wait(self.END_SECONDS)
 
     def _feed(self, template: PutTemplate, source: CredentialSource) -> None:
-        # In a thread: to renew credentials can take long, and so can a pipe that is full.
+        # In a thread: renewing credentials may take long, and so may a full pipe.
         known: Credentials | None = None
-        # Their source may fail, or the lane: its pipe closes, and so it ends.
+        # When the credentials or the lane fail, the pipe closes, which ends the lane.
         with contextlib.suppress(OSError, StopRun, *request_errors()), self._to_it:
             send_message(self._to_it, template)
             while True:
@@ -4421,14 +4370,14 @@ class Lane:
 
 
 def text_of(path: str) -> str:
-    """Return what a small file of the system holds; nothing if it cannot be read."""
+    """Return the text of a small file of the system, empty if it cannot be read."""
     with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
         return file.read()
     return ""
 
 
 def granted_cores() -> int:
-    """Return how many cores this process may use, by the quotas of its groups and all above, too.
+    """Return how many cores this process may use, by the quotas of its cgroup and all above it.
 
     https://docs.kernel.org/admin-guide/cgroup-v2.html#cpu-interface-files
     """
@@ -4446,74 +4395,57 @@ def granted_cores() -> int:
     return max(cores, 1)
 
 
-class Lanes:
-    """All lanes of a run: none where they do not pay or cannot do what is asked."""
+class Lanes(list[Lane]):
+    """The lanes of a run: none where they do not pay, or cannot do what is asked."""
 
     FILES_PER_LANE = 500
     LANES_MAX = 8
 
     def __init__(self, bucket: Bucket, options: Options) -> None:
-        """Find out whether there can be lanes; raise StopRun if they are asked for and not."""
-        self._bucket, self._options, self._lanes = bucket, options, list[Lane]()
-        self._is_asked_for = options.preferred_transfer_client == "crt"
-        problem = self._problem()
+        """Find out whether there can be lanes; raise StopRun if not, and the user wants them."""
+        wanted, problem = options.preferred_transfer_client, self._problem(bucket)
+        self._is_asked_for = wanted == "crt"
         if problem and self._is_asked_for:
             raise StopRun(f"cannot use the AWS Common Runtime: {problem}")
-        wanted = options.max_concurrency or self.LANES_MAX
-        self._lanes_max = min(granted_cores(), wanted, self.LANES_MAX)
-        if problem or options.preferred_transfer_client == "classic":
-            self._lanes_max = 0
-
-    def __len__(self) -> int:
-        return len(self._lanes)
-
-    def __iter__(self) -> Iterator[Lane]:
-        return iter(self._lanes)
+        concurrency = options.max_concurrency or self.LANES_MAX
+        can_be = min(granted_cores(), concurrency, self.LANES_MAX)
+        self._lanes_max = 0 if problem or wanted == "classic" else can_be
 
     def start_for(self, small_files: int) -> None:
-        """Start as many lanes as pay for so many small files, if they are not started yet."""
+        """Start as many lanes as pay for so many small files, less those already started."""
         pay = small_files // self.FILES_PER_LANE
         if small_files and self._is_asked_for:
             pay = max(pay, 1)
-        while len(self._lanes) < min(pay, self._lanes_max):
+        while len(self) < min(pay, self._lanes_max):
             try:
-                self._lanes.append(Lane())
+                self.append(Lane())
             except OSError:  # no more processes or pipes: the reliable way needs none
-                self._lanes_max = len(self._lanes)
-
-    def drop(self, lane: Lane) -> None:
-        """Have no more to do with a lane that has ended."""
-        self._lanes.remove(lane)
+                self._lanes_max = len(self)
 
     def close(self) -> None:
         """End all lanes, and leave no process behind."""
-        for lane in self._lanes:
+        for lane in self:
             lane.kill()
 
-    def _problem(self) -> str | None:
+    @staticmethod
+    def _problem(bucket: Bucket) -> str | None:
         """Return why small files cannot go through the AWS Common Runtime, or None if they can."""
-        client = self._bucket.client
-        if not self._has_runtime():
+        try:
+            from awscrt.s3 import S3RetryConfig  # noqa: F401
+        except ImportError:
             return INSTALL_RUNTIME
-        if self._bucket.name.startswith("arn:"):
+        if bucket.name.startswith("arn:"):
             return "it does not know access points"
-        url = client.meta.endpoint_url
+        url = bucket.client.meta.endpoint_url
         if urllib.parse.urlsplit(url).scheme in botocore.utils.get_environ_proxies(url):
             return "it does not know the proxy of the environment"
-        config: Any = client.meta.config
+        config: Any = bucket.client.meta.config
         wanted = config.signature_version, config.request_checksum_calculation
         if wanted != ("s3v4", "when_required") or config.s3["payload_signing_enabled"]:
             return "it does not know the signature or the digests of the configuration"
         if not os.path.isfile(globals().get("__file__", "")):
             return "its processes need the script as a file"
         return None
-
-    def _has_runtime(self) -> bool:
-        try:
-            import awscrt.s3
-        except ImportError:
-            return False
-        return hasattr(awscrt.s3, "S3RetryConfig")
 
 
 # --- transfer ---------------------------------------------------------------------
@@ -4636,7 +4568,7 @@ class Transfer:
             make_template = functools.partial(PutTemplate.of, bucket, options)
             template = run.interruption.wait_for(lambda: Retries(source).run(make_template))
             for lane in lanes:
-                lane.open(template, source, on_results=self._tell_results, on_end=self._tell_end)
+                lane.open(template, source, self._listen)
 
     def run(self) -> None:
         """Send every pending entry, until all is done or the run must stop (`stop_message`).
@@ -4803,11 +4735,13 @@ class Transfer:
         while not written.wait(0.5):
             self._retries.check_stopped()
 
-    def _tell_results(self, lane: Lane, results: list[LaneResult]) -> None:
-        self._news.put(lambda: self._take_results(lane, results))
-
-    def _tell_end(self, lane: Lane) -> None:
-        self._news.put(lambda: self._drop_lane(lane))
+    def _listen(self, lane: Lane) -> None:
+        """Tell the main thread what a lane reports, until the lane ends."""
+        try:
+            for results in lane.results():
+                self._news.put(functools.partial(self._take_results, lane, results))
+        finally:  # a bug too must not make the run wait forever
+            self._news.put(functools.partial(self._drop_lane, lane))
 
     # --- What is recorded ---
 
@@ -4884,7 +4818,7 @@ class Transfer:
         if lane in self._lanes:
             lane.kill()  # first: what was stuck may go on, and send older bytes last
             self._take_results(lane, [LaneResult(index) for index in sorted(lane.indexes)])
-            self._lanes.drop(lane)
+            self._lanes.remove(lane)
 
     def _record(self, index: int, result: Result) -> None:
         """Write down in its entry what became of a file."""
