@@ -3118,7 +3118,8 @@ class March:
         if not last.uploaded:
             return None
         self._unseen_files += 1
-        is_there = self._is_in_bucket(last) if self.is_bucket_anew else None
+        # Where the listing breaks off, what it did not tell is not there.
+        is_there = bool(self._is_in_bucket(last)) if self.is_bucket_anew else None
         self._lost_files += is_there is False
         return is_there
 

@@ -274,6 +274,16 @@ def test_where_listing_is_refused_the_bucket_is_believed_and_that_is_said(lost: 
     assert lost.entries() == before
 
 
+def test_where_listing_is_refused_once_something_is_missing_nothing_is_believed(lost: Job) -> None:
+    lost.create_bucket()
+    denied = answer(403, "AccessDenied")
+    lost.proxy.add_fault(Fault(denied, operation="ListObjectsV2", after=1))
+    completed = lost.crash_run()
+    assert completed.returncode == 0
+    assert "7 of 7 files are sent again" in completed.stderr
+    lost.check_all_is_there()
+
+
 def test_where_listing_fails_otherwise_nothing_is_believed(lost: Job) -> None:
     lost.create_bucket()
     lost.proxy.add_fault(Fault(answer(400, "InvalidToken"), operation="ListObjectsV2"))
