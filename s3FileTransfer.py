@@ -2506,11 +2506,14 @@ class Listing:
                 return
             previous, high, first = waiting.popleft()
             asked: Future[Page] | None = first
+            asked_for: Parameters = {}
             while asked:
-                page = self._answer(asked)
-                asked = None
+                page, asked = self._answer(asked), None
                 if page.next and (not page.objects or page.objects[-1].key < high):
-                    asked = self._ask(**page.next)
+                    if page.next == asked_for:
+                        raise InDisorder  # it would come to no end
+                    asked_for = page.next
+                    asked = self._ask(**asked_for)
                 check_order(previous, page)
                 for listed in page.objects:
                     if listed.key <= high:

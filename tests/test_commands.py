@@ -656,6 +656,18 @@ def test_a_listing_that_goes_in_circles_has_nothing_sent_again(moto_job: Job) ->
     assert len(pages) <= 5  # in order, then from the start
 
 
+@pytest.mark.parametrize("verifies", [False, True], ids=["skip", "verify"])
+def test_pages_that_come_to_no_end_say_nothing_of_the_bucket(job: Job, verifies: bool) -> None:
+    job.back_up(*"abc")
+    token = b"<NextContinuationToken>more</NextContinuationToken>"
+    page = b"<ListBucketResult><IsTruncated>true</IsTruncated>%b</ListBucketResult>" % token
+    job.proxy.add_fault(Fault(replace_in_answer(lambda _: page), operation=LISTINGS))
+    if verifies:
+        assert_refused(job, words=("comes to no end",))
+    else:
+        assert_nothing_is_sent_again(job)
+
+
 NO_LISTINGS = {
     "page": lambda _: b"<html><body>Welcome</body></html>",
     "empty": lambda _: b"",
