@@ -1290,6 +1290,8 @@ class StateFile:
         self._lock: IO[str] | None = None
         self._save_seconds = 0.0
         self._saved_at, self._crc32 = -math.inf, 0
+        # What tells the state that this run has read or saved from one that another puts there.
+        self._identity: tuple[int, ...] | None = None
         self.is_saved = False  # by this run, at its last try
 
     def own_files(self) -> list[str]:
@@ -1359,12 +1361,16 @@ class StateFile:
         """Yield the lines of the state's entries, each with its last word, without commas.
 
         That is the entry in `recent`, by the number of its line, or else the journal's. Raises
-        ValueError for a state that is not written as this program writes it, and OSError.
+        ValueError for a state that is not written as this program writes it, StopRun for one that
+        another has changed since, and OSError.
         """
         if self.journal.unnumbered:
             raise ValueError("its journal has no numbers")
         last_word = self.journal.last_words()
-        with open(self.path, encoding="utf-8", newline="\n") as lines:
+        with open(self.path, encoding="utf-8", newline="\n", opener=open_own) as lines:
+            if self._identity not in (None, self._identity_of(os.fstat(lines.fileno()))):
+                why = f"the state file {shown(self.path)} was changed by another program"
+                raise StopRun(f"{why}, and stays as that has left it; look at it, then run again")
             number, line = 1, next(lines, "")
             if first := last_word(1):
                 yield first
@@ -1411,6 +1417,8 @@ class StateFile:
             self._check_writers()
         not_there = contextlib.suppress(FileNotFoundError)
         with self.unreadable_stops(), not_there, open(self.path, "rb") as handle:
+            if self._lock:  # else another run may go on
+                self._identity = self._identity_of(os.fstat(handle.fileno()))
             self.journal.load(handle)
             return handle.seek(0, os.SEEK_END) > 0
         return False
@@ -1463,13 +1471,19 @@ class StateFile:
             # new one already (or, once in four billion such saves, lags behind it).
             if self.journal.is_of(self._crc32):
                 self.journal.remove()
+            identity = self._identity_of(os.lstat(self._temporary))
             os.replace(self._temporary, self.path)
+            self._identity = identity
         except OSError:
             self._drop_temporary()
             raise
         fsync_folder_of(self.path)
         self.journal.begin(self._crc32)
         self.is_saved = True
+
+    @staticmethod
+    def _identity_of(status: os.stat_result) -> tuple[int, ...]:
+        return status.st_dev, status.st_ino, status.st_size
 
     def _drop_temporary(self) -> None:
         with contextlib.suppress(OSError):
@@ -1619,8 +1633,9 @@ class LastState:
         return last
 
     def entries(self) -> Iterator[Entry]:
-        """Yield the entries; raises ValueError and OSError."""
-        return map(self._entry_of, self._lines())
+        """Yield the entries; raises StopRun."""
+        with self._state.unreadable_stops():  # others may have it meanwhile
+            yield from map(self._entry_of, self._lines())
 
     def _lines(self) -> Iterable[str]:
         return self._state.lines() if self._sorted_lines is None else self._sorted_lines
@@ -4588,7 +4603,10 @@ class Transfer:
                 stop_at = min(stop_at, time.monotonic() + SIGNAL_GRACE_SECONDS)
                 self._retries.stop.set()
             elif not self._doubt:
-                self._hand_out()
+                try:
+                    self._hand_out()
+                except StopRun as error:  # the plan cannot be read on
+                    self._stop(str(error))
             if not self._under_way and (is_stopping or not self._is_waiting()):
                 break
             self._take_news()
@@ -4606,13 +4624,14 @@ class Transfer:
 
     def _read(self, is_wanted: Callable[[int], bool]) -> Iterator[Task]:
         """Yield the files on some lines of the plan."""
-        for number, line in enumerate(self._state.lines(), start=2):
-            if is_wanted(number):
-                entry = self._entries[number] = Entry.from_json(json.loads(line))
-                yield Task(
-                    number, entry.filepath, entry.filename, entry.size or 0,
-                    entry.upload_id, entry.part_size, entry.etag,
-                )  # fmt: skip
+        with self._state.unreadable_stops():
+            for number, line in enumerate(self._state.lines(), start=2):
+                if is_wanted(number):
+                    entry = self._entries[number] = Entry.from_json(json.loads(line))
+                    yield Task(
+                        number, entry.filepath, entry.filename, entry.size or 0,
+                        entry.upload_id, entry.part_size, entry.etag,
+                    )  # fmt: skip
 
     def _is_waiting(self) -> bool:
         return bool(self._has_next() or self._try_later or self._refused or self._doubt)
@@ -4909,8 +4928,8 @@ class Transfer:
         except OSError as error:
             if could_save:
                 self._report.error(f"cannot save {shown(self._state.path)}: {reason(error)}")
-        except StopRun as error:  # another run may have it: nothing more is written
-            self._stop(str(error))
+        except (StopRun, ValueError) as error:  # another may have it: nothing more is written
+            self._stop(f"cannot save the state: {error}")
 
 
 # --- commands ---------------------------------------------------------------------

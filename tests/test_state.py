@@ -744,6 +744,45 @@ def test_a_lock_that_is_deleted_in_mid_run_is_noticed(job: Job) -> None:
     assert job.in_bucket() == digests(files)
 
 
+CHANGES: dict[str, Callable[[bytes], bytes]] = {
+    "cut": lambda state: state[: len(state) // 2],
+    "another": lambda _: b"Dear diary\n",
+    "a line less": lambda state: state.replace(state.splitlines(keepends=True)[2], b""),
+}
+
+
+@needs_replace_of_open_files
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("is_replaced", [False, True], ids=["written", "replaced"])
+def test_a_state_that_another_changes_in_mid_run_is_left_to_it(
+    job: Job, change: Callable[[bytes], bytes], is_replaced: bool
+) -> None:
+    job.make(*"abcdefgh")
+    changed: list[bytes] = []
+
+    def meddle(_: object) -> None:
+        changed.append(change(job.state_path.read_bytes()))
+        other = job.state_path.with_name("other") if is_replaced else job.state_path
+        other.write_bytes(changed[0])
+        other.replace(job.state_path)
+
+    job.proxy.add_fault(Fault(call(meddle), operation="PutObject", times=1))
+    completed = job.run("--max-concurrency", "1")
+    assert_stopped(completed, f"the state file {job.state_path}")
+    assert "8 files" in completed.stdout or "not yet sent" in completed.stdout
+    assert [job.state_path.read_bytes()] == changed
+
+
+def test_a_dry_run_beside_a_run_that_ends_has_a_sentence(job: Job) -> None:
+    job.back_up("a.dat")
+    entry = job.uploaded_entry("a.dat")
+    job.state_path.write_text(f"[\n{json.dumps(entry)}\n]\n")
+    journal = job.write_journal({"line": 2, **entry})
+    job.proxy.add_fault(Fault(call(lambda _: journal.unlink()), operation="HeadBucket"))
+    completed = job.run("--dryrun", "--skip-unchanged")
+    assert_stopped(completed, "cannot read the state file", "no such file")
+
+
 # --- Files of others -------------------------------------------------------------------------
 
 OF_OTHERS = [
