@@ -5253,7 +5253,7 @@ def create_bucket(run: Run, bucket: Bucket, last: LastState | None) -> LastState
     Returns what the state has then.
     """
     was_sent = last is not None and last.uploaded_files > 0
-    if last and was_sent:
+    if last and last.known.last:  # perhaps of another folder, whose run must know of it, too
         with run.state.failing_stops():
             run.state.save(unsent_lines(run, last))
         last = LastState.read(run)
@@ -5265,9 +5265,10 @@ def create_bucket(run: Run, bucket: Bucket, last: LastState | None) -> LastState
 
 
 def unsent_lines(run: Run, last: LastState) -> Iterator[str]:
-    """Yield the lines of a state, all of whose files are to be sent."""
+    """Yield the lines of a state in which nothing is in the bucket of this run."""
+    bucket, endpoint = (None, run.options.bucketname), (None, run.endpoint)
     for entry in last.entries():
-        if entry.uploaded and not other_job(entry, run):
+        if entry.uploaded and entry.bucket in bucket and entry.endpoint in endpoint:
             entry.keep(entry.known)  # until there is a bucket
             entry.uploaded = False
         yield entry.to_json()

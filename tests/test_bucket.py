@@ -13,7 +13,7 @@ from conftest import NewJob
 from support.aws import signing_region
 from support.checks import assert_clean, assert_replaced, assert_stopped
 from support.faults import Fault, answer, call
-from support.files import IN_PARTS, LARGE_BYTES, some_bytes
+from support.files import IN_PARTS, LARGE_BYTES, make_files, some_bytes
 from support.job import NOBODY, Job, with_state
 from support.proxy import Action, Exchange, error_answer, pass_on
 from support.script import finish, prelude
@@ -211,6 +211,20 @@ def replace(*args):
     raise OSError(28, "No space left on device")
 os.replace = replace
 """
+
+
+def test_a_run_for_another_folder_takes_back_what_the_bucket_held(
+    new_job: NewJob, server: S3Server, tmp_path: Path
+) -> None:
+    job = new_job(server, has_bucket=False)
+    job.make("a.dat")
+    job.write_state(job.uploaded_entry("a.dat"))
+    make_files(tmp_path / "other", {"b.dat": b"b"})
+    completed = job.run("--backupfolder", tmp_path / "other")
+    assert completed.returncode == 2
+    assert "of another folder" in completed.stderr
+    assert job.requests("CreateBucket") == []
+    assert job.state() == {"a.dat": 0}
 
 
 def test_no_bucket_is_created_where_the_state_cannot_say_so(lost: Job) -> None:
