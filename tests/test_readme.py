@@ -94,7 +94,10 @@ TESTED = {
         "test_a_second_run_is_refused_until_the_first_is_gone",
         "test_damaged_state_is_refused",
     ],
-    "the lock is deleted during a run": ["test_a_lock_that_is_deleted_in_mid_run_is_noticed"],
+    "the lock is deleted, or another program changes the state, during a run": [
+        "test_a_lock_that_is_deleted_in_mid_run_is_noticed",
+        "test_a_state_that_another_changes_in_mid_run_is_left_to_it",
+    ],
     "the backup folder is empty (its disk is not mounted)": [
         "test_empty_folder_is_said",
         "test_empty_folder_of_which_files_were_uploaded_is_refused",
