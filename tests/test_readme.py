@@ -94,7 +94,7 @@ TESTED = {
         "test_a_second_run_is_refused_until_the_first_is_gone",
         "test_damaged_state_is_refused",
     ],
-    "the lock is deleted, or another program changes the state, during a run": [
+    "during a run, the lock is deleted or the state changed by another": [
         "test_a_lock_that_is_deleted_in_mid_run_is_noticed",
         "test_a_state_that_another_changes_in_mid_run_is_left_to_it",
     ],
