@@ -192,7 +192,7 @@ def test_the_same_answer_to_every_file_stops_the_run(
     (sentence,) = lines_with(completed.stderr, "stopped: one file after the other fails: ")
     assert said in sentence
     assert job.state() == dict.fromkeys(files, 0)
-    assert 20 <= len(job.errors()) < len(files)  # with what was under way, on a fast machine
+    assert 20 <= len(job.errors()) < 400
 
 
 @pytest.mark.parametrize(
