@@ -1634,11 +1634,20 @@ class LastState:
 
     def entries(self) -> Iterator[Entry]:
         """Yield the entries; raises StopRun."""
-        with self._state.unreadable_stops():  # others may have it meanwhile
-            yield from map(self._entry_of, self._lines())
+        return map(self.entry_of, self.lines())
+
+    def lines(self) -> Iterator[str]:
+        """Yield the lines of the entries; raises StopRun."""
+        with self._state.unreadable_stops():  # another program may have changed it
+            yield from self._lines()
 
     def _lines(self) -> Iterable[str]:
         return self._state.lines() if self._sorted_lines is None else self._sorted_lines
+
+    def entry_of(self, line: str) -> Entry:
+        """Return the entry of a line; raises StopRun."""
+        with self._state.unreadable_stops():
+            return self._entry_of(line)
 
     def _entry_of(self, line: str) -> Entry:
         if plain := self._match_plain(line):
@@ -1750,6 +1759,25 @@ class LastState:
             what = f"the state file lists files not yet uploaded, of {self._buried_job}"
             ways_out = "finish that job with --crashrun 1, or give this one its own --statefile"
             raise StopRun(f"{what}; {ways_out}")
+
+
+class LastEntries:
+    """The entries of the last state, one after the other, each read from its line when needed."""
+
+    def __init__(self, last: LastState | None) -> None:
+        self._last, self._lines = last, last.lines() if last else iter(())
+        self._entry: Entry | None = None
+        self.advance()
+
+    def advance(self) -> None:
+        """Go to the next line, which is empty after the last one; raises StopRun."""
+        self.line, self._entry = next(self._lines, ""), None
+
+    def entry(self) -> Entry | None:
+        """Return the entry of the line, or None after the last one; raises StopRun."""
+        if self._last and self.line and not self._entry:
+            self._entry = self._last.entry_of(self.line)
+        return self._entry
 
 
 # --- S3 ---------------------------------------------------------------------------
@@ -2392,7 +2420,6 @@ class Bucket:
 class Listed(NamedTuple):
     """What the bucket's listing says of an object."""
 
-    key: str
     size: int
     etag: str
 
@@ -2400,7 +2427,7 @@ class Listed(NamedTuple):
 class Page(NamedTuple):
     """One answer to ListObjectsV2, and the parameters that ask for the next, if there is one."""
 
-    objects: list[Listed]
+    objects: dict[str, Listed]  # by key, as the server lists them
     next: Parameters
 
 
@@ -2422,22 +2449,18 @@ def parse_page(
         key_tag, size_tag, etag_tag = (f"{namespace}{name}" for name in ("Key", "Size", "ETag"))
         is_encoded = root.findtext(f"{namespace}EncodingType") == "url"
         decode = urllib.parse.unquote_plus if is_encoded else str
-        objects = []
-        for item in root.iterfind(f"{namespace}Contents"):
-            key, size, etag = (
-                item.findtext(key_tag),
-                item.findtext(size_tag),
-                item.findtext(etag_tag),
+        objects = {
+            decode(item.findtext(key_tag, "")): Listed(
+                int(item.findtext(size_tag, "")), normal_etag(item.findtext(etag_tag))
             )
-            objects.append(Listed(decode(key or ""), int(size or ""), normal_etag(etag)))
-        is_truncated = {"true": True, "false": False}[
-            root.findtext(f"{namespace}IsTruncated") or ""
-        ]
-        token, more = root.findtext(f"{namespace}NextContinuationToken"), {}
-        if is_truncated:
+            for item in root.iterfind(f"{namespace}Contents")
+        }
+        more: Parameters = {}
+        if {"true": True, "false": False}[root.findtext(f"{namespace}IsTruncated", "")]:
+            token = root.findtext(f"{namespace}NextContinuationToken")
             # Servers that know only the first version of the listing give no token.
-            more = {"ContinuationToken": token} if token else {"Marker": objects[-1].key}
-    except (ET.ParseError, LookupError, ValueError) as error:
+            more = {"ContinuationToken": token} if token else {"Marker": next(reversed(objects))}
+    except (ET.ParseError, LookupError, StopIteration, ValueError) as error:
         raise botocore.parsers.ResponseParserError("the answer is no listing") from error
     customized_response_dict["page"] = Page(objects, more)
     response_dict["body"] = b"<ListBucketResult/>"
@@ -2447,18 +2470,12 @@ class InDisorder(Exception):
     """The bucket is not listed in the order of keys."""
 
 
-def check_order(previous: str, page: Page) -> None:
-    """Raise InDisorder where the keys of a page are not in order, behind the one before them."""
-    keys = [previous, *(listed.key for listed in page.objects)]
-    if any(map(operator.ge, keys, keys[1:])):
-        raise InDisorder
-
-
 class Listing:
-    """What the bucket lists, asked for key by key in their order, and not held.
+    """What the bucket lists, asked for key by key in ascending order.
 
-    Several ranges of keys are asked for at once. A server that lists in another order, or does
-    not know StartAfter, is asked for all pages one after the other, which then are held.
+    Only a few pages are in memory. Several ranges of keys are requested at once. A server that
+    lists in another order, or does not know StartAfter, is asked for all pages one after the
+    other, which then are all kept.
     https://docs.aws.amazon.com/AmazonS3/latest/API/API_ListObjectsV2.html
     """
 
@@ -2470,9 +2487,10 @@ class Listing:
         self._at_once = min(self.RANGES_AT_ONCE, run.options.max_concurrency or THREADS_MAX)
         self._pool, self._retries = Threads(self._at_once), Retries(bucket.session.source)
         self._prefix = os.path.commonprefix([*keys.keys[:1], keys.last])  # noqa: RUF071 (of strings)
-        self._objects = self._in_order(keys)
-        self._next: Listed | None = Listed("", 0, "")
-        self._whole: dict[str, Listed] | None = None
+        self._pages = self._in_order(keys)
+        # The present page, or all of them, and the key up to which nothing is missing in it.
+        self._objects: dict[str, Listed] = {}
+        self._last_key, self._asked, self._is_whole = "", "", False
         self._count = self._misses = 0
         for operation in ("ListObjects", "ListObjectsV2"):
             # By this name it comes before botocore's own look for an error in the body, which would
@@ -2481,59 +2499,63 @@ class Listing:
             bucket.client.meta.events.register(event, parse_page, f"parse {operation}")
 
     def find(self, key: str) -> Listed | None:
-        """Return what the bucket lists under a key, which is not below the one before.
+        """Return what the bucket lists under a key; keys must be asked for in ascending order.
 
         Raises UploadError when the bucket cannot be listed.
         """
-        if self._whole is None:
+        if not self._is_whole and key != self._asked:
+            self._asked = key
             try:
-                return self._find_in_order(key)
+                self._go_to(key)
             except InDisorder:
                 self._report.detail("the server lists in no order of keys; its listing is held")
-                self._whole = self._list_whole()
-        return self._whole.get(key)
+                self._objects, self._is_whole = self._list_whole(), True
+        return self._objects.get(key)
 
-    def _find_in_order(self, key: str) -> Listed | None:
-        while self._next and self._next.key < key:
-            self._next = next(self._objects, None)
-        if self._next and self._next.key == key:
-            return self._next
+    def _go_to(self, key: str) -> None:
+        """Read on to the page of a key; raises InDisorder."""
+        while key > self._last_key:
+            self._objects, self._last_key = next(self._pages, ({}, key))
+        if key in self._objects:
+            return
         self._misses += 1
-        # What is missed may only stand elsewhere. The first are looked up by themselves, and
-        # then ever more seldom.
+        # A missing key may merely be listed out of order: look up the first ones by themselves,
+        # then ever fewer.
         is_looked_up = self._misses <= self.MISSES_LOOKED_UP or self._misses.bit_count() == 1
         if is_looked_up and self.has(key):
             raise InDisorder
-        return None
 
     def has(self, key: str) -> bool:
         """Tell whether the bucket has a key, whatever was asked for before; raises UploadError."""
-        page = self._answer(self._ask(Prefix=key))
-        return any(listed.key == key for listed in page.objects)
+        return key in self._answer(self._ask(Prefix=key)).objects
 
-    def _in_order(self, keys: KeySample) -> Iterator[Listed]:
-        """Yield the objects of all ranges; raises InDisorder."""
+    def _in_order(self, keys: KeySample) -> Iterator[tuple[dict[str, Listed], str]]:
+        """Yield the pages of all ranges, and the key up to which each is complete.
+
+        Raises InDisorder.
+        """
         ranges, waiting = keys.ranges(), deque[tuple[str, str, Future[Page]]]()
         while True:
             for low, high in itertools.islice(ranges, self._at_once - len(waiting)):
                 waiting.append((low, high, self._ask(StartAfter=low)))
             if not waiting:
                 return
-            previous, high, first = waiting.popleft()
-            asked: Future[Page] | None = first
+            previous, high, asked = waiting.popleft()
             asked_for: Parameters = {}
-            while asked:
-                page, asked = self._answer(asked), None
-                if page.next and (not page.objects or page.objects[-1].key < high):
-                    if page.next == asked_for:
-                        raise InDisorder  # it would come to no end
+            is_end = False
+            while not is_end:
+                page = self._answer(asked)
+                in_page = [previous, *page.objects]
+                previous = in_page[-1]
+                if any(map(operator.ge, in_page, in_page[1:])) or (
+                    asked_for and page.next == asked_for
+                ):
+                    raise InDisorder  # or it would come to no end
+                is_end = not page.next or previous >= high
+                if not is_end:
                     asked_for = page.next
                     asked = self._ask(**asked_for)
-                check_order(previous, page)
-                for listed in page.objects:
-                    if listed.key <= high:
-                        yield listed
-                    previous = listed.key
+                yield page.objects, high if is_end else previous
 
     def _list_whole(self) -> dict[str, Listed]:
         """Return all objects by key."""
@@ -2541,7 +2563,7 @@ class Listing:
         asked_for: Parameters = {}
         while True:
             page, count = self._answer(self._ask(**asked_for)), len(objects)
-            objects |= {listed.key: listed for listed in page.objects}
+            objects |= page.objects
             if not page.next:
                 return objects
             if page.next == asked_for or (page.objects and len(objects) == count):
@@ -2740,13 +2762,13 @@ class Walk:
         """
         open_folders = [self._list(folder)]
         while open_folders:
-            found = next(open_folders[-1], None)
-            if found is None:
-                open_folders.pop()
-            elif isinstance(found, Subfolder):
-                open_folders.append(self._list(found))
-            else:
+            for found in open_folders[-1]:
+                if isinstance(found, Subfolder):
+                    open_folders.append(self._list(found))
+                    break
                 yield found
+            else:
+                open_folders.pop()
 
     def again(self, last: Iterable[Entry]) -> Iterator[Entry]:
         """Yield what is to be found now of the pending entries of a state, by key as they are.
@@ -2757,7 +2779,6 @@ class Walk:
         # By their keys, since others may stand between "folder" and "folder/file".
         folders: list[Subfolder] = []
         for entry in last:
-            self._interruption.check()  # to look at many files on a network disk takes long
             while folders and folders[0].key_prefix <= entry.filename:
                 yield from self._walk_again(folders.pop(0))
             if self.has_walked(entry.filename):
@@ -2801,17 +2822,13 @@ class Walk:
             why = str(read_error(error))
             yield new_entry(self._run, folder.path, folder.key_prefix, error=why)
             return
-        own_names = self._own_files.get(identity, set())
-        path_prefix = os.path.join(folder.path, "")
+        own_names = self._own_files.get(identity, ())
+        path_prefix, ancestors = os.path.join(folder.path, ""), (*folder.ancestors, identity)
         for name_in_key in names:
-            self._interruption.check()
             name = name_in_key.removesuffix("/")
-            if name in own_names:
-                continue
-            found = self.examine(path_prefix + name, folder.key_prefix + name)
-            if isinstance(found, Subfolder):
-                found.ancestors = (*folder.ancestors, identity)
-            if found:
+            if name not in own_names and (
+                found := self.examine(path_prefix + name, folder.key_prefix + name, ancestors)
+            ):
                 yield found
 
     def _is_folder(self, child: os.DirEntry[str]) -> bool:
@@ -2830,36 +2847,43 @@ class Walk:
     def _relative(self, path: str) -> str:
         return path[len(os.path.join(self._root, "")) :].replace(os.sep, "/")
 
-    def examine(self, path: str, key: str) -> Entry | Subfolder | None:
+    def examine(
+        self, path: str, key: str, ancestors: tuple[Identity, ...] = ()
+    ) -> Entry | Subfolder | None:
         """Return what is at a path, or None for what is left out (and said, unless asked for)."""
-        if self._options.exclude and self._excludes_file(path):
+        options = self._options
+        self._interruption.check()  # to look at many files on a network disk takes long
+        if options.exclude and self._excludes_file(path):
             return None
         entry = new_entry(self._run, path, key)
         try:
-            if self._options.crashrun:  # a walk has come through no links to what it looks at
-                check_no_links(self._options.no_links_below, path)
-            status = os.stat(path, follow_symlinks=self._options.follow_symlinks)
+            if options.crashrun:  # a walk has come through no links to what it looks at
+                check_no_links(options.no_links_below, path)
+            status = os.stat(path, follow_symlinks=options.follow_symlinks)
         except (OSError, UploadError) as error:
             entry.error = str(read_error(error))
             if isinstance(error, NOT_THERE) and os.path.islink(path):
                 what, advice = "its link is broken", "mend it, or leave it out with --exclude"
                 entry.error = f"{what}: {reason(error)}; {advice}"
             return entry
-        if stat.S_ISLNK(status.st_mode):
-            self._report.notice("symbolic link, skipped", path)
-            return None
-        if stat.S_ISDIR(status.st_mode):
-            is_left_out = self.excludes.leaves_out_all_below(self._relative(path) + "/")
-            is_link = os.path.islink(path)
-            return None if is_left_out else Subfolder(path, key + "/", is_link=is_link)
         if not stat.S_ISREG(status.st_mode):
-            self._report.notice("socket, FIFO or device, skipped", path)
-            return None
+            return self._examine_other(path, key, status.st_mode, ancestors)
         entry.error = key_problem(key)
         if not entry.error:
             entry.size, entry.mtime_ns = status.st_size, status.st_mtime_ns
             entry.ctime_ns = ctime_of(status)
         return entry
+
+    def _examine_other(
+        self, path: str, key: str, mode: int, ancestors: tuple[Identity, ...]
+    ) -> Subfolder | None:
+        if stat.S_ISDIR(mode):
+            is_left_out = self.excludes.leaves_out_all_below(self._relative(path) + "/")
+            folder = Subfolder(path, key + "/", os.path.islink(path), ancestors)
+            return None if is_left_out else folder
+        kind = "symbolic link" if stat.S_ISLNK(mode) else "socket, FIFO or device"
+        self._report.notice(f"{kind}, skipped", path)
+        return None
 
 
 def is_in_shard(entry: Entry, options: Options) -> bool:
@@ -2901,7 +2925,8 @@ def decide(
     listing has the object that `last` knows, by size and ETag; None if it was not listed.
     """
     if found is None:
-        if not (is_unseen and last and (last.uploaded or last.known.etag)):
+        # The entry of the folder stands for files of which no more is known than their names.
+        if not (is_unseen and last and (last.uploaded or last.known.etag or last.upload_id)):
             return Decision.FORGET
         return Decision.SEND if in_bucket is False else Decision.KEEP
     if found.error:
@@ -2995,6 +3020,10 @@ class March:
         # Objects of another class or encryption are wanted.
         is_plain = not (run.options.skip_unchanged or run.options.crashrun)
         self._replaces_all = is_plain and bool(run.options.object_parameters())
+        # How the line of a file that this job has sent goes on after its key, and ends.
+        job = {"bucket": run.options.bucketname, "endpoint": run.endpoint}
+        self._job_in_json = READABLE_JSON.encode(job)[1:-1]
+        self._end_of_line = f'", "shard": "{run.options.shard}"}}' if run.options.shard else '"}'
         # Prefixes of the keys below what cannot be looked at now, as far as they still matter.
         self._unreadable: tuple[str, ...] = ()
         # By the number of the plan's line: how its file is sent. On the first is a bracket.
@@ -3029,7 +3058,7 @@ class March:
 
     def entries(self) -> Iterator[Entry]:
         """Yield the entries of the plan, once; those that stay as they were with their lines."""
-        yield from filter(None, itertools.starmap(self._settle, self._pairs()))
+        yield from filter(None, self._settled())
         if self._lost_files:
             what = f"the bucket {self._options.bucketname} lacks what it had (was it made anew?)"
             count = f"{self._lost_files:,} of {self._unseen_files:,} files are sent again"
@@ -3070,22 +3099,48 @@ class March:
             raise StopRun(f"{why}; is its disk mounted?")
         self._report.error(f"there is nothing to send in {where}; is its disk mounted?")
 
-    def _pairs(self) -> Iterator[tuple[Entry | None, Entry | None]]:
-        """Yield, key by key, what is here and what the last run left."""
-        lasts = self._last.entries() if self._last else iter(())
-        last = next(lasts, None)
+    def _settled(self) -> Iterator[Entry | None]:
+        """Yield what becomes of each key."""
+        lasts = LastEntries(self._last)
         for found in self._found:
-            while last and last.filename < found.filename:
-                yield None, last
-                last = next(lasts, None)
+            if self._is_unchanged(found, lasts.line):
+                yield found
+                lasts.advance()
+                continue
+            while (last := lasts.entry()) and last.filename < found.filename:
+                yield self._settle(None, last)
+                lasts.advance()
             if last and last.filename == found.filename:
-                yield found, last
-                last = next(lasts, None)
+                yield self._settle(found, last)
+                lasts.advance()
             else:
-                yield found, None
-        while last:
-            yield None, last
-            last = next(lasts, None)
+                yield self._settle(found, None)
+        while last := lasts.entry():
+            yield self._settle(None, last)
+            lasts.advance()
+
+    def _is_unchanged(self, found: Entry, line: str) -> bool:
+        """Tell whether a line of the last state has a file as it is here and in the bucket.
+
+        This is what `decide` calls unchanged, seen from the text of the line: a run that reads
+        an entry from each line takes a quarter longer.
+        """
+        if not self._listing or found.error or self._replaces_all:
+            return False
+        path, key = READABLE_JSON.encode(found.filepath), READABLE_JSON.encode(found.filename)
+        start = (
+            f'{{"filepath": {path}, "uploadedSuccess": 1, "filename": {key}, {self._job_in_json}, '
+            f'"size": {found.size}, "mtime_ns": {found.mtime_ns}, "ctime_ns": {found.ctime_ns}, '
+            '"etag": "'
+        )
+        if not line.startswith(start):
+            return False
+        etag = line[len(start) :].removesuffix(self._end_of_line)
+        if self._listed(found.filename) != (found.size, etag):
+            return False
+        found.uploaded, found.line = True, line
+        self._report.unchanged(found)
+        return True
 
     def _is_unseen(self, last: Entry) -> bool:
         """Tell whether this run has not looked for the file of an entry."""
@@ -3121,15 +3176,19 @@ class March:
         etag = last.etag if last.uploaded else last.known.etag
         if self._listing is None or not (etag or last.uploaded):
             return None
+        listed = self._listed(last.filename)
+        if listed is None:
+            return False if self._listing else None
+        return last.size in (None, listed.size) and etag in (None, listed.etag)
+
+    def _listed(self, key: str) -> Listed | None:
+        """Return what the bucket lists under a key; without a listing, or that, None."""
         try:
-            listed = self._listing.find(last.filename)
+            return self._listing.find(key) if self._listing else None
         except UploadError as error:
             what = "cannot list the bucket, so what it has is sent again"
             self._give_up_listing(error, f"{what}: {error}")
             return None
-        if listed is None:
-            return False
-        return last.size in (None, listed.size) and etag in (None, listed.etag)
 
     def _is_still_in_bucket(self, last: Entry) -> bool | None:
         """Tell whether the bucket has what this run does not look at; None if it is trusted to."""
@@ -4920,6 +4979,8 @@ class Transfer:
     def save(self) -> None:
         """Save the state; when that fails, a run goes on without, for the data's sake."""
         could_save = self._state.is_saved
+        if could_save and not (self._unwritten or self._state.has_journal()):
+            return
         with contextlib.suppress(OSError):  # for a few lines there may be room
             self._write_journal()
         try:
@@ -4943,7 +5004,7 @@ def difference(run: Run, bucket: Bucket, entry: Entry, listed: Listed | None) ->
     """
     if listed is None:
         return "it is not in the bucket"
-    _key, size, etag = listed
+    size, etag = listed
     if entry.size not in (None, size):
         return f"it has {size:,} bytes there and not {entry.size:,}"
     if entry.etag:

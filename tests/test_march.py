@@ -109,6 +109,9 @@ CASES = {
     "nor, and it is there": Case(None, {}, True, "KEEP", "md5", is_unseen=True),
     "nor, and the bucket is anew": Case(None, {}, False, "SEND", None, is_unseen=True),
     "nor, and it was pending": Case(None, UNKNOWN, None, "FORGET", None, is_unseen=True),
+    "nor, and it was half sent": Case(
+        None, {**UNKNOWN, "upload_id": "id"}, None, "KEEP", None, is_unseen=True
+    ),
     "nor, and it was to be sent again": Case(None, PENDING, None, "KEEP", "md5", is_unseen=True),
 }
 
@@ -170,7 +173,7 @@ class ListingClient:
         more = {"ContinuationToken": shown[-1]} if shown != left else {}
         if self.shuffles:
             self._rng.shuffle(shown)
-        page = [program().Listed(key, *self._objects[key]) for key in shown]
+        page = {key: program().Listed(*self._objects[key]) for key in shown}
         return {"page": program().Page(page, more)}
 
 
@@ -185,7 +188,8 @@ class Found:
     def line(self, folder: Path, key: str) -> dict[str, Any]:
         """The line of the state."""
         fields: dict[str, Any] = {"filepath": key, "uploadedSuccess": 1, "filename": key}
-        fields |= {"bucket": "bucket", "size": len(self.text or ""), "etag": "etag"}
+        fields |= {"bucket": "bucket", "endpoint": "server"}
+        fields |= {"size": len(self.text or ""), "etag": "etag"}
         if self.text is not None:
             status = (folder / key).stat()
             fields |= {"mtime_ns": status.st_mtime_ns, "ctime_ns": status.st_ctime_ns}
@@ -203,7 +207,7 @@ def run_over(tmp_path: Path, state: str | None, *options: str) -> Any:
     parsed = module.parse_arguments([*map(str, names), *options])
     interruption = SimpleNamespace(check=lambda: None, write=lambda *_: "")
     state_file, report = module.StateFile(str(state_path)), module.Report(parsed, interruption)
-    return module.Run(parsed, state_file, report, interruption)
+    return module.Run(parsed, state_file, report, interruption, endpoint="server")
 
 
 class AtOnce:
@@ -268,13 +272,13 @@ MARCHED = {
     "gone": (Found(None, WAS), None),
     "of another bucket": (Found("12345", {"bucket": "other"}, SENT), (0, None, None)),
     "of a folder that is away/a": (Found(None, WAS, SENT), (1, "etag", None)),
-    "of a folder that is away/b": (Found(None, OPEN), None),
+    "of a folder that is away/b": (Found(None, OPEN), (0, None, "id")),
     "of a folder that is away-1": (Found(None, WAS, SENT), None),
 }  # fmt: skip
 ABANDONED = {
     *(f"upload {what}" for what in ("of other bytes", "of another size", "with other parts")),
     *(f"upload {what}" for what in ("under KMS", "of what is gone")),
-    "upload beside an object", "of a folder that is away/b",
+    "upload beside an object",
 }  # fmt: skip
 
 
@@ -291,6 +295,27 @@ def test_the_plan_of_many_keys(tmp_path: Path) -> None:
     assert outcomes.pop("of a folder that is away") == (0, None, None)
     assert outcomes == {key: outcome for key, (_, outcome) in MARCHED.items() if outcome}
     assert {e.filename for e in march.abandoned} == ABANDONED
+
+
+def test_what_is_unchanged_is_told_from_the_text_of_its_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, names = tmp_path / "backup", ["a", 'b "quoted"', "c/ü", "d"]
+    make_files(folder, dict.fromkeys(names, b"12345"))
+    lines = [program().Entry.from_json(Found("12345", WAS).line(folder, key)) for key in names]
+    state = state_of(*(json.loads(line.to_json()) for line in lines))
+    objects = {key: SENT for key in names if key != "d"}
+    decided = []
+    decide = program().decide
+
+    def note(found: Any, last: Any, **more: Any) -> Any:
+        decided.append(found.filename)
+        return decide(found, last, **more)
+
+    monkeypatch.setattr(program(), "decide", note)
+    plan = list(march_of(run_over(tmp_path, state, SKIP), objects).lines())
+    assert plan[:3] == [line.to_json() for line in lines[:3]]
+    assert decided == ["d"]
 
 
 def test_what_was_a_folder_before_is_walked_by_a_crash_run_in_the_order_of_keys(
@@ -756,7 +781,7 @@ def test_every_key_is_found_wherever_a_server_lists_it(
         found = {key for key in asked_for if listing.find(key)}
         assert found == objects.intersection(asked_for), seed
         # In memory only where it must be.
-        assert listing._whole is None or not client.is_in_order
+        assert not (listing._is_whole and client.is_in_order)
 
 
 def test_what_others_put_between_two_keys_takes_more_pages(rclone_job: Job) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import os
 import re
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Mapping
@@ -812,6 +813,31 @@ def test_a_file_that_is_gone_stays_missing_in_a_crash_run(job: Job) -> None:
     left_in_parts(job, kept=[1, 2])
     job.path("large").unlink()
     job.check_failed(job.crash_run(*IN_PARTS), "large", said="no such file")
+
+
+@pytest.mark.parametrize("again", ["--crashrun", "--skip-unchanged"])
+def test_a_half_sent_file_on_a_disk_that_is_away_for_a_night_keeps_its_parts(
+    job: Job, tmp_path: Path, again: str
+) -> None:
+    options = [*IN_PARTS, again] + ["1"] * (again == "--crashrun")
+    job.write({"disk/large": some_bytes(LARGE_BYTES)})
+    shutil.move(job.path("disk"), tmp_path / "disk")
+    job.path("disk").symlink_to(tmp_path / "disk")
+    job.proxy.add_fault(Fault(answer(400, "InvalidRequest"), part_number=2))
+    job.check_failed(job.run(*IN_PARTS), "disk/large", said="InvalidRequest")
+    uploads = job.open_uploads()
+    assert len(uploads) == 1
+    job.proxy.clear_faults()
+    (tmp_path / "disk").rename(tmp_path / "away")
+    completed = job.run(*options)
+    assert completed.returncode == 1
+    assert f"failed: {job.path('disk')}" in completed.stderr
+    assert job.open_uploads() == uploads
+    (tmp_path / "away").rename(tmp_path / "disk")
+    since = job.seen()
+    assert job.run(*options).returncode == 0
+    assert job.sent_parts(since) == [2]
+    assert job.in_bucket() == {"disk/large": md5(some_bytes(LARGE_BYTES))}
 
 
 @pytest.mark.parametrize("crashrun", AGAIN)
