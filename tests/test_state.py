@@ -607,7 +607,9 @@ def test_a_journal_that_is_no_regular_file_is_refused(
     job.write_journal(job.pending_entry("a.dat")).rename(target)
     before = target.read_bytes()
     LINKED[what](journal, target)
-    assert_refused(job, *again, words=(f"the journal {journal} is no regular file; move it away",))
+    assert_refused(
+        job, *again, words=(f"the journal {journal} is not a regular file; move it away",)
+    )
     assert os.path.lexists(journal)
     assert target.read_bytes() == before
     assert not (tmp_path / "new").exists()
@@ -699,7 +701,7 @@ def test_a_state_that_is_a_fifo_is_refused(job: Job, what: tuple[str, ...]) -> N
     job.make("a.dat")
     os.mkfifo(job.state_path)
     completed = job.run(*what, timeout=20)
-    assert_stopped(completed, f"the state file {job.state_path} is no regular file")
+    assert_stopped(completed, f"the state file {job.state_path} is not a regular file")
     assert job.puts() == []
 
 
@@ -710,7 +712,7 @@ def test_a_lock_that_is_no_regular_file_is_refused(job: Job, tmp_path: Path, wha
     lock, target = job.state_path.with_name("state.json.lock"), tmp_path / "target"
     target.write_bytes(b"precious")
     LINKED[what](lock, target)
-    assert_refused(job, words=(str(lock), "is no regular file"))
+    assert_refused(job, words=(str(lock), "is not a regular file"))
     assert target.read_bytes() == b"precious"
     assert not (tmp_path / "new").exists()
 
@@ -803,7 +805,7 @@ def test_what_others_have_under_the_name_of_a_companion_is_left_alone(
     job.back_up("a.dat")
     path = job.state_path.with_name(f"state.json.{name}")
     path.write_bytes(content)
-    assert_refused(job, *again, words=(f"{path} is no ", "move it away"))
+    assert_refused(job, *again, words=(f"{path} is not a ", "move it away"))
     assert path.read_bytes() == content
 
 
