@@ -779,98 +779,76 @@ class Progress:
     """The line on a terminal that shows how far the run is."""
 
     DRAW_SECONDS = 0.1
-    RATE_SECONDS = 15  # over which the rate shown is measured
     ERASE = "\033[K"  # clears the line from the cursor on
 
     def __init__(self, interruption: Interruption, *, is_shown: bool) -> None:
         self._interruption, self._is_shown = interruption, is_shown
         if is_shown and sys.platform == "win32":
             os.system("")  # turns on the console's escape sequences
-        self._line, self._drawn_at = "", -math.inf
-        self._total_files = self._total_bytes = self._failed_bytes = 0
-        # The bytes of each large file that have been sent, and those that an earlier run had
-        # sent, by the index of its entry. The threads that send write here.
-        self._moving: dict[int, int] = {}
-        self._sent_earlier: dict[int, int] = {}
-        self._past: deque[tuple[float, int]] = deque()  # times, and the bytes sent until then
+        self._is_drawn, self._drawn_at = False, -math.inf
+        self._files = self._bytes = self._settled_bytes = self._sent_earlier = 0
+        # By the index of its entry: how many bytes of a large file have been sent, and how many
+        # of them by an earlier run. The threads that send write here.
+        self._moving: dict[int, tuple[int, int]] = {}
 
     def begin(self, files: int, size: int) -> None:
         """Begin to show how much of so many files and bytes has been sent."""
-        self._total_files, self._total_bytes, self._failed_bytes = files, size, 0
-        self._past.append((time.monotonic(), 0))
+        self._files, self._bytes, self._settled_bytes = files, size, 0
+        self._began_at = time.monotonic()
 
     def moved(self, entry_index: int, size: int, sent_earlier: int) -> None:
         """Set how many bytes of a large file have been sent: in all, and by an earlier run."""
-        if self._is_shown:
-            self._moving[entry_index], self._sent_earlier[entry_index] = size, sent_earlier
+        self._moving[entry_index] = size, sent_earlier
 
-    def not_moving(self, entry_index: int) -> None:
-        """Drop the bytes of a file that is no longer being sent."""
-        self._moving.pop(entry_index, None)
+    def ended(self, entry_index: int, *, is_sent: bool) -> None:
+        """Stop counting the bytes of a file that is no longer being sent."""
+        _size, sent_earlier = self._moving.pop(entry_index, (0, 0))
+        self._sent_earlier += sent_earlier * is_sent
 
-    def unchanged(self, size: int) -> None:
-        """Subtract a file that need not be sent from what is to be sent."""
-        self._total_files -= 1
-        self._total_bytes -= size
-
-    def failed(self, size: int) -> None:
-        """Count the bytes of a file that will not be sent."""
-        self._failed_bytes += size
+    def settled(self, size: int) -> None:
+        """Count the bytes of a file that failed, or need not be sent."""
+        self._settled_bytes += size
 
     def draw_run(self, files: int, size: int, *, failed_files: int) -> None:
         """Draw how many files and bytes have been sent, and how many files failed."""
-        if not self._is_due():
-            return
-        size += sum(list(self._moving.values()))
-        left = max(self._total_bytes - self._failed_bytes - size, 0)
-        now, moved = time.monotonic(), size - sum(list(self._sent_earlier.values()))
-        self._past.append((now, moved))
-        while now - self._past[0][0] > self.RATE_SECONDS:
-            self._past.popleft()
-        before, moved_before = self._past[0]
-        seconds = max(now - before, 0.001)
-        # Bytes are taken back when a resumed file fails.
-        rate = max(moved - moved_before, 0) / seconds
+        moving = list(self._moving.values())
+        size += sum(moved for moved, _ in moving)
+        sent_earlier = self._sent_earlier + sum(earlier for _, earlier in moving)
+        seconds = max(time.monotonic() - self._began_at, 0.001)
+        rate = (size - sent_earlier) / seconds
+        left = max(self._bytes - self._settled_bytes - size, 0)
         texts = [
-            (0, f"{files:,}/{self._total_files:,} files"),
-            (4, f"{human_size(size)}/{human_size(max(self._total_bytes, size))}"),
-            (1, f"{self._percent(files, left)}%"),
-            (3, f"{human_size(rate)}/s"),
+            f"{files:,}/{self._files:,} files",
+            f"{human_size(size)}/{human_size(max(self._bytes, size))}",
         ]
+        if self._bytes:
+            texts.append(f"{100 * (self._bytes - left) // self._bytes}%")
+        texts.append(f"{human_size(rate)}/s")
         if rate and seconds > 1:
-            texts.append((2, f"{human_time(left / rate)} left"))
+            texts.append(f"{human_time(left / rate)} left")
         if failed_files:
-            texts.append((1, f"{failed_files:,} failed"))
-        self.draw(texts)
+            texts.append(f"{failed_files:,} failed")
+        self.draw(*texts)
 
-    def _percent(self, files: int, bytes_left: int) -> int:
-        if self._total_bytes:
-            return 100 * (self._total_bytes - bytes_left) // self._total_bytes
-        return 100 * files // max(self._total_files, 1)
-
-    def _is_due(self) -> bool:
-        return self._is_shown and time.monotonic() - self._drawn_at >= self.DRAW_SECONDS
-
-    def draw(self, texts: list[tuple[int, str]]) -> None:
-        """Draw the numbered texts, if it is time; without room for all, drop the highest."""
-        if not self._is_due():
+    def draw(self, *texts: str) -> None:
+        """Draw the texts if it is time, without the last ones if there is no room for all."""
+        if not self._is_shown or time.monotonic() - self._drawn_at < self.DRAW_SECONDS:
             return
         try:
             # Behind the line there must be room for the ^C that a terminal shows.
             room = (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 3
-        except (AttributeError, OSError, ValueError):
-            room = 77
-        while len(texts) > 1 and len("  ".join(text for _, text in texts)) > room:
-            texts.remove(max(texts))
-        self._line = "  ".join(text for _, text in texts)[:room]
-        self._interruption.write("stderr", f"\r{self._line}{self.ERASE}")
-        self._drawn_at = time.monotonic()
+        except (AttributeError, OSError, ValueError):  # the terminal is gone
+            return
+        while len(texts) > 1 and len("  ".join(texts)) > room:
+            texts = texts[:-1]
+        self._interruption.write("stderr", f"\r{'  '.join(texts)[:room]}{self.ERASE}")
+        self._is_drawn, self._drawn_at = True, time.monotonic()
 
     def clear(self) -> None:
         """Clear the line, so that other text can be printed."""
-        if self._line:
+        if self._is_drawn:
             self._interruption.write("stderr", f"\r{self.ERASE}")
-            self._line = ""
+            self._is_drawn = False
 
 
 @dataclass(slots=True)
@@ -936,13 +914,13 @@ class Report:
 
     def doing(self, text: str) -> None:
         """Show on the progress line what the run is doing."""
-        self.progress.draw([(0, text)])
+        self.progress.draw(text)
 
     def draw_progress(self, *, is_stopping: bool) -> None:
         """Show on the progress line how far the run is."""
         if is_stopping:
             seconds = f"{SIGNAL_GRACE_SECONDS} seconds"
-            self.progress.draw([(0, "stopping"), (1, f"what is under way has {seconds}")])
+            self.progress.draw("stopping", f"what is under way has {seconds}")
         else:
             self.progress.draw_run(self.files, self.bytes, failed_files=self.failed_files)
 
@@ -950,13 +928,13 @@ class Report:
         """Count a file that was not sent, and print why."""
         self.failed_files += 1
         self._reasons[entry.error or ""] += 1
-        self.progress.failed(entry.size or 0)
+        self.progress.settled(entry.size or 0)
         self._print(f"failed: {shown(entry.filepath)}: {entry.error}", "stderr")
 
     def unchanged(self, entry: Entry) -> None:
         """Count a file that the bucket has already."""
         self._unchanged_files += 1
-        self.progress.unchanged(entry.size or 0)
+        self.progress.settled(entry.size or 0)
 
     def gone(self, entry: Entry) -> None:
         """Count a file of the last state that the folder no longer has."""
@@ -4746,7 +4724,7 @@ class Transfer:
         if backlog is not self._backlogs[Way.PARTS]:
             self._window.end(task.size)
             self._moved_bytes += moved
-        self._report.progress.not_moving(index)
+        self._report.progress.ended(index, is_sent=moved > 0)
         return task
 
     # --- What threads and lanes call ---
