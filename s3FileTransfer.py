@@ -656,7 +656,7 @@ class Threads:
 
     def __init__(self, count: int) -> None:
         self._count, self._started = count, 0
-        self._waiting: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
 
     def submit(self, function: Callable[..., T], *arguments: object) -> Future[T]:
         """Call `function` in a thread of the pool; raise StopRun if none can be started."""
@@ -668,7 +668,7 @@ class Threads:
             except BaseException as error:
                 answer.set_exception(error)
 
-        self._waiting.put(call)
+        self._calls.put(call)
         if self._started < self._count:
             try:
                 threading.Thread(target=self._run, daemon=True).start()
@@ -680,7 +680,7 @@ class Threads:
 
     def _run(self) -> None:
         while True:
-            self._waiting.get()()
+            self._calls.get()()
 
 
 class Interruption:
@@ -699,30 +699,27 @@ class Interruption:
                 signal.signal(signum, self._on_signal)
 
     def _on_signal(self, signum: int, _frame: object) -> None:
-        now = time.monotonic()
-        # timeout(1), systemd and terminals send two signals at once.
-        if self.signum and now - self._came_at > self.SECOND_SIGNAL_SECONDS:
-            os._exit(self.exit_code)
         if not self.signum:
-            self.signum, self._came_at = signum, now
-            if self._is_writing:  # to a pipe that nobody reads, perhaps
+            self.signum, self._came_at = signum, time.monotonic()
+            if self._is_writing:  # perhaps to a pipe that nobody reads
                 raise InterruptedError
+        # timeout(1), systemd and terminals send two signals at once.
+        elif time.monotonic() - self._came_at > self.SECOND_SIGNAL_SECONDS:
+            os._exit(self.exit_code)
 
     def write(self, name: str, text: str = "") -> str:
-        """Write to sys.stderr or sys.stdout, by `name`; an empty text flushes.
+        """Write to sys.stderr or sys.stdout, by `name`, in the main thread; "" flushes.
 
-        Return why the write failed, or "": a closed pipe or a full disk does not end a backup.
-        After a signal, a reader that does not read is not waited for.
+        Return why that failed, or "": a closed pipe or a full disk does not end a backup. After
+        a signal, a reader that does not read is not waited for.
         """
         try:
-            stream = getattr(sys, name)  # None when it was closed at the start
             # On Windows, select() takes sockets only.
-            if stream and self.signum and sys.platform != "win32":
+            if self.signum and sys.platform != "win32" and (stream := getattr(sys, name)):
                 if not select.select([], [stream], [], 0.1)[1]:
-                    stream = None
-                    setattr(sys, name, stream)  # the last flush would wait for the reader
-            self._is_writing = threading.current_thread() is threading.main_thread()
-            if stream:
+                    setattr(sys, name, None)  # the last flush would wait for the reader
+            self._is_writing = True
+            if stream := getattr(sys, name):  # None if it was closed at the start
                 stream.write(text)
                 if name == "stderr" or not text:
                     stream.flush()
@@ -852,8 +849,8 @@ class Progress:
 
 
 @dataclass(slots=True)
-class Verdict:
-    """How many files a comparison with the state has found right, and how many not."""
+class Verified:
+    """How many files --verify has found to be as the state has them, and how many not."""
 
     files: int = 0
     bytes: int = 0
@@ -877,7 +874,7 @@ class Report:
 
     def __init__(self, options: Options, interruption: Interruption) -> None:
         self._options, self._interruption = options, interruption
-        self._started, self._lost_list = time.monotonic(), ""
+        self._started_at, self._write_error = time.monotonic(), ""  # of stdout
         self._notices: Counter[str] = Counter()
         self._reasons: Counter[str] = Counter()
         self.files = self.bytes = self.failed_files = 0
@@ -888,7 +885,7 @@ class Report:
 
     def error(self, text: str) -> None:
         """Print what is wrong with the run."""
-        self._print(f"s3FileTransfer: {text}", "stderr")
+        self._print(f"s3FileTransfer: {text}")
 
     def notice(self, kind: str, path: str) -> None:
         """Print that something at `path` is left out; without --verbose, the first of a kind."""
@@ -896,21 +893,14 @@ class Report:
         if self._options.verbose or self._notices[kind] <= self.NOTICES_OF_A_KIND:
             self._notify(f"{kind}: {shown(path)}")
 
-    def end_of_notices(self) -> None:
-        """Print how many notices of each kind were left out."""
-        for kind, count in self._notices.items():
-            if not self._options.verbose and count > self.NOTICES_OF_A_KIND:
-                more = f"{count - self.NOTICES_OF_A_KIND:,} more"
-                self._notify(f"{kind}: {more} (--verbose names them)")
-
     def _notify(self, text: str) -> None:
         if not self._options.quiet:
-            self._print(f"notice: {text}", "stderr")
+            self._print(f"notice: {text}")
 
     def detail(self, text: str) -> None:
         """Print what only --verbose shows."""
         if self._options.verbose:
-            self._print(text, "stderr")
+            self._print(text)
 
     def doing(self, text: str) -> None:
         """Show on the progress line what the run is doing."""
@@ -929,7 +919,7 @@ class Report:
         self.failed_files += 1
         self._reasons[entry.error or ""] += 1
         self.progress.settled(entry.size or 0)
-        self._print(f"failed: {shown(entry.filepath)}: {entry.error}", "stderr")
+        self._print(f"failed: {shown(entry.filepath)}: {entry.error}")
 
     def unchanged(self, entry: Entry) -> None:
         """Count a file that the bucket has already."""
@@ -945,14 +935,13 @@ class Report:
         """Count a file that was sent, or with --dryrun would be, and list it."""
         self.files += 1
         self.bytes += entry.size or 0
-        if not (self._options.dryrun or self._options.verbose):
-            return
-        size = human_size(entry.size or 0)
-        line = f"{shown(entry.filepath)} -> {self.url(entry.filename)} ({size}"
-        if self._options.dryrun:
-            self._print(f"would upload: {line})", "stdout")
-        else:
-            self._print(f"uploaded: {line}, {seconds:.1f} s)", "stderr")
+        if self._options.dryrun or self._options.verbose:
+            what = f"{shown(entry.filepath)} -> {self.url(entry.filename)}"
+            size = human_size(entry.size or 0)
+            if self._options.dryrun:
+                self._print(f"would upload: {what} ({size})", "stdout")
+            else:
+                self._print(f"uploaded: {what} ({size}, {seconds:.1f} s)")
 
     def url(self, key: str) -> str:
         """Return the printable URL of an object, or with an empty key that of the bucket."""
@@ -960,8 +949,8 @@ class Report:
 
     def summary(self, state_path: str, *, left: int = 0) -> None:
         """Print how the run went; `left` files were neither sent nor failed."""
-        self._print_reasons()
-        seconds = time.monotonic() - self._started
+        self._print_counts()
+        seconds = time.monotonic() - self._started_at
         what = f"{count_of_files(self.files)}, {human_size(self.bytes)}"
         counts = [f"{self.failed_files:,} failed"]
         if self._options.skip_unchanged or self._unchanged_files:
@@ -973,15 +962,20 @@ class Report:
         if self._options.dryrun:
             self._say(f"dry run: would send {what}; {', '.join(counts)}")
             return
-        bytes_a_second = human_size(self.bytes / max(seconds, 0.001))
-        where = f"{self.url(self._options.prefix)} in {seconds:.1f} s ({bytes_a_second}/s)"
+        rate = f"{human_size(self.bytes / max(seconds, 0.001))}/s"
+        where = f"{self.url(self._options.prefix)} in {seconds:.1f} s ({rate})"
         self._say(f"sent {what} to {where}; {', '.join(counts)}; state: {shown(state_path)}")
 
-    def _print_reasons(self) -> None:
+    def _print_counts(self) -> None:
+        """Print how many notices were left out, and which reasons many failures share."""
+        for kind, count in self._notices.items():
+            if not self._options.verbose and count > self.NOTICES_OF_A_KIND:
+                more = f"{count - self.NOTICES_OF_A_KIND:,} more"
+                self._notify(f"{kind}: {more} (--verbose names them)")
         if self.failed_files > self.FAILURES_ON_A_SCREEN:
             for why, count in self._reasons.most_common(self.REASONS_MAX):
                 if count > 1:
-                    self._print(f"{count:,} of the {self.failed_files:,} failures: {why}", "stderr")
+                    self._print(f"{count:,} of the {self.failed_files:,} failures: {why}")
 
     def interrupted(self, *, is_saved: bool) -> None:
         """Print that a signal has ended the run, and how to send the rest."""
@@ -993,32 +987,32 @@ class Report:
         self.failed_files += 1
         self._print(": ".join(filter(None, (kind, where, why))), "stdout")
 
-    def verified(self, where: str, state_path: str, verdict: Verdict) -> None:
+    def verified(self, where: str, state_path: str, counts: Verified) -> None:
         """Print how a comparison with the state went."""
-        right = f"{count_of_files(verdict.files)} right"
-        if verdict.files_by_size:
-            right += f" ({verdict.files_by_size:,} of them by size alone)"
-        wrong = f"{verdict.wrong_files:,} wrong"
-        if verdict.unproven_files:
-            wrong += f", {verdict.unproven_files:,} unproven"
-        found = f"{right}, {human_size(verdict.bytes)}; {wrong}"
-        text = f"verified in {where}: {found}, {verdict.left_files:,} not yet sent"
-        self._say(f"{text}; state: {shown(state_path)}")
+        right = f"{count_of_files(counts.files)} right"
+        if counts.files_by_size:
+            right += f" ({counts.files_by_size:,} of them by size alone)"
+        wrong = f"{counts.wrong_files:,} wrong"
+        if counts.unproven_files:
+            wrong += f", {counts.unproven_files:,} unproven"
+        found = f"{right}, {human_size(counts.bytes)}; {wrong}"
+        left = f"{counts.left_files:,} not yet sent"
+        self._say(f"verified in {where}: {found}, {left}; state: {shown(state_path)}")
 
     def check_list(self) -> None:
         """Raise StopRun if the list on stdout could not be written."""
-        if why := self._lost_list or self._interruption.write("stdout"):
+        if why := self._write_error or self._interruption.write("stdout"):
             raise StopRun(f"cannot write to stdout, so the list is lost: {why}")
 
     def _say(self, summary: str) -> None:
         if not self._options.quiet:
             self._print(summary, "stdout")
 
-    def _print(self, text: str, name: str) -> None:
+    def _print(self, text: str, stream_name: str = "stderr") -> None:
         self.progress.clear()
-        why = self._interruption.write(name, f"{text}\n")
-        if name == "stdout":
-            self._lost_list = self._lost_list or why
+        why = self._interruption.write(stream_name, f"{text}\n")
+        if stream_name == "stdout":
+            self._write_error = self._write_error or why
 
 
 # --- state ------------------------------------------------------------------------
@@ -4951,14 +4945,14 @@ class BucketCheck:
     def __init__(self, run: Run, bucket: Bucket, last: LastState) -> None:
         self._run, self._bucket, self._last = run, bucket, last
         self._listing = Listing(run, bucket, last.known)
-        self.verdict = Verdict(left_files=last.left_files)
+        self.counts = Verified(left_files=last.left_files)
 
-    def run(self) -> Verdict:
+    def run(self) -> Verified:
         """Compare all, and save the state if anything is wrong; raises UploadError and StopRun."""
         lines, right_lines = self._lines(), 0
         wrong = []
         for line in lines:
-            if self.verdict.wrong_files:
+            if self.counts.wrong_files:
                 wrong.append(line)
                 break
             right_lines += 1
@@ -4970,7 +4964,7 @@ class BucketCheck:
             )
             with state.failing_stops():
                 state.save(itertools.chain(before, wrong, lines))
-        return self.verdict
+        return self.counts
 
     def _lines(self) -> Iterator[str]:
         """Yield the lines of the state as they are to be from now on."""
@@ -4978,16 +4972,16 @@ class BucketCheck:
             line = entry.line or ""
             kind, why = self._compare(entry) if entry.uploaded else ("left", None)
             if not kind:
-                self.verdict.files += 1
-                self.verdict.bytes += entry.size or 0
+                self.counts.files += 1
+                self.counts.bytes += entry.size or 0
             elif kind != "left":
                 where = f"{self._run.report.url(entry.filename)} (of {shown(entry.filepath)})"
                 self._run.report.wrong(kind, where, why)
             if kind == "wrong":
-                self.verdict.wrong_files += 1
+                self.counts.wrong_files += 1
                 entry.uploaded, entry.etag, entry.error = False, None, why
                 line = entry.to_json()
-            self.verdict.unproven_files += kind == "unproven"
+            self.counts.unproven_files += kind == "unproven"
             yield line
 
     def _compare(self, entry: Entry) -> tuple[str, str | None]:
@@ -5027,7 +5021,6 @@ def show_plan(run: Run) -> int:
             run.report.failed(entry)
         elif not entry.uploaded:
             run.report.uploaded(entry)
-    run.report.end_of_notices()
     run.report.summary(run.state.path)
     return 1 if run.report.failed_files else 0
 
@@ -5040,15 +5033,15 @@ def verify_bucket(run: Run) -> int:
         why = f"there is no bucket {bucket.name}; check --bucketname and --endpoint-url"
         raise StopRun(f"{why}, or create it and send all with --crashrun 1")
     try:
-        verdict = BucketCheck(run, bucket, last).run()
+        counts = BucketCheck(run, bucket, last).run()
     except UploadError as error:
         raise StopRun(f"cannot list the bucket {bucket.name}: {error}") from error
-    run.report.verified(run.report.url(""), run.state.path, verdict)
-    if verdict.wrong_files or verdict.left_files:
+    run.report.verified(run.report.url(""), run.state.path, counts)
+    if counts.wrong_files or counts.left_files:
         run.report.error("some files are not in the bucket; send them with --crashrun 1")
-    elif verdict.unproven_files:
+    elif counts.unproven_files:
         run.report.error("some files could not be compared; see the reasons above")
-    return 1 if run.report.failed_files or verdict.left_files else 0
+    return 1 if run.report.failed_files or counts.left_files else 0
 
 
 class FolderCheck:
@@ -5116,7 +5109,7 @@ class FolderCheck:
         return "", ""
 
 
-def find_wrong_files(run: Run, last: LastState) -> Verdict:
+def find_wrong_files(run: Run, last: LastState) -> Verified:
     """Compare the files of the folder with the uploaded entries, and name what is wrong.
 
     Raises StopRun when the --prefix is not that of the entries.
@@ -5125,32 +5118,32 @@ def find_wrong_files(run: Run, last: LastState) -> Verdict:
         if not key.startswith(run.options.prefix):
             why = f"the state has the key {shown(key)}, which lacks that --prefix"
             raise StopRun(f"{why}; give the --prefix of the run that sent it")
-    verdict, check = Verdict(left_files=last.left_files), FolderCheck(run)
+    counts, check = Verified(left_files=last.left_files), FolderCheck(run)
     uploaded = (entry for entry in last.entries() if entry.uploaded)
     for entry, kind, why in check.run(uploaded, total=last.uploaded_files):
         if kind in ("", "size"):
-            verdict.files += 1
-            verdict.bytes += entry.size or 0
-            verdict.files_by_size += kind == "size"
+            counts.files += 1
+            counts.bytes += entry.size or 0
+            counts.files_by_size += kind == "size"
             continue
-        verdict.unproven_files += kind == "unproven"
-        verdict.wrong_files += kind != "unproven"
+        counts.unproven_files += kind == "unproven"
+        counts.wrong_files += kind != "unproven"
         path, key = shown(check.path_of(entry)), shown(entry.filename)
         run.report.wrong(kind, f"{path} (of {key})", why)
-    return verdict
+    return counts
 
 
 def verify_folder(run: Run) -> int:
     """Compare a folder with the state, name what is wrong, and return the exit code."""
-    verdict = find_wrong_files(run, LastState.read_needed(run))
-    run.report.verified(shown(run.options.backupfolder), run.state.path, verdict)
-    if run.report.failed_files and not verdict.files:
+    counts = find_wrong_files(run, LastState.read_needed(run))
+    run.report.verified(shown(run.options.backupfolder), run.state.path, counts)
+    if run.report.failed_files and not counts.files:
         run.report.error("no file is as the state has it; check --backupfolder and --prefix")
     elif run.report.failed_files:
         run.report.error("some files are not as the state has them; restore them again")
-    elif verdict.left_files:
+    elif counts.left_files:
         run.report.error("some files are in no backup; send them with --crashrun 1")
-    return 1 if run.report.failed_files or verdict.left_files else 0
+    return 1 if run.report.failed_files or counts.left_files else 0
 
 
 def abort_uploads(run: Run, bucket: Bucket, abandoned: list[Entry]) -> None:
@@ -5196,7 +5189,6 @@ def make_plan(run: Run, bucket: Bucket, last: LastState | None, lanes: Lanes) ->
         except StopRun:  # the state stays as it was
             run.state.journal.take_first_back()
             raise
-        run.report.end_of_notices()
         # Before the state forgets them.
         abort_uploads(run, bucket, march.abandoned)
         run.report.doing("saving the state")
