@@ -15,10 +15,10 @@ The state file is a JSON list in the order of its keys, one entry a line:
 filepath (absolute), uploadedSuccess (0 or 1), filename (the object's key) and,
 where known, bucket, endpoint, size, mtime_ns, ctime_ns, etag, shard, error,
 part_size, sse; upload_id of an open multipart upload; and, until a file is
-sent again, what the bucket still has of it: known_etag, known_ctime_ns,
+sent again, what is known about its old object: known_etag, known_ctime_ns,
 known_part_size, known_sse. What happens between two saves is appended to
 STATEFILE.journal, each entry with the number of the line that it replaces.
-A state of version 1.1 is taken over.
+A state of version 1.1 is read, too.
 
 exit codes:
   0    everything that should be in the bucket is there
@@ -133,9 +133,9 @@ DEFAULT_THRESHOLD_BYTES = 10**9
 DEFAULT_PART_BYTES = 16 * MIB
 
 THREADS_MAX = 64  # more would only wait for the interpreter lock
-LANE_FILE_MAX_BYTES = 256 * KIB  # for larger files awscrt is no faster, and copies them
+LANE_FILE_MAX_BYTES = 256 * KIB  # awscrt copies larger files, and is no faster with them
 LARGE_READ_BYTES = 256 * KIB  # one read of a body that is not in memory
-# For the requests that are under way when the run is told to stop.
+# How long the requests in flight may go on after the run was told to stop.
 SIGNAL_GRACE_SECONDS = 8
 
 
@@ -179,7 +179,7 @@ class Options:
 
     @property
     def encryption(self) -> str | None:
-        """The encryption asked for, as one text: S3 does not report that of an open upload."""
+        """The encryption asked for, for the state: S3 does not report that of an open upload."""
         return " ".join(filter(None, (self.sse, self.sse_kms_key_id))) or None
 
     @property
@@ -209,7 +209,8 @@ class Options:
 def part_size_for(size: int, wanted: int) -> int:
     """Return the part size for a file, in bytes: `wanted`, adjusted to S3's limits.
 
-    Resuming an upload and comparing its object rely on getting the same size again.
+    For the same arguments it never changes: an upload is resumed, and its object compared, with
+    parts of that size.
     """
     needed = -(-size // PARTS_MAX)
     return min(max(wanted, PART_MIN_BYTES, -(-needed // MIB) * MIB), PART_MAX_BYTES)
@@ -229,7 +230,7 @@ def key_problem(key: str) -> str | None:
 
 
 class Known(NamedTuple):
-    """What the state knows of an object in the bucket."""
+    """What the state knows about an object in the bucket."""
 
     etag: str | None = None
     ctime_ns: int | None = None  # of the file when it was sent
@@ -241,7 +242,7 @@ READABLE_JSON = json.JSONEncoder(ensure_ascii=False)
 
 
 def path_in_state(path: str) -> str:
-    """Return an entry's path as an absolute one; raise ValueError for what can be no path."""
+    """Return the path of an entry as an absolute one; raise ValueError if it cannot be a path."""
     if not path.isprintable():
         os.fsencode(path)  # raises UnicodeEncodeError, a ValueError
         if "\0" in path:
@@ -261,17 +262,17 @@ class Entry:
     endpoint: str | None = None  # see `endpoint_of`
     size: int | None = None
     mtime_ns: int | None = None
-    ctime_ns: int | None = None  # 0 if it proves nothing: the file was written just before
-    etag: str | None = None  # of a pending entry: of the object now under its key
+    ctime_ns: int | None = None  # 0 if it proves nothing, since the file had just been written
+    etag: str | None = None  # if the file is pending: of the object to compare it with
     shard: str | None = None
     error: str | None = None
     upload_id: str | None = None
     part_size: int | None = None
-    # The encryption: for an open upload, as asked for; for an object whose ETag is no MD5, as
-    # S3 reports it.
+    # For an open upload, the encryption asked for; for an object whose ETag is not an MD5, the
+    # one that S3 reports.
     sse: str | None = None
-    # What the last state knew of the object (see `Known`), when the file had this size and
-    # mtime. Kept while the file is pending, until the object is replaced.
+    # What the last state knew about the object (see `Known`) of a file with this size and mtime.
+    # Kept while the file is pending, until the object is replaced.
     known_etag: str | None = None
     known_ctime_ns: int | None = None
     known_part_size: int | None = None
@@ -281,20 +282,15 @@ class Entry:
 
     @property
     def known(self) -> Known:
-        """What the state knows of the object."""
-        # Version 1.1 recorded nothing but an ETag for a pending entry, and 0 as the ctime.
+        """What the state knows about the object."""
+        # Version 1.1 recorded only the ETag for a pending file, and 0 as its ctime.
         if self.uploaded or (self.ctime_ns == 0 and not self.known_etag):
             return Known(self.etag, self.ctime_ns, self.part_size, self.sse)
         return Known(self.known_etag, self.known_ctime_ns, self.known_part_size, self.known_sse)
 
     def keep(self, known: Known) -> None:
-        """Record what is known of the object while the file is pending; `Known()` forgets it."""
+        """Keep what is known about the object while the file is pending; `Known()` clears it."""
         self.known_etag, self.known_ctime_ns, self.known_part_size, self.known_sse = known
-
-    @property
-    def is_pending(self) -> bool:
-        """Whether the file is to be sent."""
-        return not (self.uploaded or self.error)
 
     @classmethod
     def from_json(cls, fields: dict[str, object], line: str | None = None) -> Entry:
@@ -311,7 +307,7 @@ class Entry:
         if entry.uploaded:
             entry.error = None
             if key_problem(key):
-                raise ValueError("an uploaded entry's filename can be no key")
+                raise ValueError("an uploaded entry's filename cannot be a key")
         return entry
 
     def to_json(self) -> str:
@@ -324,11 +320,11 @@ class Entry:
                 in_json = READABLE_JSON.encode(value) if kind is str else value
                 text += f', "{name}": {in_json}'
         text += "}"
-        # A name that is not valid UTF-8 has lone surrogates, which are saved as escapes.
+        # Lone surrogates, of a name that is not valid UTF-8, can only be saved as escapes.
         return text if text.isprintable() else json.dumps(json.loads(text))
 
 
-# From bucket to known_sse, in the order in which the state file has them.
+# From bucket to known_sse, in the order of the state file.
 OPTIONAL_FIELDS = {
     field.name: int if field.type == "int | None" else str
     for field in dataclasses.fields(Entry)[3:-1]
@@ -336,10 +332,10 @@ OPTIONAL_FIELDS = {
 
 
 class Way(enum.IntEnum):
-    """How a file is sent; the first ways are handed out first."""
+    """How a file is sent."""
 
     NONE = 0  # not at all
-    LANE = 1  # by a lane, which tries it once
+    LANE = 1  # by a lane, which tries once
     THREAD = 2  # in one part, by a thread of this process
     PARTS = 3  # in parts, by a thread of this process and those of S3Transfer
     SAMPLE = 4  # ahead of its turn, to see whether every file fails
@@ -354,10 +350,10 @@ class Task(NamedTuple):
     size: int
     upload_id: str | None = None
     part_size: int | None = None
-    etag: str | None = None  # of the object in the bucket: the same bytes are not sent again
-    tries: int = 1  # of the whole file, including this one
+    etag: str | None = None  # of the object in the bucket, which may have the same bytes
+    tries: int = 1  # to send the whole file, this one included
     was_in_lane: bool = False
-    # MD5 and ETag of a put that a lane has made and could not prove.
+    # MD5 and ETag of a put that S3 accepted from a lane, and that the lane could not prove.
     accepted: tuple[str | None, str | None] = (None, None)
 
 
@@ -375,7 +371,7 @@ class Outcome(enum.Enum):
 
 @dataclass(slots=True)
 class Result:
-    """What became of a task; the fields of the object are those of `Entry`.
+    """What became of a task, with the fields of `Entry` that it changes.
 
     `upload_id` is set while a multipart upload is open.
     """
@@ -388,7 +384,7 @@ class Result:
     sse: str | None = None
     error: str | None = None
     notice: str | None = None
-    is_said_by_server: bool = False  # the error comes from the server, or from its silence
+    is_said_by_server: bool = False  # the error is an answer of the server, or its silence
     upload_id: str | None = None
     part_size: int | None = None
     seconds: float = 0.0
@@ -434,7 +430,7 @@ class DigestMismatch(Exception):
 
 
 def reason(error: OSError | UploadError) -> str:
-    """Return the text of `error`; of an OSError without its path and number."""
+    """Return what an error says; for an OSError, without path and number."""
     if isinstance(error, UploadError):
         return str(error)
     return (error.strerror or str(error) or type(error).__name__).lower()
@@ -453,7 +449,7 @@ READ_ADVICE = {
 
 
 def read_error(error: OSError | UploadError) -> UploadError:
-    """Return the error, with advice, for a file or folder that cannot be read."""
+    """Return an UploadError that says why a file or folder cannot be read, and what to do."""
     if isinstance(error, UploadError):
         return error
     what, advice = "cannot read it", READ_ADVICE.get(error.errno or 0, "check the disk")
@@ -466,15 +462,16 @@ TEXT_MAX = 1000  # characters of a text from elsewhere
 
 
 def shown(text: str) -> str:
-    """Return `text` as printable text on one line, with control characters escaped."""
-    escaped = (c if c.isprintable() else ascii(c)[1:-1] for c in text)
-    return text if text.isprintable() else "".join(escaped)
+    """Return `text` with all characters escaped that are not printable, line feeds included."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def one_line(error: object) -> str:
-    """Return the text of `error` as one printable line of bounded length, without passwords."""
-    # Cut first, since a server may send any length. An address whose password this does not
-    # find is refused by `check_address`.
+    """Return a text from elsewhere as one printable line of bounded length, without passwords."""
+    # Cut first, since a server may send any length. `check_address` refuses an address in which
+    # this would not find the password.
     text = re.sub(r"(?<=//)[^\s/?#]*@", "", str(error)[: 10 * TEXT_MAX])
     text = shown(" ".join(text.split())).rstrip(".") or type(error).__name__
     return text if len(text) <= TEXT_MAX else f"{text[:TEXT_MAX]}…"
@@ -505,7 +502,7 @@ def size_between(
 
 def rate(text: str) -> int:
     """Return a rate such as 10MB/s or 500kB in bytes a second (an argparse type)."""
-    # At lower rates, servers would close the many connections as idle.
+    # At lower rates, servers would close many connections as idle.
     parse = size_between(10_000, TIB, "10kB/s to 1TiB/s", like="a rate such as 10MB/s")
     return parse(text.strip().removesuffix("/s"))
 
@@ -519,14 +516,14 @@ def shard_name(text: str) -> str:
 
 
 def positive(text: str) -> int:
-    """Return a whole number from 1 to 9999 (an argparse type)."""
+    """Return `text` as a whole number from 1 to 9999 (an argparse type)."""
     if not re.fullmatch(r"[1-9][0-9]{0,3}", text):
         raise ArgumentTypeError(f"{text!r} is not a whole number from 1 to 9999")
     return int(text)
 
 
 def bucket_name(text: str) -> str:
-    """Return `text` if a bucket can have that name; old ones break today's rules."""
+    """Return `text` if a bucket can have that name, old ones included (an argparse type)."""
     if not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9._-]{1,254}|arn:[\w:/.+=,@-]+", text):
         raise ArgumentTypeError(f"{text!r} is not a bucket name, which has {BUCKET_NAME_RULES}")
     if text.endswith("--x-s3"):
@@ -546,7 +543,7 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         add_help=False,  # argparse would put it first
     )
-    # A table: one option in at most two lines.
+    # A table of the options.
     # fmt: off
     add = parser.add_argument_group("most used").add_argument
     add("--bucketname", metavar="NAME", required=True, type=bucket_name,
@@ -606,7 +603,7 @@ def build_parser() -> argparse.ArgumentParser:
 def value_problem(options: Options) -> str | None:
     """Return which option has a value that cannot be used, or None."""
     for name, value in vars(options).items():
-        # An unset variable of a shell script: what it should guard would not be guarded.
+        # An unset variable of a shell script, which may have been meant as a safeguard.
         if name != "prefix" and "" in (value if isinstance(value, list) else [value]):
             return f"--{name.replace('_', '-')} is empty"
     storage_class = options.storage_class or "STANDARD"
@@ -619,7 +616,7 @@ def value_problem(options: Options) -> str | None:
 
 
 def options_problem(options: Options) -> str | None:
-    """Return what is wrong with the options beyond what argparse checks, or None."""
+    """Return what argparse does not find wrong with the options, or None."""
     if problem := value_problem(options):
         return problem
     if options.sse_kms_key_id and not (options.sse or "").startswith("aws:kms"):
@@ -660,13 +657,13 @@ class Threads:
 
     def submit(self, function: Callable[..., T], *arguments: object) -> Future[T]:
         """Call `function` in a thread of the pool; raise StopRun if none can be started."""
-        answer: Future[T] = Future()
+        future: Future[T] = Future()
 
         def call() -> None:
             try:
-                answer.set_result(function(*arguments))
+                future.set_result(function(*arguments))
             except BaseException as error:
-                answer.set_exception(error)
+                future.set_exception(error)
 
         self._calls.put(call)
         if self._started < self._count:
@@ -676,7 +673,7 @@ class Threads:
             except RuntimeError as error:
                 if not self._started:
                     raise StopRun(f"{error}; raise the limit (ulimit -u, ulimit -v)") from error
-        return answer
+        return future
 
     def _run(self) -> None:
         while True:
@@ -708,10 +705,11 @@ class Interruption:
             os._exit(self.exit_code)
 
     def write(self, name: str, text: str = "") -> str:
-        """Write to sys.stderr or sys.stdout, by `name`, in the main thread; "" flushes.
+        """Write to sys.stderr or sys.stdout, by `name`; without a text, flush it.
 
         Return why that failed, or "": a closed pipe or a full disk does not end a backup. After
-        a signal, a reader that does not read is not waited for.
+        a signal, do not wait for a reader that does not read. Only the main thread may write,
+        since that is where a signal can interrupt it.
         """
         try:
             # On Windows, select() takes sockets only.
@@ -746,13 +744,13 @@ class Interruption:
 
         Raises Stopped after a signal, and TimeoutError after so many seconds.
         """
-        answer = self._thread.submit(function)
+        future = self._thread.submit(function)
         deadline = time.monotonic() + seconds
-        while not wait([answer], timeout=0.05).done:
+        while not wait([future], timeout=0.05).done:
             self.check()
             if time.monotonic() > deadline:
                 raise TimeoutError
-        return answer.result()
+        return future.result()
 
 
 def human_time(seconds: float) -> str:
@@ -783,14 +781,14 @@ class Progress:
         if is_shown and sys.platform == "win32":
             os.system("")  # turns on the console's escape sequences
         self._is_drawn, self._drawn_at = False, -math.inf
-        self._files = self._bytes = self._settled_bytes = self._sent_earlier = 0
+        self._total_files = self._total_bytes = self._settled_bytes = self._sent_earlier = 0
         # By the index of its entry: how many bytes of a large file have been sent, and how many
         # of them by an earlier run. The threads that send write here.
         self._moving: dict[int, tuple[int, int]] = {}
 
     def begin(self, files: int, size: int) -> None:
         """Begin to show how much of so many files and bytes has been sent."""
-        self._files, self._bytes, self._settled_bytes = files, size, 0
+        self._total_files, self._total_bytes, self._settled_bytes = files, size, 0
         self._began_at = time.monotonic()
 
     def moved(self, entry_index: int, size: int, sent_earlier: int) -> None:
@@ -813,16 +811,15 @@ class Progress:
         sent_earlier = self._sent_earlier + sum(earlier for _, earlier in moving)
         seconds = max(time.monotonic() - self._began_at, 0.001)
         rate = (size - sent_earlier) / seconds
-        left = max(self._bytes - self._settled_bytes - size, 0)
-        texts = [
-            f"{files:,}/{self._files:,} files",
-            f"{human_size(size)}/{human_size(max(self._bytes, size))}",
-        ]
-        if self._bytes:
-            texts.append(f"{100 * (self._bytes - left) // self._bytes}%")
+        total = max(self._total_bytes, size)
+        done = min(size + self._settled_bytes, total)
+        texts = [f"{files:,}/{self._total_files:,} files"]
+        texts.append(f"{human_size(size)}/{human_size(total)}")
+        if total:
+            texts.append(f"{100 * done // total}%")
         texts.append(f"{human_size(rate)}/s")
         if rate and seconds > 1:
-            texts.append(f"{human_time(left / rate)} left")
+            texts.append(f"{human_time((total - done) / rate)} left")
         if failed_files:
             texts.append(f"{failed_files:,} failed")
         self.draw(*texts)
@@ -2991,7 +2988,8 @@ class March:
                 self.ways.append(Way.NONE)
                 yield entry.line
                 continue
-            way = way_of(entry, self._options) if entry.is_pending else Way.NONE
+            is_pending = not (entry.uploaded or entry.error)
+            way = way_of(entry, self._options) if is_pending else Way.NONE
             self.ways.append(way)
             if way:
                 self.pending.add(entry.size or 0, way)
