@@ -292,6 +292,11 @@ class Entry:
         """Keep what is known about the object while the file is pending; `Known()` clears it."""
         self.known_etag, self.known_ctime_ns, self.known_part_size, self.known_sse = known
 
+    @property
+    def is_pending(self) -> bool:
+        """Whether the file is to be sent."""
+        return not (self.uploaded or self.error)
+
     @classmethod
     def from_json(cls, fields: dict[str, object], line: str | None = None) -> Entry:
         """Return the entry of a JSON object of the state file, or raise ValueError."""
@@ -770,63 +775,23 @@ def human_size(size: float) -> str:
     return f"{size:,.1f} TB"
 
 
-class Progress:
-    """The line on a terminal that shows how far the run is."""
+class StatusLine:
+    """The line on a terminal that shows what a run is doing."""
 
     DRAW_SECONDS = 0.1
     ERASE = "\033[K"  # clears the line from the cursor on
 
-    def __init__(self, interruption: Interruption, *, is_shown: bool) -> None:
-        self._interruption, self._is_shown = interruption, is_shown
-        if is_shown and sys.platform == "win32":
-            os.system("")  # turns on the console's escape sequences
+    def __init__(self, options: Options, interruption: Interruption) -> None:
+        self._interruption = interruption
+        is_terminal = bool(sys.stderr and sys.stderr.isatty()) and os.environ.get("TERM") != "dumb"
+        self._is_wanted = is_terminal and options.progress and not options.quiet
         self._is_drawn, self._drawn_at = False, -math.inf
-        self._total_files = self._total_bytes = self._settled_bytes = self._sent_earlier = 0
-        # By the index of its entry: how many bytes of a large file have been sent, and how many
-        # of them by an earlier run. The threads that send write here.
-        self._moving: dict[int, tuple[int, int]] = {}
-
-    def begin(self, files: int, size: int) -> None:
-        """Begin to show how much of so many files and bytes has been sent."""
-        self._total_files, self._total_bytes, self._settled_bytes = files, size, 0
-        self._began_at = time.monotonic()
-
-    def moved(self, entry_index: int, size: int, sent_earlier: int) -> None:
-        """Set how many bytes of a large file have been sent: in all, and by an earlier run."""
-        self._moving[entry_index] = size, sent_earlier
-
-    def ended(self, entry_index: int, *, is_sent: bool) -> None:
-        """Stop counting the bytes of a file that is no longer being sent."""
-        _size, sent_earlier = self._moving.pop(entry_index, (0, 0))
-        self._sent_earlier += sent_earlier * is_sent
-
-    def settled(self, size: int) -> None:
-        """Count the bytes of a file that failed, or need not be sent."""
-        self._settled_bytes += size
-
-    def draw_run(self, files: int, size: int, *, failed_files: int) -> None:
-        """Draw how many files and bytes have been sent, and how many files failed."""
-        moving = list(self._moving.values())
-        size += sum(moved for moved, _ in moving)
-        sent_earlier = self._sent_earlier + sum(earlier for _, earlier in moving)
-        seconds = max(time.monotonic() - self._began_at, 0.001)
-        rate = (size - sent_earlier) / seconds
-        total = max(self._total_bytes, size)
-        done = min(size + self._settled_bytes, total)
-        texts = [f"{files:,}/{self._total_files:,} files"]
-        texts.append(f"{human_size(size)}/{human_size(total)}")
-        if total:
-            texts.append(f"{100 * done // total}%")
-        texts.append(f"{human_size(rate)}/s")
-        if rate and seconds > 1:
-            texts.append(f"{human_time((total - done) / rate)} left")
-        if failed_files:
-            texts.append(f"{failed_files:,} failed")
-        self.draw(*texts)
+        if self._is_wanted and sys.platform == "win32":
+            os.system("")  # turns on the console's escape sequences
 
     def draw(self, *texts: str) -> None:
         """Draw the texts if it is time, without the last ones if there is no room for all."""
-        if not self._is_shown or time.monotonic() - self._drawn_at < self.DRAW_SECONDS:
+        if not self._is_wanted or time.monotonic() - self._drawn_at < self.DRAW_SECONDS:
             return
         try:
             # Behind the line there must be room for the ^C that a terminal shows.
@@ -845,25 +810,16 @@ class Progress:
             self._is_drawn = False
 
 
-@dataclass(slots=True)
-class Verified:
-    """How many files --verify has found to be as the state has them, and how many not."""
-
-    files: int = 0
-    bytes: int = 0
-    files_by_size: int = 0  # of `files`: nothing but the size could be compared
-    wrong_files: int = 0
-    unproven_files: int = 0
-    left_files: int = 0
-
-
 def count_of_files(count: int) -> str:
     """Return "1 file" or "1,234 files"."""
     return f"{count:,} file{'' if count == 1 else 's'}"
 
 
 class Report:
-    """Prints what the user sees: failures and notices on stderr, the summary on stdout."""
+    """Counts files and prints what the user sees.
+
+    Failures and notices go to stderr, lists and the summary to stdout.
+    """
 
     NOTICES_OF_A_KIND = 3
     # Failures that do not fit on a screen are also counted by reason.
@@ -871,14 +827,22 @@ class Report:
 
     def __init__(self, options: Options, interruption: Interruption) -> None:
         self._options, self._interruption = options, interruption
-        self._started_at, self._write_error = time.monotonic(), ""  # of stdout
+        self._line = StatusLine(options, interruption)
+        self._started_at, self._stdout_error = time.monotonic(), ""
         self._notices: Counter[str] = Counter()
         self._reasons: Counter[str] = Counter()
+        # What was sent, or is as the state has it; and what failed, or differs from the state.
         self.files = self.bytes = self.failed_files = 0
         self._unchanged_files = self._gone_files = 0
-        is_terminal = bool(sys.stderr and sys.stderr.isatty()) and os.environ.get("TERM") != "dumb"
-        is_shown = is_terminal and options.progress and not options.quiet
-        self.progress = Progress(interruption, is_shown=is_shown)
+        self.unproven_files = self._files_by_size = 0
+        # What is to be sent; and how much of it has failed, or need not be sent.
+        self._total_files = self._total_bytes = self._settled_bytes = 0
+        # By the index of its entry: how many bytes of a large file have been sent, and how many
+        # of them by an earlier run. The threads that send write here.
+        self._moving: dict[int, tuple[int, int]] = {}
+        self._sent_earlier = 0  # bytes of files that are no longer being sent
+
+    # --- What is said at once ---
 
     def error(self, text: str) -> None:
         """Print what is wrong with the run."""
@@ -890,38 +854,22 @@ class Report:
         if self._options.verbose or self._notices[kind] <= self.NOTICES_OF_A_KIND:
             self._notify(f"{kind}: {shown(path)}")
 
-    def _notify(self, text: str) -> None:
-        if not self._options.quiet:
-            self._print(f"notice: {text}")
-
     def detail(self, text: str) -> None:
         """Print what only --verbose shows."""
         if self._options.verbose:
             self._print(text)
 
-    def doing(self, text: str) -> None:
-        """Show on the progress line what the run is doing."""
-        self.progress.draw(text)
-
-    def draw_progress(self, *, is_stopping: bool) -> None:
-        """Show on the progress line how far the run is."""
-        if is_stopping:
-            seconds = f"{SIGNAL_GRACE_SECONDS} seconds"
-            self.progress.draw("stopping", f"what is under way has {seconds}")
-        else:
-            self.progress.draw_run(self.files, self.bytes, failed_files=self.failed_files)
-
     def failed(self, entry: Entry) -> None:
         """Count a file that was not sent, and print why."""
         self.failed_files += 1
+        self._settled_bytes += entry.size or 0
         self._reasons[entry.error or ""] += 1
-        self.progress.settled(entry.size or 0)
         self._print(f"failed: {shown(entry.filepath)}: {entry.error}")
 
     def unchanged(self, entry: Entry) -> None:
         """Count a file that the bucket has already."""
         self._unchanged_files += 1
-        self.progress.settled(entry.size or 0)
+        self._settled_bytes += entry.size or 0
 
     def gone(self, entry: Entry) -> None:
         """Count a file of the last state that the folder no longer has."""
@@ -940,9 +888,80 @@ class Report:
             else:
                 self._print(f"uploaded: {what} ({size}, {seconds:.1f} s)")
 
+    def right(self, entry: Entry, *, by_size: bool = False) -> None:
+        """Count a file that is as the state has it, if only `by_size`."""
+        self.files += 1
+        self.bytes += entry.size or 0
+        self._files_by_size += by_size
+
+    def wrong(self, kind: str, where: str, why: str | None) -> None:
+        """Count and print what differs from the state, or could not be compared, and how."""
+        self.failed_files += 1
+        self.unproven_files += kind == "unproven"
+        self._print(": ".join(filter(None, (kind, where, why))), "stdout")
+
     def url(self, key: str) -> str:
         """Return the printable URL of an object, or with an empty key that of the bucket."""
         return shown(f"s3://{self._options.bucketname}/{key}")
+
+    def _notify(self, text: str) -> None:
+        if not self._options.quiet:
+            self._print(f"notice: {text}")
+
+    def _say(self, summary: str) -> None:
+        if not self._options.quiet:
+            self._print(summary, "stdout")
+
+    def _print(self, text: str, stream_name: str = "stderr") -> None:
+        self._line.clear()
+        why = self._interruption.write(stream_name, f"{text}\n")
+        if stream_name == "stdout":
+            self._stdout_error = self._stdout_error or why
+
+    # --- The progress ---
+
+    def doing(self, text: str) -> None:
+        """Show what the run is doing."""
+        self._line.draw(text)
+
+    def begin_sending(self, files: int, size: int) -> None:
+        """Begin to show how much of so many files and bytes has been sent."""
+        self._total_files, self._total_bytes, self._settled_bytes = files, size, 0
+        self._sending_at = time.monotonic()
+
+    def moved(self, entry_index: int, size: int, sent_earlier: int) -> None:
+        """Set how many bytes of a large file have been sent: in all, and by an earlier run."""
+        self._moving[entry_index] = size, sent_earlier
+
+    def ended(self, entry_index: int, *, is_sent: bool) -> None:
+        """Stop counting the bytes of a file that is no longer being sent."""
+        _size, sent_earlier = self._moving.pop(entry_index, (0, 0))
+        self._sent_earlier += sent_earlier * is_sent
+
+    def draw_progress(self, *, is_stopping: bool) -> None:
+        """Show how many files and bytes have been sent, and how many files failed."""
+        if is_stopping:
+            self._line.draw("stopping", f"what is under way has {SIGNAL_GRACE_SECONDS} seconds")
+            return
+        moving = list(self._moving.values())
+        size = self.bytes + sum(size for size, _ in moving)
+        sent_earlier = self._sent_earlier + sum(earlier for _, earlier in moving)
+        seconds = max(time.monotonic() - self._sending_at, 0.001)
+        rate = (size - sent_earlier) / seconds
+        total = max(self._total_bytes, size)
+        done = min(size + self._settled_bytes, total)
+        texts = [f"{self.files:,}/{self._total_files:,} files"]
+        texts.append(f"{human_size(size)}/{human_size(total)}")
+        if total:
+            texts.append(f"{100 * done // total}%")
+        texts.append(f"{human_size(rate)}/s")
+        if rate and seconds > 1:
+            texts.append(f"{human_time((total - done) / rate)} left")
+        if self.failed_files:
+            texts.append(f"{self.failed_files:,} failed")
+        self._line.draw(*texts)
+
+    # --- What is said at the end ---
 
     def summary(self, state_path: str, *, left: int = 0) -> None:
         """Print how the run went; `left` files were neither sent nor failed."""
@@ -974,42 +993,26 @@ class Report:
                 if count > 1:
                     self._print(f"{count:,} of the {self.failed_files:,} failures: {why}")
 
+    def verified(self, where: str, state_path: str, *, left: int) -> None:
+        """Print how a comparison with the state went; `left` files are not uploaded."""
+        right = f"{count_of_files(self.files)} right"
+        if self._files_by_size:
+            right += f" ({self._files_by_size:,} of them by size alone)"
+        wrong = f"{self.failed_files - self.unproven_files:,} wrong"
+        if self.unproven_files:
+            wrong += f", {self.unproven_files:,} unproven"
+        found = f"{right}, {human_size(self.bytes)}; {wrong}, {left:,} not yet sent"
+        self._say(f"verified in {where}: {found}; state: {shown(state_path)}")
+
     def interrupted(self, *, is_saved: bool) -> None:
         """Print that a signal has ended the run, and how to send the rest."""
         saved = "the state is saved" if is_saved else "the state could not be saved"
         self.error(f"interrupted; {saved}, send the rest with --crashrun 1")
 
-    def wrong(self, kind: str, where: str, why: str | None) -> None:
-        """Count and print what differs from the state, and how."""
-        self.failed_files += 1
-        self._print(": ".join(filter(None, (kind, where, why))), "stdout")
-
-    def verified(self, where: str, state_path: str, counts: Verified) -> None:
-        """Print how a comparison with the state went."""
-        right = f"{count_of_files(counts.files)} right"
-        if counts.files_by_size:
-            right += f" ({counts.files_by_size:,} of them by size alone)"
-        wrong = f"{counts.wrong_files:,} wrong"
-        if counts.unproven_files:
-            wrong += f", {counts.unproven_files:,} unproven"
-        found = f"{right}, {human_size(counts.bytes)}; {wrong}"
-        left = f"{counts.left_files:,} not yet sent"
-        self._say(f"verified in {where}: {found}, {left}; state: {shown(state_path)}")
-
     def check_list(self) -> None:
         """Raise StopRun if the list on stdout could not be written."""
-        if why := self._write_error or self._interruption.write("stdout"):
+        if why := self._stdout_error or self._interruption.write("stdout"):
             raise StopRun(f"cannot write to stdout, so the list is lost: {why}")
-
-    def _say(self, summary: str) -> None:
-        if not self._options.quiet:
-            self._print(summary, "stdout")
-
-    def _print(self, text: str, stream_name: str = "stderr") -> None:
-        self.progress.clear()
-        why = self._interruption.write(stream_name, f"{text}\n")
-        if stream_name == "stdout":
-            self._write_error = self._write_error or why
 
 
 # --- state ------------------------------------------------------------------------
@@ -2988,8 +2991,7 @@ class March:
                 self.ways.append(Way.NONE)
                 yield entry.line
                 continue
-            is_pending = not (entry.uploaded or entry.error)
-            way = way_of(entry, self._options) if is_pending else Way.NONE
+            way = way_of(entry, self._options) if entry.is_pending else Way.NONE
             self.ways.append(way)
             if way:
                 self.pending.add(entry.size or 0, way)
@@ -3435,7 +3437,7 @@ class Uploader:
         self.save_upload = save_upload
         # Set when S3 has accepted something: a refusal is then not of all files.
         self.accepted = threading.Event()
-        self._progress = run.report.progress
+        self._report = run.report
 
     def upload(self, task: Task) -> Result:
         """Send one file; return the outcome, which is decided nowhere else."""
@@ -3557,7 +3559,7 @@ class Uploader:
     def note_moved(self, entry_index: int, size: int, sent_earlier: int = 0) -> None:
         """Record how many bytes of a file are sent: in all, and by an earlier run."""
         self.retries.note_life()
-        self._progress.moved(entry_index, size, sent_earlier)
+        self._report.moved(entry_index, size, sent_earlier)
 
     def abort(self, task: Task, result: Result) -> None:
         """Abort the multipart upload of a file, if it has one."""
@@ -4565,7 +4567,7 @@ class Transfer:
         What is under way then has a few seconds to end.
         """
         pending = self._plan.pending
-        self._report.progress.begin(pending.files, pending.bytes)
+        self._report.begin_sending(pending.files, pending.bytes)
         stop_at = math.inf
         while time.monotonic() < stop_at:
             is_stopping = bool(self._interruption.signum or self.stop_message)
@@ -4716,7 +4718,7 @@ class Transfer:
         if backlog is not self._backlogs[Way.PARTS]:
             self._window.end(task.size)
             self._moved_bytes += moved
-        self._report.progress.ended(index, is_sent=moved > 0)
+        self._report.ended(index, is_sent=moved > 0)
         return task
 
     # --- What threads and lanes call ---
@@ -4942,15 +4944,14 @@ class BucketCheck:
 
     def __init__(self, run: Run, bucket: Bucket, last: LastState) -> None:
         self._run, self._bucket, self._last = run, bucket, last
-        self._listing = Listing(run, bucket, last.known)
-        self.counts = Verified(left_files=last.left_files)
+        self._listing, self._has_wrong = Listing(run, bucket, last.known), False
 
-    def run(self) -> Verified:
+    def run(self) -> None:
         """Compare all, and save the state if anything is wrong; raises UploadError and StopRun."""
         lines, right_lines = self._lines(), 0
         wrong = []
         for line in lines:
-            if self.counts.wrong_files:
+            if self._has_wrong:
                 wrong.append(line)
                 break
             right_lines += 1
@@ -4962,7 +4963,6 @@ class BucketCheck:
             )
             with state.failing_stops():
                 state.save(itertools.chain(before, wrong, lines))
-        return self.counts
 
     def _lines(self) -> Iterator[str]:
         """Yield the lines of the state as they are to be from now on."""
@@ -4970,16 +4970,14 @@ class BucketCheck:
             line = entry.line or ""
             kind, why = self._compare(entry) if entry.uploaded else ("left", None)
             if not kind:
-                self.counts.files += 1
-                self.counts.bytes += entry.size or 0
+                self._run.report.right(entry)
             elif kind != "left":
                 where = f"{self._run.report.url(entry.filename)} (of {shown(entry.filepath)})"
                 self._run.report.wrong(kind, where, why)
             if kind == "wrong":
-                self.counts.wrong_files += 1
+                self._has_wrong = True
                 entry.uploaded, entry.etag, entry.error = False, None, why
                 line = entry.to_json()
-            self.counts.unproven_files += kind == "unproven"
             yield line
 
     def _compare(self, entry: Entry) -> tuple[str, str | None]:
@@ -5031,15 +5029,15 @@ def verify_bucket(run: Run) -> int:
         why = f"there is no bucket {bucket.name}; check --bucketname and --endpoint-url"
         raise StopRun(f"{why}, or create it and send all with --crashrun 1")
     try:
-        counts = BucketCheck(run, bucket, last).run()
+        BucketCheck(run, bucket, last).run()
     except UploadError as error:
         raise StopRun(f"cannot list the bucket {bucket.name}: {error}") from error
-    run.report.verified(run.report.url(""), run.state.path, counts)
-    if counts.wrong_files or counts.left_files:
+    run.report.verified(run.report.url(""), run.state.path, left=last.left_files)
+    if run.report.failed_files > run.report.unproven_files or last.left_files:
         run.report.error("some files are not in the bucket; send them with --crashrun 1")
-    elif counts.unproven_files:
+    elif run.report.unproven_files:
         run.report.error("some files could not be compared; see the reasons above")
-    return 1 if run.report.failed_files or counts.left_files else 0
+    return 1 if run.report.failed_files or last.left_files else 0
 
 
 class FolderCheck:
@@ -5059,7 +5057,7 @@ class FolderCheck:
             for entry in itertools.islice(entries, self.AHEAD - len(under_way)):
                 under_way.append((entry, pool.submit(self._compare, entry)))
             entry, future = under_way.popleft()
-            while not wait([future], timeout=Progress.DRAW_SECONDS).done:
+            while not wait([future], timeout=StatusLine.DRAW_SECONDS).done:
                 self._draw(count, total)
             self._draw(count, total)
             yield entry, *future.result()
@@ -5107,7 +5105,7 @@ class FolderCheck:
         return "", ""
 
 
-def find_wrong_files(run: Run, last: LastState) -> Verified:
+def find_wrong_files(run: Run, last: LastState) -> None:
     """Compare the files of the folder with the uploaded entries, and name what is wrong.
 
     Raises StopRun when the --prefix is not that of the entries.
@@ -5116,32 +5114,28 @@ def find_wrong_files(run: Run, last: LastState) -> Verified:
         if not key.startswith(run.options.prefix):
             why = f"the state has the key {shown(key)}, which lacks that --prefix"
             raise StopRun(f"{why}; give the --prefix of the run that sent it")
-    counts, check = Verified(left_files=last.left_files), FolderCheck(run)
+    check = FolderCheck(run)
     uploaded = (entry for entry in last.entries() if entry.uploaded)
     for entry, kind, why in check.run(uploaded, total=last.uploaded_files):
         if kind in ("", "size"):
-            counts.files += 1
-            counts.bytes += entry.size or 0
-            counts.files_by_size += kind == "size"
-            continue
-        counts.unproven_files += kind == "unproven"
-        counts.wrong_files += kind != "unproven"
-        path, key = shown(check.path_of(entry)), shown(entry.filename)
-        run.report.wrong(kind, f"{path} (of {key})", why)
-    return counts
+            run.report.right(entry, by_size=kind == "size")
+        else:
+            path, key = shown(check.path_of(entry)), shown(entry.filename)
+            run.report.wrong(kind, f"{path} (of {key})", why)
 
 
 def verify_folder(run: Run) -> int:
     """Compare a folder with the state, name what is wrong, and return the exit code."""
-    counts = find_wrong_files(run, LastState.read_needed(run))
-    run.report.verified(shown(run.options.backupfolder), run.state.path, counts)
-    if run.report.failed_files and not counts.files:
+    last = LastState.read_needed(run)
+    find_wrong_files(run, last)
+    run.report.verified(shown(run.options.backupfolder), run.state.path, left=last.left_files)
+    if run.report.failed_files and not run.report.files:
         run.report.error("no file is as the state has it; check --backupfolder and --prefix")
     elif run.report.failed_files:
         run.report.error("some files are not as the state has them; restore them again")
-    elif counts.left_files:
+    elif last.left_files:
         run.report.error("some files are in no backup; send them with --crashrun 1")
-    return 1 if run.report.failed_files or counts.left_files else 0
+    return 1 if run.report.failed_files or last.left_files else 0
 
 
 def abort_uploads(run: Run, bucket: Bucket, abandoned: list[Entry]) -> None:
