@@ -243,10 +243,9 @@ READABLE_JSON = json.JSONEncoder(ensure_ascii=False)
 
 def path_in_state(path: str) -> str:
     """Return the path of an entry as an absolute one; raise ValueError if it cannot be a path."""
-    if not path.isprintable():
-        os.fsencode(path)  # raises UnicodeEncodeError, a ValueError
-        if "\0" in path:
-            raise ValueError("an entry's filepath is not valid")
+    os.fsencode(path)  # raises UnicodeEncodeError, a ValueError
+    if "\0" in path:
+        raise ValueError("an entry's filepath is not valid")
     is_clean = path[0] == "/" and "//" not in path and "/." not in path
     return path if is_clean else os.path.abspath(path)
 
@@ -828,7 +827,8 @@ class Report:
     def __init__(self, options: Options, interruption: Interruption) -> None:
         self._options, self._interruption = options, interruption
         self._line = StatusLine(options, interruption)
-        self._started_at, self._stdout_error = time.monotonic(), ""
+        self._started_at = time.monotonic()
+        self._stdout_error = ""  # the first
         self._notices: Counter[str] = Counter()
         self._reasons: Counter[str] = Counter()
         # What was sent, or is as the state has it; and what failed, or differs from the state.
@@ -852,7 +852,7 @@ class Report:
         """Print that something at `path` is left out; without --verbose, the first of a kind."""
         self._notices[kind] += 1
         if self._options.verbose or self._notices[kind] <= self.NOTICES_OF_A_KIND:
-            self._notify(f"{kind}: {shown(path)}")
+            self._say(f"notice: {kind}: {shown(path)}", "stderr")
 
     def detail(self, text: str) -> None:
         """Print what only --verbose shows."""
@@ -889,7 +889,7 @@ class Report:
                 self._print(f"uploaded: {what} ({size}, {seconds:.1f} s)")
 
     def right(self, entry: Entry, *, by_size: bool = False) -> None:
-        """Count a file that is as the state has it, if only `by_size`."""
+        """Count a file that is as the state has it; `by_size`: only its size could be compared."""
         self.files += 1
         self.bytes += entry.size or 0
         self._files_by_size += by_size
@@ -904,13 +904,9 @@ class Report:
         """Return the printable URL of an object, or with an empty key that of the bucket."""
         return shown(f"s3://{self._options.bucketname}/{key}")
 
-    def _notify(self, text: str) -> None:
+    def _say(self, text: str, stream_name: str = "stdout") -> None:
         if not self._options.quiet:
-            self._print(f"notice: {text}")
-
-    def _say(self, summary: str) -> None:
-        if not self._options.quiet:
-            self._print(summary, "stdout")
+            self._print(text, stream_name)
 
     def _print(self, text: str, stream_name: str = "stderr") -> None:
         self._line.clear()
@@ -936,7 +932,8 @@ class Report:
     def ended(self, entry_index: int, *, is_sent: bool) -> None:
         """Stop counting the bytes of a file that is no longer being sent."""
         _size, sent_earlier = self._moving.pop(entry_index, (0, 0))
-        self._sent_earlier += sent_earlier * is_sent
+        if is_sent:
+            self._sent_earlier += sent_earlier
 
     def draw_progress(self, *, is_stopping: bool) -> None:
         """Show how many files and bytes have been sent, and how many files failed."""
@@ -987,7 +984,7 @@ class Report:
         for kind, count in self._notices.items():
             if not self._options.verbose and count > self.NOTICES_OF_A_KIND:
                 more = f"{count - self.NOTICES_OF_A_KIND:,} more"
-                self._notify(f"{kind}: {more} (--verbose names them)")
+                self._say(f"notice: {kind}: {more} (--verbose names them)", "stderr")
         if self.failed_files > self.FAILURES_ON_A_SCREEN:
             for why, count in self._reasons.most_common(self.REASONS_MAX):
                 if count > 1:
