@@ -179,7 +179,7 @@ class Options:
 
     @property
     def encryption(self) -> str | None:
-        """The encryption asked for, for the state: S3 does not report that of an open upload."""
+        """The encryption asked for; recorded since S3 does not report that of an open upload."""
         return " ".join(filter(None, (self.sse, self.sse_kms_key_id))) or None
 
     @property
@@ -472,12 +472,12 @@ def shown(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def one_line(error: object) -> str:
+def one_line(source: object) -> str:
     """Return a text from elsewhere as one printable line of bounded length, without passwords."""
     # Cut first, since a server may send any length. `check_address` refuses an address in which
     # this would not find the password.
-    text = re.sub(r"(?<=//)[^\s/?#]*@", "", str(error)[: 10 * TEXT_MAX])
-    text = shown(" ".join(text.split())).rstrip(".") or type(error).__name__
+    text = re.sub(r"(?<=//)[^\s/?#]*@", "", str(source)[: 10 * TEXT_MAX])
+    text = shown(" ".join(text.split())).rstrip(".") or type(source).__name__
     return text if len(text) <= TEXT_MAX else f"{text[:TEXT_MAX]}…"
 
 
@@ -620,7 +620,7 @@ def value_problem(options: Options) -> str | None:
 
 
 def options_problem(options: Options) -> str | None:
-    """Return what argparse does not find wrong with the options, or None."""
+    """Return what is wrong with the options and argparse does not notice, or None."""
     if problem := value_problem(options):
         return problem
     if options.sse_kms_key_id and not (options.sse or "").startswith("aws:kms"):
