@@ -472,7 +472,7 @@ def shown(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def one_line(source: object) -> str:
+def foreign_text(source: object) -> str:
     """Return a text from elsewhere as one printable line of bounded length, without passwords."""
     # Cut first, since a server may send any length. `check_address` refuses an address in which
     # this would not find the password.
@@ -1401,7 +1401,7 @@ class StateFile:
             why = f"cannot read the state file {shown(self.path)}: {reason(error)}"
             raise StopRun(f"{why}; run as its owner, or choose another --statefile") from error
         except (ValueError, RecursionError) as error:
-            why = f"the state file {shown(self.path)} is damaged: {one_line(error)}"
+            why = f"the state file {shown(self.path)} is damaged: {foreign_text(error)}"
             raise StopRun(f"{why}; move it away, or choose another --statefile") from error
 
     def has_journal(self) -> bool:
@@ -1836,7 +1836,7 @@ INSTALL_RUNTIME = "awscrt is missing, old or disabled; run: python3 -m pip insta
 
 def configuration_error(error: Exception) -> StopRun:
     """Return the error, with advice, for a configuration that boto3 refuses."""
-    advice, why = "; check profile, credentials and endpoint", one_line(error)
+    advice, why = "; check profile, credentials and endpoint", foreign_text(error)
     if isinstance(error, botocore.exceptions.NoCredentialsError):
         advice = "; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or run: aws configure"
     elif isinstance(error, botocore.exceptions.MissingDependencyException):
@@ -1858,7 +1858,7 @@ def answer_of_source(ask: Callable[[], T]) -> T:
         raise
     except Exception as error:
         raise botocore.exceptions.CredentialRetrievalError(
-            provider="their source", error_msg=one_line(error)
+            provider="their source", error_msg=foreign_text(error)
         ) from error
 
 
@@ -2110,14 +2110,14 @@ def error_of_answer(response: Answer) -> UploadError:
     """Return the meaning of an error answer of S3."""
     metadata, error = response.get("ResponseMetadata", {}), response.get("Error", {})
     status, headers = str(metadata.get("HTTPStatusCode", "")), metadata.get("HTTPHeaders", {})
-    code = one_line(error.get("Code") or status)
+    code = foreign_text(error.get("Code") or status)
     # A redirect by S3 itself has a code of its own, or names the region.
     is_of_s3 = region_of(response) or (code != status and code in MEANING_OF)
     if status.startswith("3") and "location" in headers and not is_of_s3:
-        what = f"the endpoint redirects to {one_line(headers['location'])}"
+        what = f"the endpoint redirects to {foreign_text(headers['location'])}"
         return UploadError(f"{what}; check network and endpoint", code=code, trouble=Trouble.OF_ALL)
     text = f"S3 answered {code}"
-    message = one_line((error.get("Message") or "").strip() or code)
+    message = foreign_text((error.get("Message") or "").strip() or code)
     if message.replace(" ", "").lower() != code.lower():
         text += f" ({message})"
     trouble, advice = meaning_of(code, status)
@@ -2126,7 +2126,7 @@ def error_of_answer(response: Answer) -> UploadError:
 
 def error_of(error: Exception) -> UploadError:
     """Return the meaning of `error`, one of `request_errors`."""
-    exceptions, text = botocore.exceptions, one_line(error)
+    exceptions, text = botocore.exceptions, foreign_text(error)
     from_source = f"{text}; check the source of the credentials"
     if isinstance(error, DigestMismatch):
         what = f"{text}; the network or the server damages data"
@@ -2273,7 +2273,7 @@ class Bucket:
         try:
             status, region = self._interruption.wait_for(look, seconds=self.FIRST_REQUEST_SECONDS)
         except TimeoutError as error:
-            where = one_line(self.client.meta.endpoint_url)
+            where = foreign_text(self.client.meta.endpoint_url)
             raise StopRun(f"no answer from {where}; check network and endpoint") from error
         if status == 401 or (status == 400 and not region):
             why = "the server refuses these credentials"
