@@ -15,10 +15,10 @@ The state file is a JSON list in the order of its keys, one entry a line:
 filepath (absolute), uploadedSuccess (0 or 1), filename (the object's key) and,
 where known, bucket, endpoint, size, mtime_ns, ctime_ns, etag, shard, error,
 part_size, sse; upload_id of an open multipart upload; and, until a file is
-sent again, what the bucket still has of it: known_etag, known_ctime_ns,
+sent again, what is known about its old object: known_etag, known_ctime_ns,
 known_part_size, known_sse. What happens between two saves is appended to
 STATEFILE.journal, each entry with the number of the line that it replaces.
-A state of version 1.1 is taken over.
+A state of version 1.1 is read, too.
 
 exit codes:
   0    everything that should be in the bucket is there
@@ -133,9 +133,9 @@ DEFAULT_THRESHOLD_BYTES = 10**9
 DEFAULT_PART_BYTES = 16 * MIB
 
 THREADS_MAX = 64  # more would only wait for the interpreter lock
-LANE_FILE_MAX_BYTES = 256 * KIB  # for larger files awscrt is no faster, and copies them
+LANE_FILE_MAX_BYTES = 256 * KIB  # awscrt copies larger files, and is no faster with them
 LARGE_READ_BYTES = 256 * KIB  # one read of a body that is not in memory
-# For the requests that are under way when the run is told to stop.
+# How long the requests in flight may go on after the run was told to stop.
 SIGNAL_GRACE_SECONDS = 8
 
 
@@ -179,7 +179,7 @@ class Options:
 
     @property
     def encryption(self) -> str | None:
-        """The encryption asked for, as one text: S3 does not report that of an open upload."""
+        """The encryption asked for; recorded since S3 does not report that of an open upload."""
         return " ".join(filter(None, (self.sse, self.sse_kms_key_id))) or None
 
     @property
@@ -209,7 +209,8 @@ class Options:
 def part_size_for(size: int, wanted: int) -> int:
     """Return the part size for a file, in bytes: `wanted`, adjusted to S3's limits.
 
-    Resuming an upload and comparing its object rely on getting the same size again.
+    For the same arguments it never changes: an upload is resumed, and its object compared, with
+    parts of that size.
     """
     needed = -(-size // PARTS_MAX)
     return min(max(wanted, PART_MIN_BYTES, -(-needed // MIB) * MIB), PART_MAX_BYTES)
@@ -229,7 +230,7 @@ def key_problem(key: str) -> str | None:
 
 
 class Known(NamedTuple):
-    """What the state knows of an object in the bucket."""
+    """What the state knows about an object in the bucket."""
 
     etag: str | None = None
     ctime_ns: int | None = None  # of the file when it was sent
@@ -241,11 +242,10 @@ READABLE_JSON = json.JSONEncoder(ensure_ascii=False)
 
 
 def path_in_state(path: str) -> str:
-    """Return an entry's path as an absolute one; raise ValueError for what can be no path."""
-    if not path.isprintable():
-        os.fsencode(path)  # raises UnicodeEncodeError, a ValueError
-        if "\0" in path:
-            raise ValueError("an entry's filepath is not valid")
+    """Return the path of an entry as an absolute one; raise ValueError if it cannot be a path."""
+    os.fsencode(path)  # raises UnicodeEncodeError, a ValueError
+    if "\0" in path:
+        raise ValueError("an entry's filepath is not valid")
     is_clean = path[0] == "/" and "//" not in path and "/." not in path
     return path if is_clean else os.path.abspath(path)
 
@@ -261,17 +261,17 @@ class Entry:
     endpoint: str | None = None  # see `endpoint_of`
     size: int | None = None
     mtime_ns: int | None = None
-    ctime_ns: int | None = None  # 0 if it proves nothing: the file was written just before
-    etag: str | None = None  # of a pending entry: of the object now under its key
+    ctime_ns: int | None = None  # 0 if it proves nothing, since the file had just been written
+    etag: str | None = None  # if the file is pending: of the object to compare it with
     shard: str | None = None
     error: str | None = None
     upload_id: str | None = None
     part_size: int | None = None
-    # The encryption: for an open upload, as asked for; for an object whose ETag is no MD5, as
-    # S3 reports it.
+    # For an open upload, the encryption asked for; for an object whose ETag is not an MD5, the
+    # one that S3 reports.
     sse: str | None = None
-    # What the last state knew of the object (see `Known`), when the file had this size and
-    # mtime. Kept while the file is pending, until the object is replaced.
+    # What the last state knew about the object (see `Known`) of a file with this size and mtime.
+    # Kept while the file is pending, until the object is replaced.
     known_etag: str | None = None
     known_ctime_ns: int | None = None
     known_part_size: int | None = None
@@ -281,14 +281,14 @@ class Entry:
 
     @property
     def known(self) -> Known:
-        """What the state knows of the object."""
-        # Version 1.1 recorded nothing but an ETag for a pending entry, and 0 as the ctime.
+        """What the state knows about the object."""
+        # Version 1.1 recorded only the ETag for a pending file, and 0 as its ctime.
         if self.uploaded or (self.ctime_ns == 0 and not self.known_etag):
             return Known(self.etag, self.ctime_ns, self.part_size, self.sse)
         return Known(self.known_etag, self.known_ctime_ns, self.known_part_size, self.known_sse)
 
     def keep(self, known: Known) -> None:
-        """Record what is known of the object while the file is pending; `Known()` forgets it."""
+        """Keep what is known about the object while the file is pending; `Known()` clears it."""
         self.known_etag, self.known_ctime_ns, self.known_part_size, self.known_sse = known
 
     @property
@@ -311,7 +311,7 @@ class Entry:
         if entry.uploaded:
             entry.error = None
             if key_problem(key):
-                raise ValueError("an uploaded entry's filename can be no key")
+                raise ValueError("an uploaded entry's filename cannot be a key")
         return entry
 
     def to_json(self) -> str:
@@ -324,11 +324,11 @@ class Entry:
                 in_json = READABLE_JSON.encode(value) if kind is str else value
                 text += f', "{name}": {in_json}'
         text += "}"
-        # A name that is not valid UTF-8 has lone surrogates, which are saved as escapes.
+        # Lone surrogates, of a name that is not valid UTF-8, can only be saved as escapes.
         return text if text.isprintable() else json.dumps(json.loads(text))
 
 
-# From bucket to known_sse, in the order in which the state file has them.
+# From bucket to known_sse, in the order of the state file.
 OPTIONAL_FIELDS = {
     field.name: int if field.type == "int | None" else str
     for field in dataclasses.fields(Entry)[3:-1]
@@ -336,10 +336,10 @@ OPTIONAL_FIELDS = {
 
 
 class Way(enum.IntEnum):
-    """How a file is sent; the first ways are handed out first."""
+    """How a file is sent."""
 
     NONE = 0  # not at all
-    LANE = 1  # by a lane, which tries it once
+    LANE = 1  # by a lane, which tries once
     THREAD = 2  # in one part, by a thread of this process
     PARTS = 3  # in parts, by a thread of this process and those of S3Transfer
     SAMPLE = 4  # ahead of its turn, to see whether every file fails
@@ -354,10 +354,10 @@ class Task(NamedTuple):
     size: int
     upload_id: str | None = None
     part_size: int | None = None
-    etag: str | None = None  # of the object in the bucket: the same bytes are not sent again
-    tries: int = 1  # of the whole file, including this one
+    etag: str | None = None  # of the object in the bucket, which may have the same bytes
+    tries: int = 1  # to send the whole file, this one included
     was_in_lane: bool = False
-    # MD5 and ETag of a put that a lane has made and could not prove.
+    # MD5 and ETag of a put that S3 accepted from a lane, and that the lane could not prove.
     accepted: tuple[str | None, str | None] = (None, None)
 
 
@@ -375,7 +375,7 @@ class Outcome(enum.Enum):
 
 @dataclass(slots=True)
 class Result:
-    """What became of a task; the fields of the object are those of `Entry`.
+    """What became of a task, with the fields of `Entry` that it changes.
 
     `upload_id` is set while a multipart upload is open.
     """
@@ -388,7 +388,7 @@ class Result:
     sse: str | None = None
     error: str | None = None
     notice: str | None = None
-    is_said_by_server: bool = False  # the error comes from the server, or from its silence
+    is_said_by_server: bool = False  # the error is an answer of the server, or its silence
     upload_id: str | None = None
     part_size: int | None = None
     seconds: float = 0.0
@@ -434,7 +434,7 @@ class DigestMismatch(Exception):
 
 
 def reason(error: OSError | UploadError) -> str:
-    """Return the text of `error`; of an OSError without its path and number."""
+    """Return what an error says; for an OSError, without path and number."""
     if isinstance(error, UploadError):
         return str(error)
     return (error.strerror or str(error) or type(error).__name__).lower()
@@ -453,7 +453,7 @@ READ_ADVICE = {
 
 
 def read_error(error: OSError | UploadError) -> UploadError:
-    """Return the error, with advice, for a file or folder that cannot be read."""
+    """Return an UploadError that says why a file or folder cannot be read, and what to do."""
     if isinstance(error, UploadError):
         return error
     what, advice = "cannot read it", READ_ADVICE.get(error.errno or 0, "check the disk")
@@ -466,17 +466,18 @@ TEXT_MAX = 1000  # characters of a text from elsewhere
 
 
 def shown(text: str) -> str:
-    """Return `text` as printable text on one line, with control characters escaped."""
-    escaped = (c if c.isprintable() else ascii(c)[1:-1] for c in text)
-    return text if text.isprintable() else "".join(escaped)
+    """Return `text` with all characters escaped that are not printable, line feeds included."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def one_line(error: object) -> str:
-    """Return the text of `error` as one printable line of bounded length, without passwords."""
-    # Cut first, since a server may send any length. An address whose password this does not
-    # find is refused by `check_address`.
-    text = re.sub(r"(?<=//)[^\s/?#]*@", "", str(error)[: 10 * TEXT_MAX])
-    text = shown(" ".join(text.split())).rstrip(".") or type(error).__name__
+def foreign_text(source: object) -> str:
+    """Return a text from elsewhere as one printable line of bounded length, without passwords."""
+    # Cut first, since a server may send any length. `check_address` refuses an address in which
+    # this would not find the password.
+    text = re.sub(r"(?<=//)[^\s/?#]*@", "", str(source)[: 10 * TEXT_MAX])
+    text = shown(" ".join(text.split())).rstrip(".") or type(source).__name__
     return text if len(text) <= TEXT_MAX else f"{text[:TEXT_MAX]}…"
 
 
@@ -505,7 +506,7 @@ def size_between(
 
 def rate(text: str) -> int:
     """Return a rate such as 10MB/s or 500kB in bytes a second (an argparse type)."""
-    # At lower rates, servers would close the many connections as idle.
+    # At lower rates, servers would close many connections as idle.
     parse = size_between(10_000, TIB, "10kB/s to 1TiB/s", like="a rate such as 10MB/s")
     return parse(text.strip().removesuffix("/s"))
 
@@ -519,14 +520,14 @@ def shard_name(text: str) -> str:
 
 
 def positive(text: str) -> int:
-    """Return a whole number from 1 to 9999 (an argparse type)."""
+    """Return `text` as a whole number from 1 to 9999 (an argparse type)."""
     if not re.fullmatch(r"[1-9][0-9]{0,3}", text):
         raise ArgumentTypeError(f"{text!r} is not a whole number from 1 to 9999")
     return int(text)
 
 
 def bucket_name(text: str) -> str:
-    """Return `text` if a bucket can have that name; old ones break today's rules."""
+    """Return `text` if a bucket can have that name, old ones included (an argparse type)."""
     if not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9._-]{1,254}|arn:[\w:/.+=,@-]+", text):
         raise ArgumentTypeError(f"{text!r} is not a bucket name, which has {BUCKET_NAME_RULES}")
     if text.endswith("--x-s3"):
@@ -546,7 +547,7 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         add_help=False,  # argparse would put it first
     )
-    # A table: one option in at most two lines.
+    # A table of the options.
     # fmt: off
     add = parser.add_argument_group("most used").add_argument
     add("--bucketname", metavar="NAME", required=True, type=bucket_name,
@@ -606,7 +607,7 @@ def build_parser() -> argparse.ArgumentParser:
 def value_problem(options: Options) -> str | None:
     """Return which option has a value that cannot be used, or None."""
     for name, value in vars(options).items():
-        # An unset variable of a shell script: what it should guard would not be guarded.
+        # An unset variable of a shell script, which may have been meant as a safeguard.
         if name != "prefix" and "" in (value if isinstance(value, list) else [value]):
             return f"--{name.replace('_', '-')} is empty"
     storage_class = options.storage_class or "STANDARD"
@@ -619,7 +620,7 @@ def value_problem(options: Options) -> str | None:
 
 
 def options_problem(options: Options) -> str | None:
-    """Return what is wrong with the options beyond what argparse checks, or None."""
+    """Return what is wrong with the options and argparse does not notice, or None."""
     if problem := value_problem(options):
         return problem
     if options.sse_kms_key_id and not (options.sse or "").startswith("aws:kms"):
@@ -656,19 +657,19 @@ class Threads:
 
     def __init__(self, count: int) -> None:
         self._count, self._started = count, 0
-        self._waiting: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
 
     def submit(self, function: Callable[..., T], *arguments: object) -> Future[T]:
         """Call `function` in a thread of the pool; raise StopRun if none can be started."""
-        answer: Future[T] = Future()
+        future: Future[T] = Future()
 
         def call() -> None:
             try:
-                answer.set_result(function(*arguments))
+                future.set_result(function(*arguments))
             except BaseException as error:
-                answer.set_exception(error)
+                future.set_exception(error)
 
-        self._waiting.put(call)
+        self._calls.put(call)
         if self._started < self._count:
             try:
                 threading.Thread(target=self._run, daemon=True).start()
@@ -676,11 +677,11 @@ class Threads:
             except RuntimeError as error:
                 if not self._started:
                     raise StopRun(f"{error}; raise the limit (ulimit -u, ulimit -v)") from error
-        return answer
+        return future
 
     def _run(self) -> None:
         while True:
-            self._waiting.get()()
+            self._calls.get()()
 
 
 class Interruption:
@@ -699,30 +700,28 @@ class Interruption:
                 signal.signal(signum, self._on_signal)
 
     def _on_signal(self, signum: int, _frame: object) -> None:
-        now = time.monotonic()
-        # timeout(1), systemd and terminals send two signals at once.
-        if self.signum and now - self._came_at > self.SECOND_SIGNAL_SECONDS:
-            os._exit(self.exit_code)
         if not self.signum:
-            self.signum, self._came_at = signum, now
-            if self._is_writing:  # to a pipe that nobody reads, perhaps
+            self.signum, self._came_at = signum, time.monotonic()
+            if self._is_writing:  # perhaps to a pipe that nobody reads
                 raise InterruptedError
+        # timeout(1), systemd and terminals send two signals at once.
+        elif time.monotonic() - self._came_at > self.SECOND_SIGNAL_SECONDS:
+            os._exit(self.exit_code)
 
     def write(self, name: str, text: str = "") -> str:
-        """Write to sys.stderr or sys.stdout, by `name`; an empty text flushes.
+        """Write to sys.stderr or sys.stdout, by `name`; without a text, flush it.
 
-        Return why the write failed, or "": a closed pipe or a full disk does not end a backup.
-        After a signal, a reader that does not read is not waited for.
+        Return why that failed, or "": a closed pipe or a full disk does not end a backup. After
+        a signal, do not wait for a reader that does not read. Only the main thread may write,
+        since that is where a signal can interrupt it.
         """
         try:
-            stream = getattr(sys, name)  # None when it was closed at the start
             # On Windows, select() takes sockets only.
-            if stream and self.signum and sys.platform != "win32":
+            if self.signum and sys.platform != "win32" and (stream := getattr(sys, name)):
                 if not select.select([], [stream], [], 0.1)[1]:
-                    stream = None
-                    setattr(sys, name, stream)  # the last flush would wait for the reader
-            self._is_writing = threading.current_thread() is threading.main_thread()
-            if stream:
+                    setattr(sys, name, None)  # the last flush would wait for the reader
+            self._is_writing = True
+            if stream := getattr(sys, name):  # None if it was closed at the start
                 stream.write(text)
                 if name == "stderr" or not text:
                     stream.flush()
@@ -749,13 +748,13 @@ class Interruption:
 
         Raises Stopped after a signal, and TimeoutError after so many seconds.
         """
-        answer = self._thread.submit(function)
+        future = self._thread.submit(function)
         deadline = time.monotonic() + seconds
-        while not wait([answer], timeout=0.05).done:
+        while not wait([future], timeout=0.05).done:
             self.check()
             if time.monotonic() > deadline:
                 raise TimeoutError
-        return answer.result()
+        return future.result()
 
 
 def human_time(seconds: float) -> str:
@@ -775,114 +774,39 @@ def human_size(size: float) -> str:
     return f"{size:,.1f} TB"
 
 
-class Progress:
-    """The line on a terminal that shows how far the run is."""
+class StatusLine:
+    """The line on a terminal that shows what a run is doing."""
 
     DRAW_SECONDS = 0.1
-    RATE_SECONDS = 15  # over which the rate shown is measured
     ERASE = "\033[K"  # clears the line from the cursor on
 
-    def __init__(self, interruption: Interruption, *, is_shown: bool) -> None:
-        self._interruption, self._is_shown = interruption, is_shown
-        if is_shown and sys.platform == "win32":
+    def __init__(self, options: Options, interruption: Interruption) -> None:
+        self._interruption = interruption
+        is_terminal = bool(sys.stderr and sys.stderr.isatty()) and os.environ.get("TERM") != "dumb"
+        self._is_wanted = is_terminal and options.progress and not options.quiet
+        self._is_drawn, self._drawn_at = False, -math.inf
+        if self._is_wanted and sys.platform == "win32":
             os.system("")  # turns on the console's escape sequences
-        self._line, self._drawn_at = "", -math.inf
-        self._total_files = self._total_bytes = self._failed_bytes = 0
-        # The bytes of each large file that have been sent, and those that an earlier run had
-        # sent, by the index of its entry. The threads that send write here.
-        self._moving: dict[int, int] = {}
-        self._sent_earlier: dict[int, int] = {}
-        self._past: deque[tuple[float, int]] = deque()  # times, and the bytes sent until then
 
-    def begin(self, files: int, size: int) -> None:
-        """Begin to show how much of so many files and bytes has been sent."""
-        self._total_files, self._total_bytes, self._failed_bytes = files, size, 0
-        self._past.append((time.monotonic(), 0))
-
-    def moved(self, entry_index: int, size: int, sent_earlier: int) -> None:
-        """Set how many bytes of a large file have been sent: in all, and by an earlier run."""
-        if self._is_shown:
-            self._moving[entry_index], self._sent_earlier[entry_index] = size, sent_earlier
-
-    def not_moving(self, entry_index: int) -> None:
-        """Drop the bytes of a file that is no longer being sent."""
-        self._moving.pop(entry_index, None)
-
-    def unchanged(self, size: int) -> None:
-        """Subtract a file that need not be sent from what is to be sent."""
-        self._total_files -= 1
-        self._total_bytes -= size
-
-    def failed(self, size: int) -> None:
-        """Count the bytes of a file that will not be sent."""
-        self._failed_bytes += size
-
-    def draw_run(self, files: int, size: int, *, failed_files: int) -> None:
-        """Draw how many files and bytes have been sent, and how many files failed."""
-        if not self._is_due():
-            return
-        size += sum(list(self._moving.values()))
-        left = max(self._total_bytes - self._failed_bytes - size, 0)
-        now, moved = time.monotonic(), size - sum(list(self._sent_earlier.values()))
-        self._past.append((now, moved))
-        while now - self._past[0][0] > self.RATE_SECONDS:
-            self._past.popleft()
-        before, moved_before = self._past[0]
-        seconds = max(now - before, 0.001)
-        # Bytes are taken back when a resumed file fails.
-        rate = max(moved - moved_before, 0) / seconds
-        texts = [
-            (0, f"{files:,}/{self._total_files:,} files"),
-            (4, f"{human_size(size)}/{human_size(max(self._total_bytes, size))}"),
-            (1, f"{self._percent(files, left)}%"),
-            (3, f"{human_size(rate)}/s"),
-        ]
-        if rate and seconds > 1:
-            texts.append((2, f"{human_time(left / rate)} left"))
-        if failed_files:
-            texts.append((1, f"{failed_files:,} failed"))
-        self.draw(texts)
-
-    def _percent(self, files: int, bytes_left: int) -> int:
-        if self._total_bytes:
-            return 100 * (self._total_bytes - bytes_left) // self._total_bytes
-        return 100 * files // max(self._total_files, 1)
-
-    def _is_due(self) -> bool:
-        return self._is_shown and time.monotonic() - self._drawn_at >= self.DRAW_SECONDS
-
-    def draw(self, texts: list[tuple[int, str]]) -> None:
-        """Draw the numbered texts, if it is time; without room for all, drop the highest."""
-        if not self._is_due():
+    def draw(self, *texts: str) -> None:
+        """Draw the texts if it is time, without the last ones if there is no room for all."""
+        if not self._is_wanted or time.monotonic() - self._drawn_at < self.DRAW_SECONDS:
             return
         try:
             # Behind the line there must be room for the ^C that a terminal shows.
             room = (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 3
-        except (AttributeError, OSError, ValueError):
-            room = 77
-        while len(texts) > 1 and len("  ".join(text for _, text in texts)) > room:
-            texts.remove(max(texts))
-        self._line = "  ".join(text for _, text in texts)[:room]
-        self._interruption.write("stderr", f"\r{self._line}{self.ERASE}")
-        self._drawn_at = time.monotonic()
+        except (AttributeError, OSError, ValueError):  # the terminal is gone
+            return
+        while len(texts) > 1 and len("  ".join(texts)) > room:
+            texts = texts[:-1]
+        self._interruption.write("stderr", f"\r{'  '.join(texts)[:room]}{self.ERASE}")
+        self._is_drawn, self._drawn_at = True, time.monotonic()
 
     def clear(self) -> None:
         """Clear the line, so that other text can be printed."""
-        if self._line:
+        if self._is_drawn:
             self._interruption.write("stderr", f"\r{self.ERASE}")
-            self._line = ""
-
-
-@dataclass(slots=True)
-class Verdict:
-    """How many files a comparison with the state has found right, and how many not."""
-
-    files: int = 0
-    bytes: int = 0
-    files_by_size: int = 0  # of `files`: nothing but the size could be compared
-    wrong_files: int = 0
-    unproven_files: int = 0
-    left_files: int = 0
+            self._is_drawn = False
 
 
 def count_of_files(count: int) -> str:
@@ -891,7 +815,10 @@ def count_of_files(count: int) -> str:
 
 
 class Report:
-    """Prints what the user sees: failures and notices on stderr, the summary on stdout."""
+    """Counts files and prints what the user sees.
+
+    Failures and notices go to stderr, lists and the summary to stdout.
+    """
 
     NOTICES_OF_A_KIND = 3
     # Failures that do not fit on a screen are also counted by reason.
@@ -899,64 +826,50 @@ class Report:
 
     def __init__(self, options: Options, interruption: Interruption) -> None:
         self._options, self._interruption = options, interruption
-        self._started, self._lost_list = time.monotonic(), ""
+        self._line = StatusLine(options, interruption)
+        self._started_at = time.monotonic()
+        self._stdout_error = ""  # the first
         self._notices: Counter[str] = Counter()
         self._reasons: Counter[str] = Counter()
+        # What was sent, or is as the state has it; and what failed, or differs from the state.
         self.files = self.bytes = self.failed_files = 0
         self._unchanged_files = self._gone_files = 0
-        is_terminal = bool(sys.stderr and sys.stderr.isatty()) and os.environ.get("TERM") != "dumb"
-        is_shown = is_terminal and options.progress and not options.quiet
-        self.progress = Progress(interruption, is_shown=is_shown)
+        self.unproven_files = self._files_by_size = 0
+        # What is to be sent; and how much of it has failed, or need not be sent.
+        self._total_files = self._total_bytes = self._settled_bytes = 0
+        # By the index of its entry: how many bytes of a large file have been sent, and how many
+        # of them by an earlier run. The threads that send write here.
+        self._moving: dict[int, tuple[int, int]] = {}
+        self._sent_earlier = 0  # bytes of files that are no longer being sent
+
+    # --- What is said at once ---
 
     def error(self, text: str) -> None:
         """Print what is wrong with the run."""
-        self._print(f"s3FileTransfer: {text}", "stderr")
+        self._print(f"s3FileTransfer: {text}")
 
     def notice(self, kind: str, path: str) -> None:
         """Print that something at `path` is left out; without --verbose, the first of a kind."""
         self._notices[kind] += 1
         if self._options.verbose or self._notices[kind] <= self.NOTICES_OF_A_KIND:
-            self._notify(f"{kind}: {shown(path)}")
-
-    def end_of_notices(self) -> None:
-        """Print how many notices of each kind were left out."""
-        for kind, count in self._notices.items():
-            if not self._options.verbose and count > self.NOTICES_OF_A_KIND:
-                more = f"{count - self.NOTICES_OF_A_KIND:,} more"
-                self._notify(f"{kind}: {more} (--verbose names them)")
-
-    def _notify(self, text: str) -> None:
-        if not self._options.quiet:
-            self._print(f"notice: {text}", "stderr")
+            self._say(f"notice: {kind}: {shown(path)}", "stderr")
 
     def detail(self, text: str) -> None:
         """Print what only --verbose shows."""
         if self._options.verbose:
-            self._print(text, "stderr")
-
-    def doing(self, text: str) -> None:
-        """Show on the progress line what the run is doing."""
-        self.progress.draw([(0, text)])
-
-    def draw_progress(self, *, is_stopping: bool) -> None:
-        """Show on the progress line how far the run is."""
-        if is_stopping:
-            seconds = f"{SIGNAL_GRACE_SECONDS} seconds"
-            self.progress.draw([(0, "stopping"), (1, f"what is under way has {seconds}")])
-        else:
-            self.progress.draw_run(self.files, self.bytes, failed_files=self.failed_files)
+            self._print(text)
 
     def failed(self, entry: Entry) -> None:
         """Count a file that was not sent, and print why."""
         self.failed_files += 1
+        self._settled_bytes += entry.size or 0
         self._reasons[entry.error or ""] += 1
-        self.progress.failed(entry.size or 0)
-        self._print(f"failed: {shown(entry.filepath)}: {entry.error}", "stderr")
+        self._print(f"failed: {shown(entry.filepath)}: {entry.error}")
 
     def unchanged(self, entry: Entry) -> None:
         """Count a file that the bucket has already."""
         self._unchanged_files += 1
-        self.progress.unchanged(entry.size or 0)
+        self._settled_bytes += entry.size or 0
 
     def gone(self, entry: Entry) -> None:
         """Count a file of the last state that the folder no longer has."""
@@ -967,23 +880,90 @@ class Report:
         """Count a file that was sent, or with --dryrun would be, and list it."""
         self.files += 1
         self.bytes += entry.size or 0
-        if not (self._options.dryrun or self._options.verbose):
-            return
-        size = human_size(entry.size or 0)
-        line = f"{shown(entry.filepath)} -> {self.url(entry.filename)} ({size}"
-        if self._options.dryrun:
-            self._print(f"would upload: {line})", "stdout")
-        else:
-            self._print(f"uploaded: {line}, {seconds:.1f} s)", "stderr")
+        if self._options.dryrun or self._options.verbose:
+            what = f"{shown(entry.filepath)} -> {self.url(entry.filename)}"
+            size = human_size(entry.size or 0)
+            if self._options.dryrun:
+                self._print(f"would upload: {what} ({size})", "stdout")
+            else:
+                self._print(f"uploaded: {what} ({size}, {seconds:.1f} s)")
+
+    def right(self, entry: Entry, *, by_size: bool = False) -> None:
+        """Count a file that is as the state has it; `by_size`: only its size could be compared."""
+        self.files += 1
+        self.bytes += entry.size or 0
+        self._files_by_size += by_size
+
+    def wrong(self, kind: str, where: str, why: str | None) -> None:
+        """Count and print what differs from the state, or could not be compared, and how."""
+        self.failed_files += 1
+        self.unproven_files += kind == "unproven"
+        self._print(": ".join(filter(None, (kind, where, why))), "stdout")
 
     def url(self, key: str) -> str:
         """Return the printable URL of an object, or with an empty key that of the bucket."""
         return shown(f"s3://{self._options.bucketname}/{key}")
 
+    def _say(self, text: str, stream_name: str = "stdout") -> None:
+        if not self._options.quiet:
+            self._print(text, stream_name)
+
+    def _print(self, text: str, stream_name: str = "stderr") -> None:
+        self._line.clear()
+        why = self._interruption.write(stream_name, f"{text}\n")
+        if stream_name == "stdout":
+            self._stdout_error = self._stdout_error or why
+
+    # --- The progress ---
+
+    def doing(self, text: str) -> None:
+        """Show what the run is doing."""
+        self._line.draw(text)
+
+    def begin_sending(self, files: int, size: int) -> None:
+        """Begin to show how much of so many files and bytes has been sent."""
+        self._total_files, self._total_bytes, self._settled_bytes = files, size, 0
+        self._sending_at = time.monotonic()
+
+    def moved(self, entry_index: int, size: int, sent_earlier: int) -> None:
+        """Set how many bytes of a large file have been sent: in all, and by an earlier run."""
+        self._moving[entry_index] = size, sent_earlier
+
+    def ended(self, entry_index: int, *, is_sent: bool) -> None:
+        """Stop counting the bytes of a file that is no longer being sent."""
+        _size, sent_earlier = self._moving.pop(entry_index, (0, 0))
+        if is_sent:
+            self._sent_earlier += sent_earlier
+
+    def draw_progress(self, *, is_stopping: bool) -> None:
+        """Show how many files and bytes have been sent, and how many files failed."""
+        if is_stopping:
+            self._line.draw("stopping", f"what is under way has {SIGNAL_GRACE_SECONDS} seconds")
+            return
+        moving = list(self._moving.values())
+        size = self.bytes + sum(size for size, _ in moving)
+        sent_earlier = self._sent_earlier + sum(earlier for _, earlier in moving)
+        seconds = max(time.monotonic() - self._sending_at, 0.001)
+        rate = (size - sent_earlier) / seconds
+        total = max(self._total_bytes, size)
+        done = min(size + self._settled_bytes, total)
+        texts = [f"{self.files:,}/{self._total_files:,} files"]
+        texts.append(f"{human_size(size)}/{human_size(total)}")
+        if total:
+            texts.append(f"{100 * done // total}%")
+        texts.append(f"{human_size(rate)}/s")
+        if rate and seconds > 1:
+            texts.append(f"{human_time((total - done) / rate)} left")
+        if self.failed_files:
+            texts.append(f"{self.failed_files:,} failed")
+        self._line.draw(*texts)
+
+    # --- What is said at the end ---
+
     def summary(self, state_path: str, *, left: int = 0) -> None:
         """Print how the run went; `left` files were neither sent nor failed."""
-        self._print_reasons()
-        seconds = time.monotonic() - self._started
+        self._print_counts()
+        seconds = time.monotonic() - self._started_at
         what = f"{count_of_files(self.files)}, {human_size(self.bytes)}"
         counts = [f"{self.failed_files:,} failed"]
         if self._options.skip_unchanged or self._unchanged_files:
@@ -995,52 +975,41 @@ class Report:
         if self._options.dryrun:
             self._say(f"dry run: would send {what}; {', '.join(counts)}")
             return
-        bytes_a_second = human_size(self.bytes / max(seconds, 0.001))
-        where = f"{self.url(self._options.prefix)} in {seconds:.1f} s ({bytes_a_second}/s)"
+        rate = f"{human_size(self.bytes / max(seconds, 0.001))}/s"
+        where = f"{self.url(self._options.prefix)} in {seconds:.1f} s ({rate})"
         self._say(f"sent {what} to {where}; {', '.join(counts)}; state: {shown(state_path)}")
 
-    def _print_reasons(self) -> None:
+    def _print_counts(self) -> None:
+        """Print how many notices were left out, and which reasons many failures share."""
+        for kind, count in self._notices.items():
+            if not self._options.verbose and count > self.NOTICES_OF_A_KIND:
+                more = f"{count - self.NOTICES_OF_A_KIND:,} more"
+                self._say(f"notice: {kind}: {more} (--verbose names them)", "stderr")
         if self.failed_files > self.FAILURES_ON_A_SCREEN:
             for why, count in self._reasons.most_common(self.REASONS_MAX):
                 if count > 1:
-                    self._print(f"{count:,} of the {self.failed_files:,} failures: {why}", "stderr")
+                    self._print(f"{count:,} of the {self.failed_files:,} failures: {why}")
+
+    def verified(self, where: str, state_path: str, *, left: int) -> None:
+        """Print how a comparison with the state went; `left` files are not uploaded."""
+        right = f"{count_of_files(self.files)} right"
+        if self._files_by_size:
+            right += f" ({self._files_by_size:,} of them by size alone)"
+        wrong = f"{self.failed_files - self.unproven_files:,} wrong"
+        if self.unproven_files:
+            wrong += f", {self.unproven_files:,} unproven"
+        found = f"{right}, {human_size(self.bytes)}; {wrong}, {left:,} not yet sent"
+        self._say(f"verified in {where}: {found}; state: {shown(state_path)}")
 
     def interrupted(self, *, is_saved: bool) -> None:
         """Print that a signal has ended the run, and how to send the rest."""
         saved = "the state is saved" if is_saved else "the state could not be saved"
         self.error(f"interrupted; {saved}, send the rest with --crashrun 1")
 
-    def wrong(self, kind: str, where: str, why: str | None) -> None:
-        """Count and print what differs from the state, and how."""
-        self.failed_files += 1
-        self._print(": ".join(filter(None, (kind, where, why))), "stdout")
-
-    def verified(self, where: str, state_path: str, verdict: Verdict) -> None:
-        """Print how a comparison with the state went."""
-        right = f"{count_of_files(verdict.files)} right"
-        if verdict.files_by_size:
-            right += f" ({verdict.files_by_size:,} of them by size alone)"
-        wrong = f"{verdict.wrong_files:,} wrong"
-        if verdict.unproven_files:
-            wrong += f", {verdict.unproven_files:,} unproven"
-        found = f"{right}, {human_size(verdict.bytes)}; {wrong}"
-        text = f"verified in {where}: {found}, {verdict.left_files:,} not yet sent"
-        self._say(f"{text}; state: {shown(state_path)}")
-
     def check_list(self) -> None:
         """Raise StopRun if the list on stdout could not be written."""
-        if why := self._lost_list or self._interruption.write("stdout"):
+        if why := self._stdout_error or self._interruption.write("stdout"):
             raise StopRun(f"cannot write to stdout, so the list is lost: {why}")
-
-    def _say(self, summary: str) -> None:
-        if not self._options.quiet:
-            self._print(summary, "stdout")
-
-    def _print(self, text: str, name: str) -> None:
-        self.progress.clear()
-        why = self._interruption.write(name, f"{text}\n")
-        if name == "stdout":
-            self._lost_list = self._lost_list or why
 
 
 # --- state ------------------------------------------------------------------------
@@ -1429,7 +1398,7 @@ class StateFile:
             why = f"cannot read the state file {shown(self.path)}: {reason(error)}"
             raise StopRun(f"{why}; run as its owner, or choose another --statefile") from error
         except (ValueError, RecursionError) as error:
-            why = f"the state file {shown(self.path)} is damaged: {one_line(error)}"
+            why = f"the state file {shown(self.path)} is damaged: {foreign_text(error)}"
             raise StopRun(f"{why}; move it away, or choose another --statefile") from error
 
     def has_journal(self) -> bool:
@@ -1895,7 +1864,7 @@ INSTALL_RUNTIME = "awscrt is missing, old or disabled; run: python3 -m pip insta
 
 def configuration_error(error: Exception) -> StopRun:
     """Return the error, with advice, for a configuration that boto3 refuses."""
-    advice, why = "; check profile, credentials and endpoint", one_line(error)
+    advice, why = "; check profile, credentials and endpoint", foreign_text(error)
     if isinstance(error, botocore.exceptions.NoCredentialsError):
         advice = "; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or run: aws configure"
     elif isinstance(error, botocore.exceptions.MissingDependencyException):
@@ -1917,7 +1886,7 @@ def answer_of_source(ask: Callable[[], T]) -> T:
         raise
     except Exception as error:
         raise botocore.exceptions.CredentialRetrievalError(
-            provider="their source", error_msg=one_line(error)
+            provider="their source", error_msg=foreign_text(error)
         ) from error
 
 
@@ -2169,14 +2138,14 @@ def error_of_answer(response: Answer) -> UploadError:
     """Return the meaning of an error answer of S3."""
     metadata, error = response.get("ResponseMetadata", {}), response.get("Error", {})
     status, headers = str(metadata.get("HTTPStatusCode", "")), metadata.get("HTTPHeaders", {})
-    code = one_line(error.get("Code") or status)
+    code = foreign_text(error.get("Code") or status)
     # A redirect by S3 itself has a code of its own, or names the region.
     is_of_s3 = region_of(response) or (code != status and code in MEANING_OF)
     if status.startswith("3") and "location" in headers and not is_of_s3:
-        what = f"the endpoint redirects to {one_line(headers['location'])}"
+        what = f"the endpoint redirects to {foreign_text(headers['location'])}"
         return UploadError(f"{what}; check network and endpoint", code=code, trouble=Trouble.OF_ALL)
     text = f"S3 answered {code}"
-    message = one_line((error.get("Message") or "").strip() or code)
+    message = foreign_text((error.get("Message") or "").strip() or code)
     if message.replace(" ", "").lower() != code.lower():
         text += f" ({message})"
     trouble, advice = meaning_of(code, status)
@@ -2185,7 +2154,7 @@ def error_of_answer(response: Answer) -> UploadError:
 
 def error_of(error: Exception) -> UploadError:
     """Return the meaning of `error`, one of `request_errors`."""
-    exceptions, text = botocore.exceptions, one_line(error)
+    exceptions, text = botocore.exceptions, foreign_text(error)
     from_source = f"{text}; check the source of the credentials"
     if isinstance(error, DigestMismatch):
         what = f"{text}; the network or the server damages data"
@@ -2332,7 +2301,7 @@ class Bucket:
         try:
             status, region = self._interruption.wait_for(look, seconds=self.FIRST_REQUEST_SECONDS)
         except TimeoutError as error:
-            where = one_line(self.client.meta.endpoint_url)
+            where = foreign_text(self.client.meta.endpoint_url)
             raise StopRun(f"no answer from {where}; check network and endpoint") from error
         if status == 401 or (status == 400 and not region):
             why = "the server refuses these credentials"
@@ -3524,7 +3493,7 @@ class Uploader:
         self.save_upload = save_upload
         # Set when S3 has accepted something: a refusal is then not of all files.
         self.accepted = threading.Event()
-        self._progress = run.report.progress
+        self._report = run.report
 
     def upload(self, task: Task) -> Result:
         """Send one file; return the outcome, which is decided nowhere else."""
@@ -3646,7 +3615,7 @@ class Uploader:
     def note_moved(self, entry_index: int, size: int, sent_earlier: int = 0) -> None:
         """Record how many bytes of a file are sent: in all, and by an earlier run."""
         self.retries.note_life()
-        self._progress.moved(entry_index, size, sent_earlier)
+        self._report.moved(entry_index, size, sent_earlier)
 
     def abort(self, task: Task, result: Result) -> None:
         """Abort the multipart upload of a file, if it has one."""
@@ -4654,7 +4623,7 @@ class Transfer:
         What is under way then has a few seconds to end.
         """
         pending = self._plan.pending
-        self._report.progress.begin(pending.files, pending.bytes)
+        self._report.begin_sending(pending.files, pending.bytes)
         stop_at = math.inf
         while time.monotonic() < stop_at:
             is_stopping = bool(self._interruption.signum or self.stop_message)
@@ -4805,7 +4774,7 @@ class Transfer:
         if backlog is not self._backlogs[Way.PARTS]:
             self._window.end(task.size)
             self._moved_bytes += moved
-        self._report.progress.not_moving(index)
+        self._report.ended(index, is_sent=moved > 0)
         return task
 
     # --- What threads and lanes call ---
@@ -5028,23 +4997,21 @@ class BucketCheck:
 
     def __init__(self, run: Run, bucket: Bucket, last: LastState) -> None:
         self._run, self._bucket, self._last = run, bucket, last
-        self._listing = Listing(run, bucket, last.known)
-        self.verdict = Verdict(left_files=last.left_files)
+        self._listing, self._has_wrong = Listing(run, bucket, last.known), False
 
-    def run(self) -> Verdict:
+    def run(self) -> None:
         """Compare all, and save the state if anything is wrong; raises UploadError and StopRun."""
         state, lines = self._run.state, self._lines()
         for count, line in enumerate(lines):
-            if self.verdict.wrong_files:
+            if self._has_wrong:
                 # The right ones before the first wrong one are read again, and not kept in memory.
                 before = itertools.islice(self._last.lines(), count)
                 with state.failing_stops():
                     state.save(itertools.chain(before, [line], lines))
-                return self.verdict
+                return
         if state.has_journal():
             with state.failing_stops():
                 state.save(self._last.lines())
-        return self.verdict
 
     def _lines(self) -> Iterator[str]:
         """Yield the lines of the new state."""
@@ -5052,16 +5019,14 @@ class BucketCheck:
             line = entry.line or ""
             kind, why = self._compare(entry) if entry.uploaded else ("left", None)
             if not kind:
-                self.verdict.files += 1
-                self.verdict.bytes += entry.size or 0
+                self._run.report.right(entry)
             elif kind != "left":
                 where = f"{self._run.report.url(entry.filename)} (of {shown(entry.filepath)})"
                 self._run.report.wrong(kind, where, why)
             if kind == "wrong":
-                self.verdict.wrong_files += 1
+                self._has_wrong = True
                 entry.uploaded, entry.etag, entry.error = False, None, why
                 line = entry.to_json()
-            self.verdict.unproven_files += kind == "unproven"
             yield line
 
     def _compare(self, entry: Entry) -> tuple[str, str | None]:
@@ -5101,7 +5066,6 @@ def show_plan(run: Run) -> int:
             run.report.failed(entry)
         elif not entry.uploaded:
             run.report.uploaded(entry)
-    run.report.end_of_notices()
     run.report.summary(run.state.path)
     return 1 if run.report.failed_files else 0
 
@@ -5114,15 +5078,15 @@ def verify_bucket(run: Run) -> int:
         why = f"there is no bucket {bucket.name}; check --bucketname and --endpoint-url"
         raise StopRun(f"{why}, or create it and send all with --crashrun 1")
     try:
-        verdict = BucketCheck(run, bucket, last).run()
+        BucketCheck(run, bucket, last).run()
     except UploadError as error:
         raise StopRun(f"cannot list the bucket {bucket.name}: {error}") from error
-    run.report.verified(run.report.url(""), run.state.path, verdict)
-    if verdict.wrong_files or verdict.left_files:
+    run.report.verified(run.report.url(""), run.state.path, left=last.left_files)
+    if run.report.failed_files > run.report.unproven_files or last.left_files:
         run.report.error("some files are not in the bucket; send them with --crashrun 1")
-    elif verdict.unproven_files:
+    elif run.report.unproven_files:
         run.report.error("some files could not be compared; see the reasons above")
-    return 1 if run.report.failed_files or verdict.left_files else 0
+    return 1 if run.report.failed_files or last.left_files else 0
 
 
 class FolderCheck:
@@ -5142,7 +5106,7 @@ class FolderCheck:
             for entry in itertools.islice(entries, self.AHEAD - len(under_way)):
                 under_way.append((entry, pool.submit(self._compare, entry)))
             entry, future = under_way.popleft()
-            while not wait([future], timeout=Progress.DRAW_SECONDS).done:
+            while not wait([future], timeout=StatusLine.DRAW_SECONDS).done:
                 self._draw(count, total)
             self._draw(count, total)
             yield entry, *future.result()
@@ -5190,7 +5154,7 @@ class FolderCheck:
         return "", ""
 
 
-def find_wrong_files(run: Run, last: LastState) -> Verdict:
+def find_wrong_files(run: Run, last: LastState) -> None:
     """Compare the files of the folder with the uploaded entries, and name what is wrong.
 
     Raises StopRun if the entries have another --prefix.
@@ -5199,32 +5163,28 @@ def find_wrong_files(run: Run, last: LastState) -> Verdict:
         if not key.startswith(run.options.prefix):
             why = f"the state has the key {shown(key)}, which lacks that --prefix"
             raise StopRun(f"{why}; give the --prefix of the run that sent it")
-    verdict, check = Verdict(left_files=last.left_files), FolderCheck(run)
+    check = FolderCheck(run)
     uploaded = (entry for entry in last.entries() if entry.uploaded)
     for entry, kind, why in check.run(uploaded, total=last.uploaded_files):
         if kind in ("", "size"):
-            verdict.files += 1
-            verdict.bytes += entry.size or 0
-            verdict.files_by_size += kind == "size"
-            continue
-        verdict.unproven_files += kind == "unproven"
-        verdict.wrong_files += kind != "unproven"
-        path, key = shown(check.path_of(entry)), shown(entry.filename)
-        run.report.wrong(kind, f"{path} (of {key})", why)
-    return verdict
+            run.report.right(entry, by_size=kind == "size")
+        else:
+            path, key = shown(check.path_of(entry)), shown(entry.filename)
+            run.report.wrong(kind, f"{path} (of {key})", why)
 
 
 def verify_folder(run: Run) -> int:
     """Compare a folder with the state, name what is wrong, and return the exit code."""
-    verdict = find_wrong_files(run, LastState.read_needed(run))
-    run.report.verified(shown(run.options.backupfolder), run.state.path, verdict)
-    if run.report.failed_files and not verdict.files:
+    last = LastState.read_needed(run)
+    find_wrong_files(run, last)
+    run.report.verified(shown(run.options.backupfolder), run.state.path, left=last.left_files)
+    if run.report.failed_files and not run.report.files:
         run.report.error("no file is as the state has it; check --backupfolder and --prefix")
     elif run.report.failed_files:
         run.report.error("some files are not as the state has them; restore them again")
-    elif verdict.left_files:
+    elif last.left_files:
         run.report.error("some files are in no backup; send them with --crashrun 1")
-    return 1 if run.report.failed_files or verdict.left_files else 0
+    return 1 if run.report.failed_files or last.left_files else 0
 
 
 def abort_uploads(run: Run, bucket: Bucket, abandoned: list[Entry]) -> None:
@@ -5269,7 +5229,6 @@ def make_plan(run: Run, bucket: Bucket, last: LastState | None, lanes: Lanes) ->
         except StopRun:  # the state stays as it was
             run.state.journal.take_first_back()
             raise
-        run.report.end_of_notices()
         # While the state still has them.
         abort_uploads(run, bucket, march.abandoned)
         run.report.doing("saving the state")
