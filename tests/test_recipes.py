@@ -347,7 +347,9 @@ class Week:
         assert "failed: " not in said
         job = self.machine.job
         sent = job.sent(since)
-        assert (sorted(set(sent)) if after_kill else sent) == sorted(map(self.prefix.__add__, changed))
+        assert (sorted(set(sent)) if after_kill else sent) == sorted(
+            map(self.prefix.__add__, changed)
+        )
         self.bucket |= {self.prefix + key: value for key, value in job.in_folder().items()}
         assert job.in_bucket() == self.bucket
 
