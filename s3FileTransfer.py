@@ -2935,7 +2935,10 @@ def planned(
         gone = {"etag": None} if last.uploaded else {"error": FOLDER_UNREADABLE}
         return replace(last, uploaded=False, line=None, **gone)
     if decision is Decision.UNCHANGED and last.uploaded:
-        return last
+        if last.endpoint == found.endpoint:
+            return last
+        # Version 1.1 did not record it.
+        return replace(last, bucket=found.bucket, endpoint=found.endpoint, line=None)
     known = last.known
     found.uploaded = decision is Decision.UNCHANGED
     if found.uploaded or decision is Decision.COMPARE:
