@@ -1758,32 +1758,29 @@ class LastState:
 class ConnectionInTime(AWSHTTPConnection):
     """Mixed into botocore's connections: ends a request that takes too long.
 
-    No socket timeout does that while single bytes trickle in.
+    The timeout of a socket does not, while single bytes trickle in.
     """
 
+    STALL_SECONDS, PIECE_BYTES = 60, 256 * KIB  # of a send
     ANSWER_SECONDS = 120
     # S3 may take minutes to put many parts together, and sends spaces meanwhile; others do not.
     COMPLETE_SECONDS = 900
-    STALL_SECONDS, PIECE_BYTES = 60, 256 * KIB  # of a send
-    SLOWEST_RATE = 100  # bytes a second; many requests may share a slow line
     _ends_at: ClassVar[dict[ConnectionInTime, float]] = {}
 
-    def request(self, method: str, url: str, *args: Any, **more: Any) -> Any:
-        """Send a request."""
-        size = int((more.get("headers") or {}).get("Content-Length") or 0)
-        self._ends_at[self] = time.monotonic() + self.ANSWER_SECONDS + size / self.SLOWEST_RATE
+    def putrequest(self, method: str, url: str, *args: bool, **more: bool) -> None:
+        """Begin a request."""
         self._is_complete = method == "POST" and "uploadId=" in url
-        return super().request(method, url, *args, **more)
+        super().putrequest(method, url, *args, **more)
 
     def send(self, data: Any) -> None:
-        """Send in pieces, each with the timeout of a stall."""
-        if self.sock:  # it still has the shorter timeout of connecting
-            self.sock.settimeout(self.STALL_SECONDS)
-        view: Any = memoryview(data if isinstance(data, bytes) else b"")
-        for start in range(0, len(view), self.PIECE_BYTES):
-            super().send(view[start : start + self.PIECE_BYTES])
-        if not view:  # a file, which older versions of urllib3 read in pieces
-            super().send(data)
+        """Send bytes or a file in pieces, each within the time of a stall."""
+        # Older versions of urllib3 send a file at once.
+        file = io.BytesIO(data) if isinstance(data, bytes) else data
+        for piece in iter(functools.partial(file.read, self.PIECE_BYTES), b""):
+            self._ends_at[self] = time.monotonic() + self.STALL_SECONDS
+            if self.sock:  # it still has the shorter timeout of connecting
+                self.sock.settimeout(self.STALL_SECONDS)
+            super().send(piece)
 
     def getresponse(self) -> Any:
         """Return the answer, of which only the head has been read."""
