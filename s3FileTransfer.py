@@ -2187,10 +2187,8 @@ class Retries:
         self._source, self.stop = source, threading.Event()
         self.slots = threading.BoundedSemaphore(slots) if slots else None
         self._slot = self.slots or contextlib.nullcontext()
-        self._patience_seconds: float = self.PATIENCE_SECONDS
-        if is_first_request:
-            self._patience_seconds = self.FIRST_PATIENCE_SECONDS
-        self._alive_at = -math.inf
+        patience = self.FIRST_PATIENCE_SECONDS if is_first_request else self.PATIENCE_SECONDS
+        self._patience_seconds, self._alive_at = patience, -math.inf
 
     def note_life(self) -> None:
         """Record that the server answers, or takes bytes."""
@@ -2217,29 +2215,25 @@ class Retries:
                 with self._slot:
                     self.check_stopped()  # waiting for the slot may have taken long
                     answer = self._source.renewing(attempt)
-            except request_errors() as raised:
-                error = error_of(raised)
-            else:
                 self.note_life()
                 return answer
+            except request_errors() as raised:
+                error = error_of(raised)
             if error.trouble not in SILENT:
                 self.note_life()
             give_up_at = min(give_up_at, time.monotonic() + self._patience_seconds)
             damaged += error.trouble is Trouble.DAMAGED
             is_rare = error.trouble is Trouble.DAMAGED and damaged < self.DAMAGED_TRIES
-            if (error.trouble in PASSING or is_rare) and time.monotonic() < give_up_at:
-                self.stop.wait(random.uniform(pause / 2, pause))
-                pause = min(2 * pause, self.BACKOFF_MAX_SECONDS)
-            elif may_stop_run and self._meets_every_file(error.trouble):
-                raise StopRun(str(error))
-            else:
-                raise error
-
-    def _meets_every_file(self, trouble: Trouble) -> bool:
+            if not (is_rare or error.trouble in PASSING) or time.monotonic() >= give_up_at:
+                break
+            self.stop.wait(random.uniform(pause / 2, pause))
+            pause = min(2 * pause, self.BACKOFF_MAX_SECONDS)
         # A server that has long been silent to all threads is gone.
         silent_seconds = time.monotonic() - self._alive_at
-        is_gone = trouble in SILENT and silent_seconds > self._patience_seconds / 2
-        return is_gone or trouble is Trouble.OF_ALL
+        is_gone = error.trouble in SILENT and silent_seconds > self._patience_seconds / 2
+        if may_stop_run and (is_gone or error.trouble is Trouble.OF_ALL):
+            raise StopRun(str(error))
+        raise error
 
 
 # --- bucket -----------------------------------------------------------------------
@@ -3633,12 +3627,13 @@ class FileInParts:
 
     def check_unchanged(self) -> None:
         """Raise FileChanged unless the file still has the parts that were read."""
-        with self.open():  # for which NFS asks the server how the file is now
-            self.source.check_unchanged(self._has_same_parts)
 
-    def _has_same_parts(self) -> bool:
-        known = self.digests.items()
-        return all(self.read(number, self.source).md5 == part.md5 for number, part in known)
+        def has_same_parts() -> bool:
+            known = self.digests.items()
+            return all(self.read(number, self.source).md5 == part.md5 for number, part in known)
+
+        with self.open():  # for which NFS asks the server how the file is now
+            self.source.check_unchanged(has_same_parts)
 
     def note_encryption(self, answer: Answer) -> None:
         """Record whether ETags are no MD5s, if an answer says so."""
@@ -3650,14 +3645,15 @@ class FileInParts:
         Raise WrongObject if it holds other bytes, NotThere if there is none. If neither the
         answer nor HeadObject tells, the proof is that S3 accepted the Content-MD5 of each part.
         """
-        proven = self._compare(answer)
-        if proven is None and (head := self._head()) is not None:
+        mismatch = self._mismatch(answer)
+        if mismatch is None and (head := self._head()) is not None:
             if not head:
-                raise NotThere(self._mismatch(head))
-            answer = head
-            proven = head.get("ContentLength") == self.source.size and self._compare(head)
-        if proven is False:
-            raise WrongObject(self._mismatch(answer))
+                raise NotThere("its ETag is missing, and no object is there")
+            answer, mismatch = head, f"the object there has not {self.source.size:,} bytes"
+            if head.get("ContentLength") == self.source.size:
+                mismatch = self._mismatch(head)
+        if mismatch:
+            raise WrongObject(mismatch)
         self.etag = etag_of(answer)
 
     def prove_in_place(self, *, within_seconds: float = 0) -> bool:
@@ -3669,7 +3665,7 @@ class FileInParts:
                 if not self.digests:  # an earlier run has sent the parts
                     for number in range(1, -(-self.source.size // self.part_size) + 1):
                         self.digests[number] = self.read(number, self.source)
-                if self._compare(head):
+                if self._mismatch(head) == "":
                     self.etag = etag_of(head)
                     return True
             if time.monotonic() >= give_up_at:
@@ -3677,42 +3673,29 @@ class FileInParts:
             self.uploader.retries.stop.wait(Retries.BACKOFF_MAX_SECONDS)
             self.uploader.retries.check_stopped()
 
-    def _expected_etag(self) -> str:
-        """Return the ETag that S3 gives to the object, if its ETags are MD5s."""
-        return etag_of_parts([part.md5 for _, part in sorted(self.digests.items())])
+    def _mismatch(self, answer: Answer) -> str | None:
+        """Return how the object in an answer differs, "" if it does not, None if that is unclear.
 
-    def _expected_crc32(self) -> str:
-        """Return the CRC32 that S3 gives to the object: that of the CRC32s of its parts."""
-        crc32s = b"".join(part.crc32 for _, part in sorted(self.digests.items()))
-        return f"{base64_of(zlib.crc32(crc32s).to_bytes(4, 'big'))}-{len(self.digests)}"
-
-    def _crc32_of(self, answer: Answer) -> str | None:
-        """Return the CRC32 in an answer if it is made of those of the parts."""
-        crc32 = answer.get("ChecksumCRC32") or ""
-        is_of_parts = self.has_crc32 and crc32.endswith(f"-{len(self.digests)}")
-        return crc32 if is_of_parts else None
-
-    def _compare(self, answer: Answer) -> bool | None:
-        """Return whether the object in an answer holds the bytes; None if that is unclear."""
+        S3's ETag is the MD5 of the MD5s of the parts, and its CRC32 that of their CRC32s.
+        """
         self.note_encryption(answer)
-        etag = etag_of(answer)
-        if etag == self._expected_etag():
-            return True
-        if crc32 := self._crc32_of(answer):
-            return crc32 == self._expected_crc32()
+        parts = [part for _, part in sorted(self.digests.items())]
+        etag, expected = etag_of(answer), etag_of_parts([part.md5 for part in parts])
+        why = f"its ETag is {etag or 'missing'} and should be {expected}"
+        if etag == expected:
+            return ""
+        crc32 = answer.get("ChecksumCRC32") or ""
+        if self.has_crc32 and crc32.endswith(f"-{len(parts)}"):
+            of_parts = zlib.crc32(b"".join(part.crc32 for part in parts)).to_bytes(4, "big")
+            expected = f"{base64_of(of_parts)}-{len(parts)}"
+            return "" if crc32 == expected else f"its CRC32 is {crc32} and should be {expected}"
         if self.sse:
             return None
         if re.fullmatch(r"[0-9a-f]{32}", etag):
             with self.open() as source:
-                return source.md5().hex() == etag
+                return "" if source.md5().hex() == etag else why
         # With another number of parts, the server has put them together in its own way.
-        count = len(self.digests)
-        return False if re.fullmatch(rf"[0-9a-f]{{32}}-{count}", etag) else None
-
-    def _mismatch(self, answer: Answer) -> str:
-        if crc32 := self._crc32_of(answer):
-            return f"its CRC32 is {crc32} and should be {self._expected_crc32()}"
-        return f"its ETag is {etag_of(answer) or 'missing'} and should be {self._expected_etag()}"
+        return why if re.fullmatch(rf"[0-9a-f]{{32}}-{len(parts)}", etag) else None
 
     def _head(self) -> Answer | None:
         head = functools.partial(self.uploader.head_object, self.task.key)
