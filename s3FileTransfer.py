@@ -1752,9 +1752,9 @@ class LastState:
 
 
 class ConnectionInTime(AWSHTTPConnection):
-    """Mixed into botocore's connections: ends a request that takes too long.
+    """A mixin for botocore's connections: ends a request that takes too long.
 
-    The timeout of a socket does not, while single bytes trickle in.
+    The timeout of a socket does not do that: it begins anew with each byte that trickles in.
     """
 
     STALL_SECONDS, PIECE_BYTES = 60, 256 * KIB  # of a send
@@ -1769,8 +1769,8 @@ class ConnectionInTime(AWSHTTPConnection):
         super().putrequest(method, url, *args, **more)
 
     def send(self, data: Any) -> None:
-        """Send bytes or a file in pieces, each within the time of a stall."""
-        # Older versions of urllib3 send a file at once.
+        """Send bytes or a file in pieces, each of which may take `STALL_SECONDS`."""
+        # Older versions of urllib3 pass a file and not its blocks.
         file = io.BytesIO(data) if isinstance(data, bytes) else data
         for piece in iter(functools.partial(file.read, self.PIECE_BYTES), b""):
             self._ends_at[self] = time.monotonic() + self.STALL_SECONDS
@@ -1789,7 +1789,7 @@ class ConnectionInTime(AWSHTTPConnection):
 
     @classmethod
     def watch(cls) -> None:
-        """Look for late requests every second, in a thread of its own, and end them."""
+        """End late requests, forever: this needs a thread of its own."""
         while True:
             time.sleep(1)
             for connection, ends_at in cls._ends_at.copy().items():
@@ -1829,7 +1829,7 @@ def import_boto3() -> None:
 class Concurrency:
     """How much may be under way at once: as much as the user wants and open files allow.
 
-    A request has two files open: what it sends, and its connection.
+    A request needs two file descriptors: for what it sends, and for its connection.
     """
 
     def __init__(self, options: Options, *, files_max: int) -> None:
@@ -1854,7 +1854,7 @@ class DigestMismatch(UploadError):
 
 
 def request_errors() -> tuple[type[Exception], ...]:
-    """Return what a request, or the proof of its answer, may raise."""
+    """Return the exceptions that a request, or the check of its answer, may raise."""
     return (
         DigestMismatch,
         botocore.exceptions.ClientError,
@@ -1891,7 +1891,7 @@ class Credentials(NamedTuple):
 
 
 class CredentialSource:
-    """Where the credentials of a run come from, in the place of botocore's own providers.
+    """The credentials of a run and their source, in place of botocore's own providers.
 
     botocore renews credentials with a known expiry. Another program may renew others, so the
     source is asked again when a server calls them expired. Raises botocore's errors and StopRun.
@@ -1939,7 +1939,7 @@ class CredentialSource:
             return self._given is not used
 
     def _ask(self) -> tuple[botocore.session.Session, Credentials]:
-        """Return a new session, which reads all files anew, and what it gives at first."""
+        """Return a new session, which reads the user's files again, and its credentials."""
         session = botocore.session.Session(profile=self._profile)
         return session, self._credentials_of(session)
 
@@ -1980,7 +1980,7 @@ def send_small_body_at_once(params: Parameters, **_: object) -> None:
 
 
 def follow_no_redirect(context: dict[str, dict[str, bool]], **_: object) -> None:
-    """Keep botocore from asking HeadBucket where HeadBucket redirects to (an event handler)."""
+    """Keep botocore from following a redirect by another HeadBucket (an event handler)."""
     context["s3_redirect"]["redirected"] = True
 
 
@@ -2064,7 +2064,7 @@ class Session:
 
 
 def endpoint_of(client: S3Client) -> str:
-    """Return the name of the client's server in the state: no region of AWS, no user."""
+    """Return the client's server as the state names it, without AWS's region or a user."""
     host = re.sub(r".*@|^\w+://", "", client.meta.endpoint_url).rstrip("/")
     return re.sub(r"^[^/]*\.(?=amazonaws\.)", "", host)
 
@@ -2122,6 +2122,13 @@ def region_of(answer: Answer) -> str:
     return headers.get("x-amz-bucket-region", "")
 
 
+def meaning_of(code: str, status: str) -> tuple[Trouble, str]:
+    """Return the trouble and the advice for an error code, or else for the HTTP status."""
+    # An unknown code that comes with 403 is no refusal of all files.
+    known = code if code in MEANING_OF or status == "403" else status
+    return MEANING_OF.get(known, (Trouble.OF_FILE, ""))
+
+
 def error_of_answer(response: Answer) -> UploadError:
     """Return the meaning of an error answer of S3."""
     metadata, error = response.get("ResponseMetadata", {}), response.get("Error", {})
@@ -2136,9 +2143,7 @@ def error_of_answer(response: Answer) -> UploadError:
     text, message = f"S3 answered {code}", one_line((error.get("Message") or "").strip() or code)
     if message.replace(" ", "").lower() != code.lower():
         text += f" ({message})"
-    # An unknown code that comes with 403 is no refusal of all files.
-    known = code if code in MEANING_OF or status == "403" else status
-    trouble, advice = MEANING_OF.get(known, (Trouble.OF_FILE, ""))
+    trouble, advice = meaning_of(code, status)
     return UploadError("; ".join(filter(None, (text, advice))), code=code, trouble=trouble)
 
 
@@ -2173,8 +2178,7 @@ class Retries:
     `slots` bounds the requests under way at once.
     """
 
-    # Passing trouble is retried for so long after the first failure; for the first request of a
-    # run, less.
+    # How long requests are retried after the first failure, if the trouble is passing.
     PATIENCE_SECONDS = 60
     FIRST_PATIENCE_SECONDS = 9
     BACKOFF_FIRST_SECONDS = 0.5
@@ -2228,12 +2232,15 @@ class Retries:
                 break
             self.stop.wait(random.uniform(pause / 2, pause))
             pause = min(2 * pause, self.BACKOFF_MAX_SECONDS)
-        # A server that has long been silent to all threads is gone.
-        silent_seconds = time.monotonic() - self._alive_at
-        is_gone = error.trouble in SILENT and silent_seconds > self._patience_seconds / 2
-        if may_stop_run and (is_gone or error.trouble is Trouble.OF_ALL):
+        if may_stop_run and self._meets_every_file(error.trouble):
             raise StopRun(str(error))
         raise error
+
+    def _meets_every_file(self, trouble: Trouble) -> bool:
+        # A server that has long been silent to all threads is gone.
+        silent_seconds = time.monotonic() - self._alive_at
+        is_gone = trouble in SILENT and silent_seconds > self._patience_seconds / 2
+        return is_gone or trouble is Trouble.OF_ALL
 
 
 # --- bucket -----------------------------------------------------------------------
@@ -3193,7 +3200,7 @@ def new_md5(data: bytes = b"") -> hashlib._Hash:
 
 
 def base64_of(digest: bytes) -> str:
-    """Return `digest` as S3's headers want it."""
+    """Return `digest` in base64, as S3's headers have it."""
     return base64.b64encode(digest).decode("ascii")
 
 
@@ -3318,15 +3325,16 @@ class SourceFile(io.FileIO):
             return None
         return etag_of_parts([self.digests(n, part_size).md5 for n in range(1, count + 1)])
 
-    def check_unchanged(self, has_same_start: Callable[[], bool]) -> None:
+    def check_unchanged(self, md5s: Mapping[int, bytes], part_size: int) -> None:
         """Raise FileChanged unless the file has the same bytes as before, or has only grown.
 
-        The bytes are compared only if size or times differ; ctime counts because a program can
-        set mtime back.
+        `md5s` are those of its parts, by number. The parts are read again only if size or times
+        differ; ctime counts because a program can set mtime back.
         """
         statuses = self.status, os.fstat(self.fileno())
         was, now = ((s.st_size, s.st_mtime_ns, ctime_of(s)) for s in statuses)
-        if now[0] < was[0] or (now != was and not has_same_start()):
+        known = md5s.items() if now != was else ()
+        if now[0] < was[0] or any(self.digests(n, part_size).md5 != md5 for n, md5 in known):
             raise FileChanged
 
 
@@ -3335,7 +3343,7 @@ guess_type = functools.lru_cache(1024)(mimetypes.guess_type)
 
 
 def content_type_of(path: str) -> str | None:
-    """Return the media type of a file, which only the suffixes of its name decide."""
+    """Return the media type of a file, by the suffixes of its name."""
     suffixes = os.path.basename(path).partition(".")[2]
     return guess_type(f"name.{suffixes}")[0]
 
@@ -3369,9 +3377,9 @@ class Bandwidth:
 class LargeReads:
     """A body for boto3, `size` bytes of a file from `start` on, that is read in large pieces.
 
-    urllib3 asks for 16 KiB at a time and sends whatever it gets: at a gigabyte a second
-    the small reads would cost as much as the sending. `on_moved` is called after each piece with
-    the number of bytes read so far.
+    urllib3 asks for 16 KiB at a time and sends whatever it gets: at a gigabyte a second, such
+    small reads would cost as much as the sending. `on_moved` is called after each piece with the
+    number of bytes read so far.
     """
 
     def __init__(
@@ -3402,7 +3410,7 @@ class LargeReads:
         return data
 
 
-# Returns when the disk has the id of a new multipart upload, which is in the result.
+# Called with an entry's index and a result: returns when the disk has its `upload_id`.
 SaveUpload = Callable[[int, Result], None]
 
 
@@ -3452,7 +3460,7 @@ class Uploader:
         return result
 
     def open(self, path: str) -> SourceFile:
-        """Open a file; to hash it raises Stopped when the run is being stopped."""
+        """Open a file whose hashing raises Stopped when the run is being stopped."""
         return SourceFile(
             path,
             no_links_below=self.options.no_links_below,
@@ -3499,19 +3507,16 @@ class Uploader:
             result.etag = etag_of(proof) or etag_of(answer)
             result.sse = opaque_encryption(proof)
 
-        def has_same_start() -> bool:
-            return source.md5() == md5
-
         try:
             self.retries.run(put, damaged_tries=int(task.was_in_lane and not answers))
         except UploadError as error:
             # S3 refuses a file that changes between hashing and sending as damaged.
-            source.check_unchanged(has_same_start)
+            source.check_unchanged({1: md5}, source.size)
             if error.trouble is Trouble.NO_ANSWER and body.tell():
                 why = f"{error}, or send it in parts by a lower --multipart-threshold"
                 raise UploadError(why, trouble=error.trouble) from error
             raise
-        source.check_unchanged(has_same_start)
+        source.check_unchanged({1: md5}, source.size)
 
     def _body(self, task: Task, source: SourceFile) -> tuple[io.BytesIO | LargeReads, bytes]:
         """Return the body of a put, and the MD5 of its bytes."""
@@ -3579,17 +3584,17 @@ class Uploader:
 
 
 class WrongObject(DigestMismatch):
-    """S3 has completed the upload, but the object holds other bytes."""
+    """S3 completed the upload, but the object holds other bytes."""
 
 
-class NotThere(DigestMismatch):
+class NoObject(DigestMismatch):
     """S3 answered that it completed the upload, but there is no object."""
 
 
 class FileInParts:
     """A file that is sent in parts: the digests of its parts, and the proof of its object.
 
-    `etag` is that of the object, once it is proven; `sse` is set if ETags are no MD5s.
+    `etag` is that of the object, or None until it is proven; `sse` is set if ETags are no MD5s.
     https://docs.aws.amazon.com/AmazonS3/latest/userguide/checking-object-integrity.html
     """
 
@@ -3598,7 +3603,7 @@ class FileInParts:
         self.begin()
 
     def begin(self) -> None:
-        """Prepare to send it: what an earlier run began to send is resumed, or else all of it."""
+        """Prepare to send all of it, or what the upload to resume lacks."""
         wanted = self.result.part_size or self.uploader.options.multipart_chunksize
         self.part_size = part_size_for(self.source.size, wanted)
         self.digests: dict[int, Digests] = {}  # by the number of the part
@@ -3607,7 +3612,7 @@ class FileInParts:
         is_asked_for = config.request_checksum_calculation == "when_supported"
         self.has_crc32 = is_asked_for or is_aws(self.uploader.client)
         self.sse: str | None = None
-        self.etag = ""
+        self.etag: str | None = None
 
     def open(self) -> SourceFile:
         """Open the file again; raise OSError, or FileChanged if its path leads to another file."""
@@ -3627,29 +3632,25 @@ class FileInParts:
 
     def check_unchanged(self) -> None:
         """Raise FileChanged unless the file still has the parts that were read."""
-
-        def has_same_parts() -> bool:
-            known = self.digests.items()
-            return all(self.read(number, self.source).md5 == part.md5 for number, part in known)
-
-        with self.open():  # for which NFS asks the server how the file is now
-            self.source.check_unchanged(has_same_parts)
+        md5s = {number: part.md5 for number, part in self.digests.items()}
+        with self.open():  # NFS then asks the server for the present size and times
+            self.source.check_unchanged(md5s, self.part_size)
 
     def note_encryption(self, answer: Answer) -> None:
         """Record whether ETags are no MD5s, if an answer says so."""
         self.sse = self.sse or opaque_encryption(answer)
 
     def prove(self, answer: Answer) -> None:
-        """Take the ETag of the object that S3 completed with this answer.
+        """Record the ETag of the object that S3 completed with this answer.
 
-        Raise WrongObject if it holds other bytes, NotThere if there is none. If neither the
+        Raise WrongObject if it holds other bytes, NoObject if there is none. If neither the
         answer nor HeadObject tells, the proof is that S3 accepted the Content-MD5 of each part.
         """
         mismatch = self._mismatch(answer)
         if mismatch is None and (head := self._head()) is not None:
             if not head:
-                raise NotThere("its ETag is missing, and no object is there")
-            answer, mismatch = head, f"the object there has not {self.source.size:,} bytes"
+                raise NoObject("its ETag is missing, and no object is there")
+            answer, mismatch = head, f"its size is not {self.source.size:,} bytes"
             if head.get("ContentLength") == self.source.size:
                 mismatch = self._mismatch(head)
         if mismatch:
@@ -3657,7 +3658,7 @@ class FileInParts:
         self.etag = etag_of(answer)
 
     def prove_in_place(self, *, within_seconds: float = 0) -> bool:
-        """Return whether the object is there, or appears, and provably holds the bytes."""
+        """Return whether the object is there, or soon appears, and holds the bytes."""
         give_up_at = time.monotonic() + within_seconds
         while True:
             head = self._head() or {}
@@ -3673,29 +3674,30 @@ class FileInParts:
             self.uploader.retries.stop.wait(Retries.BACKOFF_MAX_SECONDS)
             self.uploader.retries.check_stopped()
 
-    def _mismatch(self, answer: Answer) -> str | None:
-        """Return how the object in an answer differs, "" if it does not, None if that is unclear.
-
-        S3's ETag is the MD5 of the MD5s of the parts, and its CRC32 that of their CRC32s.
-        """
-        self.note_encryption(answer)
+    def _expected(self) -> tuple[str, str]:
+        """Return the ETag and the CRC32 that S3 makes of those of the parts."""
         parts = [part for _, part in sorted(self.digests.items())]
-        etag, expected = etag_of(answer), etag_of_parts([part.md5 for part in parts])
-        why = f"its ETag is {etag or 'missing'} and should be {expected}"
-        if etag == expected:
+        crc32 = zlib.crc32(b"".join(part.crc32 for part in parts)).to_bytes(4, "big")
+        return etag_of_parts([part.md5 for part in parts]), f"{base64_of(crc32)}-{len(parts)}"
+
+    def _mismatch(self, answer: Answer) -> str | None:
+        """Return how the object in an answer differs, "" if it does not, None if unclear."""
+        self.note_encryption(answer)
+        expected_etag, expected_crc32 = self._expected()
+        etag, crc32, count = etag_of(answer), answer.get("ChecksumCRC32", ""), len(self.digests)
+        if etag == expected_etag:
             return ""
-        crc32 = answer.get("ChecksumCRC32") or ""
-        if self.has_crc32 and crc32.endswith(f"-{len(parts)}"):
-            of_parts = zlib.crc32(b"".join(part.crc32 for part in parts)).to_bytes(4, "big")
-            expected = f"{base64_of(of_parts)}-{len(parts)}"
-            return "" if crc32 == expected else f"its CRC32 is {crc32} and should be {expected}"
+        if self.has_crc32 and crc32.endswith(f"-{count}"):
+            why = f"its CRC32 is {crc32} and should be {expected_crc32}"
+            return "" if crc32 == expected_crc32 else why
         if self.sse:
             return None
+        why = f"its ETag is {etag or 'missing'} and should be {expected_etag}"
         if re.fullmatch(r"[0-9a-f]{32}", etag):
             with self.open() as source:
                 return "" if source.md5().hex() == etag else why
         # With another number of parts, the server has put them together in its own way.
-        return why if re.fullmatch(rf"[0-9a-f]{{32}}-{len(parts)}", etag) else None
+        return why if re.fullmatch(rf"[0-9a-f]{{32}}-{count}", etag) else None
 
     def _head(self) -> Answer | None:
         head = functools.partial(self.uploader.head_object, self.task.key)
@@ -3766,7 +3768,7 @@ class PartsClient:
         return {"ETag": etag, **crc32}  # S3Transfer passes them on to complete the upload
 
     def _send(self, md5: bytes, parameters: Parameters) -> str:
-        """Try once to send a part; return its ETag as the server writes it."""
+        """Send a part once; return its ETag as CompleteMultipartUpload wants it."""
         parameters["Body"].seek(0)
         answer = self._client.upload_part(**parameters)
         self._file.note_encryption(answer)
@@ -3800,7 +3802,7 @@ class PartsClient:
         return {}
 
     def _prove_despite(self, error: UploadError, *, tries: int) -> None:
-        """Prove the object if S3 has completed it although the last try failed; else raise."""
+        """Prove the object, if S3 completed it although the last try failed, or raise."""
         if error.trouble is Trouble.OF_ALL:
             raise StopRun(str(error)) from error
         if error.code not in USELESS_UPLOAD and error.trouble not in PASSING:
@@ -3840,7 +3842,7 @@ class MultipartUpload:
             except FileChanged:
                 self._abort()
                 raise
-            except (WrongObject, NotThere) as error:
+            except (WrongObject, NoObject) as error:
                 if isinstance(error, WrongObject):
                     self._forget_upload()
                 if tries == Retries.DAMAGED_TRIES:
@@ -3854,7 +3856,7 @@ class MultipartUpload:
     def _attempt(self) -> None:
         """Send what S3 lacks of the file, and record the object's proven ETag."""
         file, on_s3 = self._file, self._find_parts()
-        if not file.etag:
+        if file.etag is None:
             try:
                 self._transfer(PartsClient(file, on_s3))
             except UploadError:
@@ -3900,9 +3902,9 @@ class MultipartUpload:
         self._file.begin()
 
     def _find_parts(self) -> Mapping[int, PartTypeDef]:
-        """Return what S3 has of the recorded upload; forget that if it is of no use.
+        """Return the parts that S3 has of the recorded upload; give up an upload of no use.
 
-        If S3 has completed it, prove the object. Raise UploadError if S3 does not tell now.
+        If S3 has completed the upload, prove the object. Raise UploadError if S3 does not tell.
         """
         if not self._result.upload_id:
             return {}
@@ -3915,8 +3917,8 @@ class MultipartUpload:
                 if not self._file.prove_in_place():
                     self._forget_upload()
                 return {}
-            is_unknown = error.trouble in {*PASSING, Trouble.OF_ALL}
-            if is_unknown and error.code != "NotImplemented":
+            may_be_there = error.trouble in {*PASSING, Trouble.OF_ALL}
+            if may_be_there and error.code != "NotImplemented":
                 raise
         if on_s3 is None:
             self._abort()
@@ -4063,7 +4065,7 @@ class LanePut:
             with self._source as source:
                 ended.result()
                 unproven = None if proves(answer, self.md5) else self.md5.hex()
-                source.check_unchanged(lambda: source.md5() == self.md5)
+                source.check_unchanged({1: self.md5}, source.size)
         except (awscrt.exceptions.AwsCrtError, UploadError, OSError):
             return LaneResult(self._index)
         file = source.size, source.status.st_mtime_ns, source.ctime_ns
