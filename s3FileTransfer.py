@@ -3584,11 +3584,7 @@ class Uploader:
 
 
 class WrongObject(DigestMismatch):
-    """S3 completed the upload, but the object holds other bytes."""
-
-
-class NoObject(DigestMismatch):
-    """S3 answered that it completed the upload, but there is no object."""
+    """S3 said that it completed the upload, but the object holds other bytes or is missing."""
 
 
 class FileInParts:
@@ -3613,6 +3609,11 @@ class FileInParts:
         self.has_crc32 = is_asked_for or is_aws(self.uploader.client)
         self.sse: str | None = None
         self.etag: str | None = None
+
+    def forget_upload(self) -> None:
+        """Have the next attempt send all of the file, perhaps with another part size."""
+        self.result.upload_id = self.result.part_size = None
+        self.begin()
 
     def open(self) -> SourceFile:
         """Open the file again; raise OSError, or FileChanged if its path leads to another file."""
@@ -3643,17 +3644,18 @@ class FileInParts:
     def prove(self, answer: Answer) -> None:
         """Record the ETag of the object that S3 completed with this answer.
 
-        Raise WrongObject if it holds other bytes, NoObject if there is none. If neither the
-        answer nor HeadObject tells, the proof is that S3 accepted the Content-MD5 of each part.
+        Raise WrongObject if that is not the file. If neither the answer nor HeadObject tells,
+        the proof is that S3 accepted the Content-MD5 of each part.
         """
         mismatch = self._mismatch(answer)
         if mismatch is None and (head := self._head()) is not None:
-            if not head:
-                raise NoObject("its ETag is missing, and no object is there")
+            if not head:  # the upload may still be open
+                raise WrongObject("its ETag is missing, and no object is there")
             answer, mismatch = head, f"its size is not {self.source.size:,} bytes"
             if head.get("ContentLength") == self.source.size:
                 mismatch = self._mismatch(head)
         if mismatch:
+            self.forget_upload()
             raise WrongObject(mismatch)
         self.etag = etag_of(answer)
 
@@ -3842,16 +3844,14 @@ class MultipartUpload:
             except FileChanged:
                 self._abort()
                 raise
-            except (WrongObject, NoObject) as error:
-                if isinstance(error, WrongObject):
-                    self._forget_upload()
+            except WrongObject:
                 if tries == Retries.DAMAGED_TRIES:
                     raise
             except UploadError as error:
                 if error.code not in USELESS_UPLOAD or tries == Retries.DAMAGED_TRIES:
                     raise
                 self._abort()
-                self._forget_upload()
+                self._file.forget_upload()
 
     def _attempt(self) -> None:
         """Send what S3 lacks of the file, and record the object's proven ETag."""
@@ -3896,11 +3896,6 @@ class MultipartUpload:
     def _abort(self) -> None:
         self._uploader.abort(self._file.task, self._result)
 
-    def _forget_upload(self) -> None:
-        """Have the next attempt send all, perhaps with another part size."""
-        self._result.upload_id = self._result.part_size = None
-        self._file.begin()
-
     def _find_parts(self) -> Mapping[int, PartTypeDef]:
         """Return the parts that S3 has of the recorded upload; give up an upload of no use.
 
@@ -3915,14 +3910,14 @@ class MultipartUpload:
             if error.code in UPLOAD_GONE:
                 # Perhaps S3 completed it, and only the answer was lost.
                 if not self._file.prove_in_place():
-                    self._forget_upload()
+                    self._file.forget_upload()
                 return {}
             may_be_there = error.trouble in {*PASSING, Trouble.OF_ALL}
             if may_be_there and error.code != "NotImplemented":
                 raise
         if on_s3 is None:
             self._abort()
-            self._forget_upload()
+            self._file.forget_upload()
         return on_s3 or {}
 
     def _list_parts(self) -> Mapping[int, PartTypeDef] | None:
