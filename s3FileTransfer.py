@@ -1959,15 +1959,16 @@ class CredentialSource:
         found = [str(text or "") for text in (frozen.access_key, frozen.secret_key, frozen.token)]
         # An error about a header that cannot be sent would show them.
         if not re.fullmatch("([!-~]+ ){2}[!-~]*", " ".join(found)):
-            raise StopRun("credentials with no key, white space or odd characters; set them again")
+            why = "the credentials lack a key, or have white space or odd characters"
+            raise StopRun(f"{why}; set them again")
         return Credentials(found[0], found[1], found[2] or None)
 
 
 def check_address(address: str, what: str) -> None:
     """Raise StopRun if `one_line` would not find all of a password in `address`."""
     if "@" in address and not re.fullmatch(r"(\w+://)?[^\s/?#@]*@[^@]*", address):
-        why = "has an @ where no password can end"
-        raise StopRun(f"the {what} {why}; write odd characters as %2F, %40, %23, %20")
+        why = f"it is unclear where the password in the {what} ends"
+        raise StopRun(f"{why}; write / as %2F, @ as %40, # as %23, a space as %20")
 
 
 def send_small_body_at_once(params: Parameters, **_: object) -> None:
@@ -3816,7 +3817,7 @@ class PartsClient:
         if tries == 1:
             raise error
         # Without the code of `error`: S3 may still complete the upload, so it is not aborted.
-        why = f"{error}; no answer said that it is complete, and it does not appear"
+        why = f"{error}; no answer confirmed the upload, and the object does not appear"
         raise UploadError(why, trouble=error.trouble) from error
 
     def abort_multipart_upload(self, **_: object) -> Parameters:
