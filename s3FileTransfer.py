@@ -1966,7 +1966,7 @@ class CredentialSource:
 
 def check_address(address: str, what: str) -> None:
     """Raise StopRun if `one_line` would not find all of a password in `address`."""
-    if "@" in address and not re.fullmatch(r"(\w+://)?[^\s/?#@]*@[^@]*", address):
+    if "@" in address and not re.fullmatch(r"((\w+:)?//)?[^\s/?#@]*@[^@]*", address):
         why = f"it is unclear where the password in the {what} ends"
         raise StopRun(f"{why}; write / as %2F, @ as %40, # as %23, a space as %20")
 
@@ -3255,7 +3255,7 @@ def etag_of_parts(md5s: list[bytes]) -> str:
 class SourceFile(io.FileIO):
     """A regular file, open for reading, and its status when it was opened.
 
-    `on_read` is called with the number of bytes of each piece that is hashed. Raises OSError;
+    `on_read` is called with the size of each piece that is hashed. Raises OSError;
     UploadError if there is no regular file (a FIFO never hangs), or if the path leads through a
     symbolic link below `no_links_below`; and FileChanged if the file has become shorter.
     """
@@ -3264,7 +3264,9 @@ class SourceFile(io.FileIO):
     YOUNG_NS = 2 * 10**9
     READ_BYTES = MIB
 
-    def __init__(self, path: str, *, no_links_below: str | None, on_read: OnRead = int) -> None:
+    def __init__(
+        self, path: str, *, no_links_below: str | None, on_read: OnRead | None = None
+    ) -> None:
         descriptor = open_below(no_links_below, path, os.O_RDONLY | OPEN_FLAGS)
         self.status = os.fstat(descriptor)
         if not stat.S_ISREG(self.status.st_mode):
@@ -3299,7 +3301,8 @@ class SourceFile(io.FileIO):
             md5.update(data)
             if with_crc32:
                 crc32 = zlib.crc32(data, crc32)
-            self._on_read(len(data))
+            if self._on_read:
+                self._on_read(len(data))
             left -= len(data)
         if left:
             raise FileChanged
@@ -3924,15 +3927,14 @@ class MultipartUpload:
     def _list_parts(self) -> Mapping[int, PartTypeDef] | None:
         """Return the parts by number, or None if the upload is not as this run wants it."""
         on_s3: dict[int, PartTypeDef] = {}
-        wanted_class = self._uploader.options.storage_class
+        key, wanted_class = self._file.task.key, self._uploader.options.storage_class
         pages = self._uploader.client.get_paginator("list_parts").paginate(
-            Bucket=self._uploader.bucket.name,
-            Key=self._file.task.key,
-            UploadId=self._result.upload_id or "",
+            Bucket=self._uploader.bucket.name, Key=key, UploadId=self._result.upload_id or ""
         )
         for page in pages:
             # The object would get the storage class that the upload was started with.
-            if wanted_class and page.get("StorageClass", wanted_class) != wanted_class:
+            is_other_class = page.get("StorageClass", wanted_class) != wanted_class
+            if page.get("Key", key) != key or (wanted_class and is_other_class):
                 return None
             self._file.has_crc32 = page.get("ChecksumAlgorithm") == "CRC32"
             on_s3 |= {part["PartNumber"]: part for part in page.get("Parts", ())}
