@@ -3809,7 +3809,7 @@ class PartsClient:
 
     def _prove_despite(self, error: UploadError, *, tries: int) -> None:
         """Prove the object, if S3 completed it although the last try failed, or raise."""
-        if error.trouble is Trouble.OF_ALL:
+        if error.trouble is Trouble.OF_ALL and error.code != "NotImplemented":
             raise StopRun(str(error)) from error
         if error.code not in USELESS_UPLOAD and error.trouble not in PASSING:
             raise error
