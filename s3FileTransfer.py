@@ -429,10 +429,6 @@ class FileChanged(UploadError):
         super().__init__("it changed while it was sent; stop its writer or back up a snapshot")
 
 
-class DigestMismatch(Exception):
-    """S3's answer does not prove that the object holds the bytes that were read."""
-
-
 def reason(error: OSError | UploadError) -> str:
     """Return what an error says; for an OSError, without path and number."""
     if isinstance(error, UploadError):
@@ -472,7 +468,7 @@ def shown(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def foreign_text(source: object) -> str:
+def one_line(source: object) -> str:
     """Return a text from elsewhere as one printable line of bounded length, without passwords."""
     # Cut first, since a server may send any length. `check_address` refuses an address in which
     # this would not find the password.
@@ -1398,7 +1394,7 @@ class StateFile:
             why = f"cannot read the state file {shown(self.path)}: {reason(error)}"
             raise StopRun(f"{why}; run as its owner, or choose another --statefile") from error
         except (ValueError, RecursionError) as error:
-            why = f"the state file {shown(self.path)} is damaged: {foreign_text(error)}"
+            why = f"the state file {shown(self.path)} is damaged: {one_line(error)}"
             raise StopRun(f"{why}; move it away, or choose another --statefile") from error
 
     def has_journal(self) -> bool:
@@ -1753,34 +1749,31 @@ class LastEntries:
 
 
 class ConnectionInTime(AWSHTTPConnection):
-    """Mixed into botocore's connections: ends a request that takes too long.
+    """A mixin for botocore's connections: ends a request that takes too long.
 
-    No socket timeout does that while single bytes trickle in.
+    The timeout of a socket does not do that: it begins anew with each byte that trickles in.
     """
 
+    STALL_SECONDS, PIECE_BYTES = 60, 256 * KIB  # of a send
     ANSWER_SECONDS = 120
     # S3 may take minutes to put many parts together, and sends spaces meanwhile; others do not.
     COMPLETE_SECONDS = 900
-    STALL_SECONDS, PIECE_BYTES = 60, 256 * KIB  # of a send
-    SLOWEST_RATE = 100  # bytes a second; many requests may share a slow line
     _ends_at: ClassVar[dict[ConnectionInTime, float]] = {}
 
-    def request(self, method: str, url: str, *args: Any, **more: Any) -> Any:
-        """Send a request."""
-        size = int((more.get("headers") or {}).get("Content-Length") or 0)
-        self._ends_at[self] = time.monotonic() + self.ANSWER_SECONDS + size / self.SLOWEST_RATE
+    def putrequest(self, method: str, url: str, *args: bool, **more: bool) -> None:
+        """Begin a request."""
         self._is_complete = method == "POST" and "uploadId=" in url
-        return super().request(method, url, *args, **more)
+        super().putrequest(method, url, *args, **more)
 
     def send(self, data: Any) -> None:
-        """Send in pieces, each with the timeout of a stall."""
-        if self.sock:  # it still has the shorter timeout of connecting
-            self.sock.settimeout(self.STALL_SECONDS)
-        view: Any = memoryview(data if isinstance(data, bytes) else b"")
-        for start in range(0, len(view), self.PIECE_BYTES):
-            super().send(view[start : start + self.PIECE_BYTES])
-        if not view:  # a file, which older versions of urllib3 read in pieces
-            super().send(data)
+        """Send bytes or a file in pieces, each of which may take `STALL_SECONDS`."""
+        # Older versions of urllib3 pass a file and not its blocks.
+        file = io.BytesIO(data) if isinstance(data, bytes) else data
+        for piece in iter(functools.partial(file.read, self.PIECE_BYTES), b""):
+            self._ends_at[self] = time.monotonic() + self.STALL_SECONDS
+            if self.sock:  # it still has the shorter timeout of connecting
+                self.sock.settimeout(self.STALL_SECONDS)
+            super().send(piece)
 
     def getresponse(self) -> Any:
         """Return the answer, of which only the head has been read."""
@@ -1793,7 +1786,7 @@ class ConnectionInTime(AWSHTTPConnection):
 
     @classmethod
     def watch(cls) -> None:
-        """Look for late requests every second, in a thread of its own, and end them."""
+        """End late requests, forever: this needs a thread of its own."""
         while True:
             time.sleep(1)
             for connection, ends_at in cls._ends_at.copy().items():
@@ -1833,7 +1826,7 @@ def import_boto3() -> None:
 class Concurrency:
     """How much may be under way at once: as much as the user wants and open files allow.
 
-    A request has two files open: what it sends, and its connection.
+    A request needs two file descriptors: for what it sends, and for its connection.
     """
 
     def __init__(self, options: Options, *, files_max: int) -> None:
@@ -1849,8 +1842,16 @@ Answer = Mapping[str, Any]  # of S3, as boto3 returns it
 Parameters = dict[str, Any]  # of a request of boto3
 
 
+class DigestMismatch(UploadError):
+    """S3's answer does not prove that the object holds the bytes that were read."""
+
+    def __init__(self, what: str) -> None:
+        why = f"{one_line(what)}; the network or the server damages data"
+        super().__init__(why, code="BadDigest", trouble=Trouble.DAMAGED)
+
+
 def request_errors() -> tuple[type[Exception], ...]:
-    """Return what a request, or the proof of its answer, may raise."""
+    """Return the exceptions that a request, or the check of its answer, may raise."""
     return (
         DigestMismatch,
         botocore.exceptions.ClientError,
@@ -1864,30 +1865,18 @@ INSTALL_RUNTIME = "awscrt is missing, old or disabled; run: python3 -m pip insta
 
 def configuration_error(error: Exception) -> StopRun:
     """Return the error, with advice, for a configuration that boto3 refuses."""
-    advice, why = "; check profile, credentials and endpoint", foreign_text(error)
+    why, advice = one_line(error), "check profile, credentials and endpoint"
     if isinstance(error, botocore.exceptions.NoCredentialsError):
-        advice = "; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or run: aws configure"
+        advice = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or run: aws configure"
     elif isinstance(error, botocore.exceptions.MissingDependencyException):
-        why, advice = "this needs more than boto3", f"; {INSTALL_RUNTIME}"
-    elif re.match(r"Invalid endpoint: (?!https?://)", why):
-        why, advice = re.sub(r": .*@", ": ", why), "; it needs http:// or https://"
+        why, advice = "this needs more than boto3", INSTALL_RUNTIME
+    elif re.fullmatch(r"Invalid endpoint: (?!https?://)[^@]*", why):
+        advice = "it needs http:// or https://"
     elif re.search(r"aws (sso )?login", why):  # boto3 gives the advice
         advice = ""
     elif not isinstance(error, request_errors()):
         why = why.partition(":")[0]  # the rest may be an address with a password
-    return StopRun(f"cannot use S3: {why}{advice}")
-
-
-def answer_of_source(ask: Callable[[], T]) -> T:
-    """Return what `ask` returns; a source of credentials may make botocore raise any error."""
-    try:
-        return ask()
-    except (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError):
-        raise
-    except Exception as error:
-        raise botocore.exceptions.CredentialRetrievalError(
-            provider="their source", error_msg=foreign_text(error)
-        ) from error
+    return StopRun("; ".join(filter(None, (f"cannot use S3: {why}", advice))))
 
 
 class Credentials(NamedTuple):
@@ -1899,7 +1888,7 @@ class Credentials(NamedTuple):
 
 
 class CredentialSource:
-    """Where the credentials of a run come from, in the place of botocore's own providers.
+    """The credentials of a run and their source, in place of botocore's own providers.
 
     botocore renews credentials with a known expiry. Another program may renew others, so the
     source is asked again when a server calls them expired. Raises botocore's errors and StopRun.
@@ -1912,8 +1901,7 @@ class CredentialSource:
 
     def __init__(self, profile: str | None) -> None:
         self._profile, self._lock = profile, threading.Lock()
-        # What the source gave last: botocore's object, and its content at that time.
-        self._known = self._ask()
+        self._session, self._given = self._ask()
         self._asked_about: Credentials | None = None
 
     def load_credentials(self) -> CredentialSource:
@@ -1924,53 +1912,60 @@ class CredentialSource:
         """Tell botocore that the account is not known."""
 
     def get_frozen_credentials(self) -> Credentials:
-        """Return the present credentials."""
-        return self._frozen(self._known[0])
+        """Return the present credentials, like botocore's."""
+        return self._credentials_of(self._session)
 
     def renewing(self, attempt: Callable[[], T]) -> T:
         """Return what `attempt` returns, once repeated if expired credentials have been renewed."""
-        _, used = self._known
+        used = self._given
         try:
             return attempt()
         except botocore.exceptions.ClientError as error:
             is_expired = error.response.get("Error", {}).get("Code") in self.EXPIRED_CODES
-            if is_expired and self._has_others_than(used):
-                return attempt()
-            raise
+            if not (is_expired and self._gives_others_than(used)):
+                raise
+        return attempt()
 
-    def _has_others_than(self, used: Credentials) -> bool:
+    def _gives_others_than(self, used: Credentials) -> bool:
         with self._lock:  # only the first of many threads asks
-            if self._known[1] is used and self._asked_about is not used:
-                others, self._asked_about = self._ask(), used
-                if others[1] != used:
-                    self._known = others
-            return self._known[1] is not used
+            if self._given is used and self._asked_about is not used:
+                self._asked_about = used
+                session, given = self._ask()
+                if given != used:
+                    self._session, self._given = session, given
+            return self._given is not used
 
-    def _ask(self) -> tuple[botocore.credentials.Credentials, Credentials]:
-        session = botocore.session.Session(profile=self._profile)  # which reads all files anew
-        if credentials := answer_of_source(session.get_credentials):
-            return credentials, self._frozen(credentials)
-        raise botocore.exceptions.NoCredentialsError
+    def _ask(self) -> tuple[botocore.session.Session, Credentials]:
+        """Return a new session, which reads the user's files again, and its credentials."""
+        session = botocore.session.Session(profile=self._profile)
+        return session, self._credentials_of(session)
 
     @staticmethod
-    def _frozen(credentials: botocore.credentials.Credentials) -> Credentials:
-        frozen = answer_of_source(credentials.get_frozen_credentials)
+    def _credentials_of(session: botocore.session.Session) -> Credentials:
+        try:
+            credentials = session.get_credentials()
+            frozen = credentials.get_frozen_credentials() if credentials else None
+        except (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError):
+            raise
+        except Exception as error:  # a source may make botocore raise any
+            raise botocore.exceptions.CredentialRetrievalError(
+                provider="their source", error_msg=one_line(error)
+            ) from error
+        if not frozen:
+            raise botocore.exceptions.NoCredentialsError
         found = [str(text or "") for text in (frozen.access_key, frozen.secret_key, frozen.token)]
         # An error about a header that cannot be sent would show them.
         if not re.fullmatch("([!-~]+ ){2}[!-~]*", " ".join(found)):
-            raise StopRun("credentials with no key, white space or odd characters; set them again")
+            why = "the credentials lack a key, or have white space or odd characters"
+            raise StopRun(f"{why}; set them again")
         return Credentials(found[0], found[1], found[2] or None)
 
 
 def check_address(address: str, what: str) -> None:
-    """Raise StopRun if it is unclear where the password in `address` ends; do not quote it."""
-    user, at, _ = address.rpartition("@")
-    netloc = ""
-    with contextlib.suppress(ValueError):
-        netloc = urllib.parse.urlsplit(address if "//" in address else f"//{address}").netloc
-    if at and (netloc.rpartition("@")[0] != user.rpartition("//")[2] or re.search(r"[\s@]", user)):
-        why = "has an @ where no password can end"
-        raise StopRun(f"the {what} {why}; write odd characters as %2F, %40, %23, %20")
+    """Raise StopRun if `one_line` would not find all of a password in `address`."""
+    if "@" in address and not re.fullmatch(r"((\w+:)?//)?[^\s/?#@]*@[^@]*", address):
+        why = f"it is unclear where the password in the {what} ends"
+        raise StopRun(f"{why}; write / as %2F, @ as %40, # as %23, a space as %20")
 
 
 def send_small_body_at_once(params: Parameters, **_: object) -> None:
@@ -1983,13 +1978,13 @@ def send_small_body_at_once(params: Parameters, **_: object) -> None:
 
 
 def follow_no_redirect(context: dict[str, dict[str, bool]], **_: object) -> None:
-    """Keep botocore from asking HeadBucket where HeadBucket redirects to (an event handler)."""
+    """Keep botocore from following a redirect by another HeadBucket (an event handler)."""
     context["s3_redirect"]["redirected"] = True
 
 
-def name_bucket_owner(owner: str, params: Parameters, model: Any, **_: object) -> None:
-    """Add the owner to each request that has a parameter for it (a botocore event handler)."""
-    if "ExpectedBucketOwner" in model.input_shape.members:  # CreateBucket lacks it
+def name_bucket_owner(owner: str, params: Parameters, event_name: str, **_: object) -> None:
+    """Add the owner to each request that takes it (a botocore event handler)."""
+    if not event_name.endswith(".CreateBucket"):
         params["ExpectedBucketOwner"] = owner
 
 
@@ -2067,7 +2062,7 @@ class Session:
 
 
 def endpoint_of(client: S3Client) -> str:
-    """Return the name of the client's server in the state: no region of AWS, no user."""
+    """Return the client's server as the state names it, without AWS's region or a user."""
     host = re.sub(r".*@|^\w+://", "", client.meta.endpoint_url).rstrip("/")
     return re.sub(r"^[^/]*\.(?=amazonaws\.)", "", host)
 
@@ -2127,25 +2122,23 @@ def region_of(answer: Answer) -> str:
 
 def meaning_of(code: str, status: str) -> tuple[Trouble, str]:
     """Return the trouble and the advice for an error code, or else for the HTTP status."""
-    if code in MEANING_OF:
-        return MEANING_OF[code]
-    trouble, advice = MEANING_OF.get(status, (Trouble.OF_FILE, ""))
     # An unknown code that comes with 403 is no refusal of all files.
-    return (Trouble.OF_FILE, "") if trouble is Trouble.REFUSAL else (trouble, advice)
+    known = code if code in MEANING_OF or status == "403" else status
+    return MEANING_OF.get(known, (Trouble.OF_FILE, ""))
 
 
 def error_of_answer(response: Answer) -> UploadError:
     """Return the meaning of an error answer of S3."""
     metadata, error = response.get("ResponseMetadata", {}), response.get("Error", {})
-    status, headers = str(metadata.get("HTTPStatusCode", "")), metadata.get("HTTPHeaders", {})
-    code = foreign_text(error.get("Code") or status)
+    status = str(metadata.get("HTTPStatusCode", ""))
+    code = one_line(error.get("Code") or status)
     # A redirect by S3 itself has a code of its own, or names the region.
     is_of_s3 = region_of(response) or (code != status and code in MEANING_OF)
-    if status.startswith("3") and "location" in headers and not is_of_s3:
-        what = f"the endpoint redirects to {foreign_text(headers['location'])}"
-        return UploadError(f"{what}; check network and endpoint", code=code, trouble=Trouble.OF_ALL)
-    text = f"S3 answered {code}"
-    message = foreign_text((error.get("Message") or "").strip() or code)
+    location = metadata.get("HTTPHeaders", {}).get("location")
+    if location and status.startswith("3") and not is_of_s3:
+        what = f"the endpoint redirects to {one_line(location)}; check network and endpoint"
+        return UploadError(what, code=code, trouble=Trouble.OF_ALL)
+    text, message = f"S3 answered {code}", one_line((error.get("Message") or "").strip() or code)
     if message.replace(" ", "").lower() != code.lower():
         text += f" ({message})"
     trouble, advice = meaning_of(code, status)
@@ -2154,27 +2147,24 @@ def error_of_answer(response: Answer) -> UploadError:
 
 def error_of(error: Exception) -> UploadError:
     """Return the meaning of `error`, one of `request_errors`."""
-    exceptions, text = botocore.exceptions, foreign_text(error)
+    cause = getattr(error, "kwargs", {}).get("error", error)
+    if isinstance(cause, UploadError):  # of the proof, or raised by the body while it was sent
+        return cause
+    exceptions, text = botocore.exceptions, one_line(error)
     from_source = f"{text}; check the source of the credentials"
-    if isinstance(error, DigestMismatch):
-        what = f"{text}; the network or the server damages data"
-        return UploadError(what, code="BadDigest", trouble=Trouble.DAMAGED)
     if isinstance(error, exceptions.ClientError):
         if error.operation_name.startswith(("AssumeRole", "GetRoleCredentials")):
             return UploadError(from_source, trouble=Trouble.OF_ALL)
         return error_of_answer(error.response)
+    if isinstance(error, exceptions.CredentialRetrievalError):
+        return UploadError(from_source, trouble=Trouble.NO_ANSWER)
     if isinstance(error, exceptions.SSLError) and re.search(r"certificate|\[errno", text.lower()):
         what = f"the server's certificate cannot be trusted ({text})"
         return UploadError(f"{what}; set AWS_CA_BUNDLE to its CA file", trouble=Trouble.OF_ALL)
-    cause = getattr(error, "kwargs", {}).get("error")
-    if isinstance(cause, UploadError):  # raised by the body, while it was sent
-        return cause
     broken = exceptions.ConnectionError, exceptions.HTTPClientError
     if isinstance(error, (*broken, botocore.parsers.ResponseParserError)):
         what = f"the server could not be reached or broke off ({text})"
         return UploadError(f"{what}; check network and endpoint", trouble=Trouble.NO_ANSWER)
-    if isinstance(error, exceptions.CredentialRetrievalError):
-        return UploadError(from_source, trouble=Trouble.NO_ANSWER)
     if isinstance(error, exceptions.ParamValidationError):
         return UploadError(text)
     return UploadError(str(configuration_error(error)), trouble=Trouble.OF_ALL)
@@ -2186,8 +2176,7 @@ class Retries:
     `slots` bounds the requests under way at once.
     """
 
-    # Passing trouble is retried for so long after the first failure; for the first request of a
-    # run, less.
+    # How long requests are retried after the first failure, if the trouble is passing.
     PATIENCE_SECONDS = 60
     FIRST_PATIENCE_SECONDS = 9
     BACKOFF_FIRST_SECONDS = 0.5
@@ -2200,10 +2189,8 @@ class Retries:
         self._source, self.stop = source, threading.Event()
         self.slots = threading.BoundedSemaphore(slots) if slots else None
         self._slot = self.slots or contextlib.nullcontext()
-        self._patience_seconds: float = self.PATIENCE_SECONDS
-        if is_first_request:
-            self._patience_seconds = self.FIRST_PATIENCE_SECONDS
-        self._alive_at = -math.inf
+        patience = self.FIRST_PATIENCE_SECONDS if is_first_request else self.PATIENCE_SECONDS
+        self._patience_seconds, self._alive_at = patience, -math.inf
 
     def note_life(self) -> None:
         """Record that the server answers, or takes bytes."""
@@ -2230,23 +2217,22 @@ class Retries:
                 with self._slot:
                     self.check_stopped()  # waiting for the slot may have taken long
                     answer = self._source.renewing(attempt)
-            except request_errors() as raised:
-                error = error_of(raised)
-            else:
                 self.note_life()
                 return answer
+            except request_errors() as raised:
+                error = error_of(raised)
             if error.trouble not in SILENT:
                 self.note_life()
             give_up_at = min(give_up_at, time.monotonic() + self._patience_seconds)
             damaged += error.trouble is Trouble.DAMAGED
             is_rare = error.trouble is Trouble.DAMAGED and damaged < self.DAMAGED_TRIES
-            if (error.trouble in PASSING or is_rare) and time.monotonic() < give_up_at:
-                self.stop.wait(random.uniform(pause / 2, pause))
-                pause = min(2 * pause, self.BACKOFF_MAX_SECONDS)
-            elif may_stop_run and self._meets_every_file(error.trouble):
-                raise StopRun(str(error))
-            else:
-                raise error
+            if not (is_rare or error.trouble in PASSING) or time.monotonic() >= give_up_at:
+                break
+            self.stop.wait(random.uniform(pause / 2, pause))
+            pause = min(2 * pause, self.BACKOFF_MAX_SECONDS)
+        if may_stop_run and self._meets_every_file(error.trouble):
+            raise StopRun(str(error))
+        raise error
 
     def _meets_every_file(self, trouble: Trouble) -> bool:
         # A server that has long been silent to all threads is gone.
@@ -2301,7 +2287,7 @@ class Bucket:
         try:
             status, region = self._interruption.wait_for(look, seconds=self.FIRST_REQUEST_SECONDS)
         except TimeoutError as error:
-            where = foreign_text(self.client.meta.endpoint_url)
+            where = one_line(self.client.meta.endpoint_url)
             raise StopRun(f"no answer from {where}; check network and endpoint") from error
         if status == 401 or (status == 400 and not region):
             why = "the server refuses these credentials"
@@ -3246,7 +3232,7 @@ def new_md5(data: bytes = b"") -> hashlib._Hash:
 
 
 def base64_of(digest: bytes) -> str:
-    """Return `digest` as S3's headers want it."""
+    """Return `digest` in base64, as S3's headers have it."""
     return base64.b64encode(digest).decode("ascii")
 
 
@@ -3275,18 +3261,6 @@ def proves(answer: Answer, md5: bytes) -> bool:
     return False
 
 
-def head_object(client: S3Client, bucket_name: str, key: str) -> Answer | None:
-    """Return the answer to HeadObject: empty if there is no object, None if S3 refuses."""
-    try:
-        # S3 returns a checksum only in this mode.
-        return client.head_object(Bucket=bucket_name, Key=key, ChecksumMode="ENABLED")
-    except botocore.exceptions.ClientError as raised:
-        error = error_of(raised)
-        if error.trouble in PASSING:
-            raise
-        return {} if error.code in ("404", "NoSuchKey", "NotFound") else None
-
-
 # Called with a number of bytes: of the piece just read, or read so far.
 OnRead = Callable[[int], object]
 
@@ -3309,31 +3283,21 @@ def etag_of_parts(md5s: list[bytes]) -> str:
     return f"{new_md5(b''.join(md5s)).hexdigest()}-{len(md5s)}"
 
 
-def check_unchanged(
-    after: os.stat_result, before: os.stat_result, has_same_start: Callable[[], bool]
-) -> None:
-    """Raise FileChanged unless a file has the same bytes as before, or has only grown.
-
-    The bytes are compared only if size or times differ; ctime counts because a program can set
-    mtime back.
-    """
-    was, now = ((s.st_size, s.st_mtime_ns, ctime_of(s)) for s in (before, after))
-    if now[0] < was[0] or (now != was and not has_same_start()):
-        raise FileChanged
-
-
 class SourceFile(io.FileIO):
     """A regular file, open for reading, and its status when it was opened.
 
-    Raises OSError; UploadError if there is no regular file (a FIFO never hangs), or if the path
-    leads through a symbolic link below `no_links_below`.
+    `on_read` is called with the size of each piece that is hashed. Raises OSError;
+    UploadError if there is no regular file (a FIFO never hangs), or if the path leads through a
+    symbolic link below `no_links_below`; and FileChanged if the file has become shorter.
     """
 
     # File systems update their clock so seldom that a later change may get the same time.
     YOUNG_NS = 2 * 10**9
     READ_BYTES = MIB
 
-    def __init__(self, path: str, *, no_links_below: str | None) -> None:
+    def __init__(
+        self, path: str, *, no_links_below: str | None, on_read: OnRead | None = None
+    ) -> None:
         descriptor = open_below(no_links_below, path, os.O_RDONLY | OPEN_FLAGS)
         self.status = os.fstat(descriptor)
         if not stat.S_ISREG(self.status.st_mode):
@@ -3342,13 +3306,13 @@ class SourceFile(io.FileIO):
         if sys.platform != "win32":
             os.set_blocking(descriptor, True)
         super().__init__(descriptor)
-        self.size = self.status.st_size
+        self.size, self._on_read = self.status.st_size, on_read
         self.ctime_ns = ctime_of(self.status)
         if self.ctime_ns is not None and time.time_ns() - self.ctime_ns < self.YOUNG_NS:
             self.ctime_ns = 0
 
     def read_all(self) -> bytes:
-        """Return the bytes of a small file, up to its size; raise UploadError if that is wrong."""
+        """Return the bytes of a small file, up to its size."""
         data = self.read(self.size + 1)
         while len(data) < self.size and (more := self.read(self.size + 1 - len(data))):
             data += more
@@ -3359,21 +3323,17 @@ class SourceFile(io.FileIO):
             raise UploadError(f"{why}; leave it out with --exclude")
         return data[: self.size]
 
-    def digests(
-        self, start: int, size: int, *, with_crc32: bool = False, on_read: OnRead | None = None
-    ) -> Digests:
-        """Return the digests of `size` bytes from `start` on; raise FileChanged if there are fewer.
-
-        `on_read` is called with the size of each piece.
-        """
+    def digests(self, number: int, part_size: int, *, with_crc32: bool = False) -> Digests:
+        """Return the digests of a part of the file; the first part has the number 1."""
+        start = (number - 1) * part_size
         self.seek(start)
-        md5, crc32, left = new_md5(), 0, size
+        md5, crc32, left = new_md5(), 0, min(part_size, self.size - start)
         while left and (data := self.read(min(left, self.READ_BYTES))):
             md5.update(data)
             if with_crc32:
                 crc32 = zlib.crc32(data, crc32)
-            if on_read:
-                on_read(len(data))
+            if self._on_read:
+                self._on_read(len(data))
             left -= len(data)
         if left:
             raise FileChanged
@@ -3381,30 +3341,36 @@ class SourceFile(io.FileIO):
 
     def md5(self) -> bytes:
         """Return the MD5 of the file, up to the size it was opened with."""
-        return self.digests(0, self.size).md5
+        return self.digests(1, self.size).md5
 
-    def etag_like(self, etag: str, part_size: int, *, on_read: OnRead | None = None) -> str | None:
+    def etag_like(self, etag: str, part_size: int) -> str | None:
         """Return the ETag that this file would get, uploaded as the object with `etag` was.
 
         `part_size` is that of an upload in parts, in bytes. Return None if `etag` is not made of
-        MD5s, or has another number of parts. Raise FileChanged if the file has become shorter.
+        MD5s, or has another number of parts.
         """
         match = re.fullmatch(r"[0-9a-f]{32}(?:-([0-9]+))?", etag)
         if not match:
             return None
         if match[1] is None:
-            return self.digests(0, self.size, on_read=on_read).md5.hex()
+            return self.md5().hex()
         part_size = part_size_for(self.size, part_size)
-        starts = range(0, self.size, part_size)
-        if str(len(starts)) != match[1]:
+        count = -(-self.size // part_size)
+        if str(count) != match[1]:
             return None
-        sizes = [min(part_size, self.size - start) for start in starts]
-        parts = map(functools.partial(self.digests, on_read=on_read), starts, sizes)
-        return etag_of_parts([part.md5 for part in parts])
+        return etag_of_parts([self.digests(n, part_size).md5 for n in range(1, count + 1)])
 
-    def check_unchanged(self, md5: bytes) -> None:
-        """Raise FileChanged unless the file still starts with the bytes that have this MD5."""
-        check_unchanged(os.fstat(self.fileno()), self.status, lambda: self.md5() == md5)
+    def check_unchanged(self, md5s: Mapping[int, bytes], part_size: int) -> None:
+        """Raise FileChanged unless the file has the same bytes as before, or has only grown.
+
+        `md5s` are those of its parts, by number. The parts are read again only if size or times
+        differ; ctime counts because a program can set mtime back.
+        """
+        statuses = self.status, os.fstat(self.fileno())
+        was, now = ((s.st_size, s.st_mtime_ns, ctime_of(s)) for s in statuses)
+        known = md5s.items() if now != was else ()
+        if now[0] < was[0] or any(self.digests(n, part_size).md5 != md5 for n, md5 in known):
+            raise FileChanged
 
 
 # Looking up a type takes 8 µs, which a small file would notice.
@@ -3412,7 +3378,7 @@ guess_type = functools.lru_cache(1024)(mimetypes.guess_type)
 
 
 def content_type_of(path: str) -> str | None:
-    """Return the media type of a file, which only the suffixes of its name decide."""
+    """Return the media type of a file, by the suffixes of its name."""
     suffixes = os.path.basename(path).partition(".")[2]
     return guess_type(f"name.{suffixes}")[0]
 
@@ -3446,13 +3412,13 @@ class Bandwidth:
 class LargeReads:
     """A body for boto3, `size` bytes of a file from `start` on, that is read in large pieces.
 
-    urllib3 asks for 16 KiB at a time and sends whatever it gets: at a gigabyte a second
-    the small reads would cost as much as the sending. `on_moved` is called after each piece with
-    the number of bytes read so far.
+    urllib3 asks for 16 KiB at a time and sends whatever it gets: at a gigabyte a second, such
+    small reads would cost as much as the sending. `on_moved` is called after each piece with the
+    number of bytes read so far.
     """
 
     def __init__(
-        self, file: IO[bytes], start: int, size: int, *, on_moved: OnRead, uploader: Uploader
+        self, file: IO[bytes], start: int, size: int, *, uploader: Uploader, on_moved: OnRead
     ) -> None:
         file.seek(start)
         self._chunk = s3transfer.utils.ReadFileChunk(file, size, start + size)
@@ -3479,6 +3445,10 @@ class LargeReads:
         return data
 
 
+# Called with an entry's index and a result: returns when the disk has its `upload_id`.
+SaveUpload = Callable[[int, Result], None]
+
+
 class Uploader:
     """The reliable way: sends one file per calling thread, and proves that S3 has its bytes."""
 
@@ -3487,13 +3457,13 @@ class Uploader:
     CANNOT_OPEN_NOW = (errno.EMFILE, errno.ENFILE, errno.EAGAIN)
 
     def __init__(
-        self, run: Run, bucket: Bucket, *, retries: Retries, bandwidth: Bandwidth | None,
-        part_threads: int, save_upload: Callable[[int, Result], None],
-    ) -> None:  # fmt: skip
+        self, run: Run, bucket: Bucket, concurrency: Concurrency, save_upload: SaveUpload
+    ) -> None:
         self.bucket, self.client, self.options = bucket, bucket.client, run.options
-        self.retries, self.bandwidth, self.part_threads = retries, bandwidth, part_threads
-        # Returns when the disk has the id of an entry's new multipart upload.
-        self.save_upload = save_upload
+        self.part_threads, self.save_upload = concurrency.part_threads, save_upload
+        self.retries = Retries(bucket.session.source, slots=concurrency.requests)
+        rate = run.options.max_bandwidth
+        self.bandwidth = Bandwidth(rate) if rate else None
         # Set when S3 has accepted something: a refusal is then not of all files.
         self.accepted = threading.Event()
         self._report = run.report
@@ -3524,22 +3494,28 @@ class Uploader:
         result.seconds = time.monotonic() - started
         return result
 
+    def open(self, path: str) -> SourceFile:
+        """Open a file whose hashing raises Stopped when the run is being stopped."""
+        return SourceFile(
+            path,
+            no_links_below=self.options.no_links_below,
+            on_read=lambda _: self.retries.check_stopped(),
+        )
+
     def _send(self, task: Task, result: Result) -> Outcome:
         self.retries.check_stopped()
-        with SourceFile(task.filepath, no_links_below=self.options.no_links_below) as source:
+        with self.open(task.filepath) as source:
             result.size, result.mtime_ns = source.size, source.status.st_mtime_ns
             result.ctime_ns = 0 if task.etag else source.ctime_ns
             if task.etag:  # the bucket has it, perhaps with the same bytes
                 part_size = task.part_size or self.options.multipart_chunksize
-                etag = source.etag_like(
-                    task.etag, part_size, on_read=lambda _: self.retries.check_stopped()
-                )
+                etag = source.etag_like(task.etag, part_size)
                 result.ctime_ns = source.ctime_ns  # only now: the bytes are compared
                 if etag == task.etag:
                     return Outcome.UNCHANGED
                 result.etag = result.part_size = None
             if self.options.is_multipart(source.size):
-                MultipartUpload(self, task, source, result).send()
+                MultipartUpload(FileInParts(self, task, source, result)).send()
             else:
                 self.abort(task, result)  # it was larger when an earlier run began to send it
                 self._put(task, source, result)
@@ -3570,12 +3546,12 @@ class Uploader:
             self.retries.run(put, damaged_tries=int(task.was_in_lane and not answers))
         except UploadError as error:
             # S3 refuses a file that changes between hashing and sending as damaged.
-            source.check_unchanged(md5)
+            source.check_unchanged({1: md5}, source.size)
             if error.trouble is Trouble.NO_ANSWER and body.tell():
                 why = f"{error}, or send it in parts by a lower --multipart-threshold"
                 raise UploadError(why, trouble=error.trouble) from error
             raise
-        source.check_unchanged(md5)
+        source.check_unchanged({1: md5}, source.size)
 
     def _body(self, task: Task, source: SourceFile) -> tuple[io.BytesIO | LargeReads, bytes]:
         """Return the body of a put, and the MD5 of its bytes."""
@@ -3588,7 +3564,7 @@ class Uploader:
             if not self.bandwidth or source.size <= self.options.piece_bytes:
                 return file, md5
         note = functools.partial(self.note_moved, task.entry_index)
-        return LargeReads(file, 0, source.size, on_moved=note, uploader=self), md5
+        return LargeReads(file, 0, source.size, uploader=self, on_moved=note), md5
 
     def _proof(self, answer: Answer, key: str, *, md5: bytes, size: int) -> Answer:
         """Return the answer that proves a put: its own, or if its ETag is no MD5, HeadObject's.
@@ -3597,7 +3573,7 @@ class Uploader:
         """
         if proves(answer, md5):
             return answer
-        head = head_object(self.client, self.bucket.name, key)
+        head = self.head_object(key)
         if head is None and etag_of(answer):
             return answer
         # A web server that answers 200 to everything sends no Last-Modified.
@@ -3606,6 +3582,17 @@ class Uploader:
             raise DigestMismatch(f"its ETag is {etag}, and no object of {size:,} bytes is there")
         proves(head, md5)  # or raises
         return head
+
+    def head_object(self, key: str) -> Answer | None:
+        """Return the answer to HeadObject: empty if there is no object, None if S3 refuses."""
+        try:
+            # S3 returns a checksum only in this mode.
+            return self.client.head_object(Bucket=self.bucket.name, Key=key, ChecksumMode="ENABLED")
+        except botocore.exceptions.ClientError as raised:
+            error = error_of(raised)
+            if error.trouble in PASSING:
+                raise
+            return {} if error.code in ("404", "NoSuchKey", "NotFound") else None
 
     def object_parameters(self, path: str, status: os.stat_result) -> Parameters:
         """Return boto3's parameters that describe a new object."""
@@ -3631,135 +3618,127 @@ class Uploader:
 # --- parts ------------------------------------------------------------------------
 
 
-class NotThere(DigestMismatch):
-    """S3 answered that it completed the upload, but there is no object."""
+class WrongObject(DigestMismatch):
+    """S3 said that it completed the upload, but the object holds other bytes or is missing."""
 
 
 class FileInParts:
     """A file that is sent in parts: the digests of its parts, and the proof of its object.
 
+    `etag` is that of the object, or None until it is proven; `sse` is set if ETags are no MD5s.
     https://docs.aws.amazon.com/AmazonS3/latest/userguide/checking-object-integrity.html
     """
 
     def __init__(self, uploader: Uploader, task: Task, source: SourceFile, result: Result) -> None:
-        self.task, self.result, self.size = task, result, source.size
-        wanted = result.part_size or uploader.options.multipart_chunksize
-        self.part_size = part_size_for(source.size, wanted)
+        self.uploader, self.task, self.source, self.result = uploader, task, source, result
+        self.begin()
+
+    def begin(self) -> None:
+        """Prepare to send all of it, or what the upload to resume lacks."""
+        wanted = self.result.part_size or self.uploader.options.multipart_chunksize
+        self.part_size = part_size_for(self.source.size, wanted)
         self.digests: dict[int, Digests] = {}  # by the number of the part
         # Content-MD5 proves the parts everywhere; other servers than AWS may not know CRC32.
-        config: Any = uploader.client.meta.config
+        config: Any = self.uploader.client.meta.config
         is_asked_for = config.request_checksum_calculation == "when_supported"
-        self.has_crc32 = is_asked_for or is_aws(uploader.client)
-        self.sse: str | None = None  # set if ETags are no MD5s
-        self._uploader, self._retries, self._status = uploader, uploader.retries, source.status
+        self.has_crc32 = is_asked_for or is_aws(self.uploader.client)
+        self.sse: str | None = None
+        self.etag: str | None = None
+
+    def forget_upload(self) -> None:
+        """Have the next attempt send all of the file, perhaps with another part size."""
+        self.result.upload_id = self.result.part_size = None
+        self.begin()
 
     def open(self) -> SourceFile:
         """Open the file again; raise OSError, or FileChanged if its path leads to another file."""
-        no_links_below = self._uploader.options.no_links_below
         try:
-            source = SourceFile(self.task.filepath, no_links_below=no_links_below)
+            source = self.uploader.open(self.task.filepath)
         except UploadError as error:  # not even a file
             raise FileChanged from error
-        if not os.path.samestat(source.status, self._status):
+        if not os.path.samestat(source.status, self.source.status):
             source.close()
             raise FileChanged
+        source.size = self.source.size  # a file that grows is sent as long as it was at the start
         return source
 
-    def read(self, number: int, *, source: SourceFile) -> Digests:
+    def read(self, number: int, source: SourceFile) -> Digests:
         """Return the digests of a part of the open file; the first part has the number 1."""
-        self._retries.check_stopped()
-        start = (number - 1) * self.part_size
-        length = min(self.part_size, self.size - start)
-        return source.digests(start, length, with_crc32=self.has_crc32)
+        return source.digests(number, self.part_size, with_crc32=self.has_crc32)
 
     def check_unchanged(self) -> None:
         """Raise FileChanged unless the file still has the parts that were read."""
-        with self.open() as source:
-
-            def has_same_parts() -> bool:
-                known = self.digests.items()
-                return all(self.read(n, source=source).md5 == part.md5 for n, part in known)
-
-            check_unchanged(source.status, self._status, has_same_parts)
+        md5s = {number: part.md5 for number, part in self.digests.items()}
+        with self.open():  # NFS then asks the server for the present size and times
+            self.source.check_unchanged(md5s, self.part_size)
 
     def note_encryption(self, answer: Answer) -> None:
         """Record whether ETags are no MD5s, if an answer says so."""
         self.sse = self.sse or opaque_encryption(answer)
 
-    def proven_etag(self, answer: Answer) -> str:
-        """Return the ETag of the object that S3 completed with this answer.
+    def prove(self, answer: Answer) -> None:
+        """Record the ETag of the object that S3 completed with this answer.
 
-        Raise DigestMismatch if it holds other bytes, NotThere if there is none. If neither the
-        answer nor HeadObject tells, the proof is that S3 accepted the Content-MD5 of each part.
+        Raise WrongObject if that is not the file. If neither the answer nor HeadObject tells,
+        the proof is that S3 accepted the Content-MD5 of each part.
         """
-        proven = self._compare(answer)
-        if proven is None and (head := self._head()) is not None:
-            if not head:
-                raise NotThere(self._mismatch(head))
-            answer = head
-            proven = head.get("ContentLength") == self.size and self._compare(head)
-        if proven is False:
-            raise DigestMismatch(self._mismatch(answer))
-        return etag_of(answer)
+        mismatch = self._mismatch(answer)
+        if mismatch is None and (head := self._head()) is not None:
+            if not head:  # the upload may still be open
+                raise WrongObject("its ETag is missing, and no object is there")
+            answer, mismatch = head, f"its size is not {self.source.size:,} bytes"
+            if head.get("ContentLength") == self.source.size:
+                mismatch = self._mismatch(head)
+        if mismatch:
+            self.forget_upload()
+            raise WrongObject(mismatch)
+        self.etag = etag_of(answer)
 
-    def proven_etag_in_place(self, *, within_seconds: float = 0) -> str | None:
-        """Return the ETag of the object once it is there and provably holds the bytes, or None."""
+    def prove_in_place(self, *, within_seconds: float = 0) -> bool:
+        """Return whether the object is there, or soon appears, and holds the bytes."""
         give_up_at = time.monotonic() + within_seconds
         while True:
             head = self._head() or {}
-            if head.get("ContentLength") == self.size:
+            if head.get("ContentLength") == self.source.size:
                 if not self.digests:  # an earlier run has sent the parts
-                    with self.open() as source:
-                        for number in range(1, -(-self.size // self.part_size) + 1):
-                            self.digests[number] = self.read(number, source=source)
-                if self._compare(head):
-                    return etag_of(head)
+                    for number in range(1, -(-self.source.size // self.part_size) + 1):
+                        self.digests[number] = self.read(number, self.source)
+                if self._mismatch(head) == "":
+                    self.etag = etag_of(head)
+                    return True
             if time.monotonic() >= give_up_at:
-                return None
-            self._retries.stop.wait(Retries.BACKOFF_MAX_SECONDS)
-            self._retries.check_stopped()
+                return False
+            self.uploader.retries.stop.wait(Retries.BACKOFF_MAX_SECONDS)
+            self.uploader.retries.check_stopped()
 
-    def _expected_etag(self) -> str:
-        """Return the ETag that S3 gives to the object, if its ETags are MD5s."""
-        return etag_of_parts([part.md5 for _, part in sorted(self.digests.items())])
+    def _expected(self) -> tuple[str, str]:
+        """Return the ETag and the CRC32 that S3 makes of those of the parts."""
+        parts = [part for _, part in sorted(self.digests.items())]
+        crc32 = zlib.crc32(b"".join(part.crc32 for part in parts)).to_bytes(4, "big")
+        return etag_of_parts([part.md5 for part in parts]), f"{base64_of(crc32)}-{len(parts)}"
 
-    def _expected_crc32(self) -> str:
-        """Return the CRC32 that S3 gives to the object: that of the CRC32s of its parts."""
-        crc32s = b"".join(part.crc32 for _, part in sorted(self.digests.items()))
-        return f"{base64_of(zlib.crc32(crc32s).to_bytes(4, 'big'))}-{len(self.digests)}"
-
-    def _crc32_of(self, answer: Answer) -> str | None:
-        """Return the CRC32 in an answer if it is made of those of the parts."""
-        crc32 = answer.get("ChecksumCRC32") or ""
-        is_of_parts = self.has_crc32 and crc32.endswith(f"-{len(self.digests)}")
-        return crc32 if is_of_parts else None
-
-    def _compare(self, answer: Answer) -> bool | None:
-        """Return whether the object in an answer holds the bytes; None if that is unclear."""
+    def _mismatch(self, answer: Answer) -> str | None:
+        """Return how the object in an answer differs, "" if it does not, None if unclear."""
         self.note_encryption(answer)
-        etag = etag_of(answer)
-        if etag == self._expected_etag():
-            return True
-        if crc32 := self._crc32_of(answer):
-            return crc32 == self._expected_crc32()
+        expected_etag, expected_crc32 = self._expected()
+        etag, crc32, count = etag_of(answer), answer.get("ChecksumCRC32", ""), len(self.digests)
+        if etag == expected_etag:
+            return ""
+        if self.has_crc32 and crc32.endswith(f"-{count}"):
+            why = f"its CRC32 is {crc32} and should be {expected_crc32}"
+            return "" if crc32 == expected_crc32 else why
         if self.sse:
             return None
+        why = f"its ETag is {etag or 'missing'} and should be {expected_etag}"
         if re.fullmatch(r"[0-9a-f]{32}", etag):
             with self.open() as source:
-                return source.digests(0, self.size).md5.hex() == etag
+                return "" if source.md5().hex() == etag else why
         # With another number of parts, the server has put them together in its own way.
-        count = len(self.digests)
-        return False if re.fullmatch(rf"[0-9a-f]{{32}}-{count}", etag) else None
-
-    def _mismatch(self, answer: Answer) -> str:
-        if crc32 := self._crc32_of(answer):
-            return f"its CRC32 is {crc32} and should be {self._expected_crc32()}"
-        return f"its ETag is {etag_of(answer) or 'missing'} and should be {self._expected_etag()}"
+        return why if re.fullmatch(rf"[0-9a-f]{{32}}-{count}", etag) else None
 
     def _head(self) -> Answer | None:
-        client, bucket_name = self._uploader.client, self._uploader.bucket.name
-        head = functools.partial(head_object, client, bucket_name, self.task.key)
-        return self._retries.run(head, may_stop_run=False)
+        head = functools.partial(self.uploader.head_object, self.task.key)
+        return self.uploader.retries.run(head, may_stop_run=False)
 
 
 class PartsClient:
@@ -3775,22 +3754,20 @@ class PartsClient:
     # The object may still appear after the answer to CompleteMultipartUpload was lost.
     APPEARS_SECONDS = 180
 
-    def __init__(
-        self, uploader: Uploader, file: FileInParts, *, on_s3: Mapping[int, PartTypeDef]
-    ) -> None:
-        self.meta = uploader.client.meta
-        self._uploader, self._client, self._retries = uploader, uploader.client, uploader.retries
-        self._file, self._result, self._on_s3 = file, file.result, on_s3
+    def __init__(self, file: FileInParts, on_s3: Mapping[int, PartTypeDef]) -> None:
+        self._file, self._uploader, self._on_s3 = file, file.uploader, on_s3
+        self._client, self._retries = file.uploader.client, file.uploader.retries
+        self.meta = self._client.meta
         self._moved: dict[int, int] = {}
         self._sent_earlier = 0
-        self.etag = ""
 
     def create_multipart_upload(self, **parameters: Any) -> Parameters:
         """Start the multipart upload, or answer with the one to resume.
 
         Return only when the disk has its id, so that a kill leaves no parts that nobody knows of.
         """
-        if not self._result.upload_id:
+        result = self._file.result
+        if not result.upload_id:
 
             def create() -> str:
                 answer = self._client.create_multipart_upload(**parameters)
@@ -3798,11 +3775,10 @@ class PartsClient:
                     raise DigestMismatch("the answer has no UploadId")
                 return answer["UploadId"]
 
-            self._result.upload_id = self._retries.run(create)
-            self._result.part_size = self._file.part_size
+            result.upload_id, result.part_size = self._retries.run(create), self._file.part_size
             self._uploader.accepted.set()  # sending a part takes no other permission
-            self._uploader.save_upload(self._file.task.entry_index, self._result)
-        return {"UploadId": self._result.upload_id}
+            self._uploader.save_upload(self._file.task.entry_index, result)
+        return {"UploadId": result.upload_id}
 
     def upload_part(self, *, PartNumber: int, Body: Sized, **parameters: Any) -> Parameters:
         """Send one part and prove it, unless S3 has the same bytes under its number."""
@@ -3810,7 +3786,7 @@ class PartsClient:
         # Not Body itself: once another part has failed, reading it fails in the middle.
         with self._file.open() as source:
             # Before sending: check_unchanged needs the digests of a part that S3 refuses.
-            digests = self._file.digests[number] = self._file.read(number, source=source)
+            digests = self._file.digests[number] = self._file.read(number, source)
             crc32 = {"ChecksumCRC32": base64_of(digests.crc32)} if self._file.has_crc32 else {}
             listed = self._on_s3.get(number)
             if listed and listed.get("Size") == size and digests.are_of(listed):
@@ -3818,30 +3794,25 @@ class PartsClient:
                 self._sent_earlier += size
                 self._note_moved(number, size)
             else:
-                parameters |= {"PartNumber": number, "ContentMD5": base64_of(digests.md5), **crc32}
+                start = (number - 1) * self._file.part_size
+                note = functools.partial(self._note_moved, number)
+                body = LargeReads(source, start, size, uploader=self._uploader, on_moved=note)
+                parameters |= {"PartNumber": number, "Body": body, **crc32}
+                parameters["ContentMD5"] = base64_of(digests.md5)
                 parameters.pop("ChecksumAlgorithm", None)
-                etag = self._send(source, size, md5=digests.md5, parameters=parameters)
+                etag = self._retries.run(functools.partial(self._send, digests.md5, parameters))
+                self._uploader.accepted.set()
         return {"ETag": etag, **crc32}  # S3Transfer passes them on to complete the upload
 
-    def _send(self, source: SourceFile, size: int, *, md5: bytes, parameters: Parameters) -> str:
-        number = parameters["PartNumber"]
-        start = (number - 1) * self._file.part_size
-        note = functools.partial(self._note_moved, number)
-        body = LargeReads(source, start, size, on_moved=note, uploader=self._uploader)
-        parameters["Body"] = body
-
-        def send() -> str:
-            body.seek(0)
-            answer = self._client.upload_part(**parameters)
-            self._file.note_encryption(answer)
-            proves(answer, md5)  # or raises
-            if not answer.get("ETag"):
-                raise DigestMismatch("the answer has no ETag")
-            return answer["ETag"].removeprefix("W/")
-
-        etag = self._retries.run(send)
-        self._uploader.accepted.set()
-        return etag
+    def _send(self, md5: bytes, parameters: Parameters) -> str:
+        """Send a part once; return its ETag as CompleteMultipartUpload wants it."""
+        parameters["Body"].seek(0)
+        answer = self._client.upload_part(**parameters)
+        self._file.note_encryption(answer)
+        proves(answer, md5)  # or raises
+        if not answer.get("ETag"):
+            raise DigestMismatch("the answer has no ETag")
+        return answer["ETag"].removeprefix("W/")
 
     def _note_moved(self, number: int, size: int) -> None:
         self._moved[number] = size
@@ -3862,25 +3833,25 @@ class PartsClient:
             # A server that gives no answer may be at work on the object: that stops no run.
             answer = self._retries.run(complete, may_stop_run=False)
         except UploadError as error:
-            self.etag = self._etag_despite(error, tries=tries)
+            self._prove_despite(error, tries=tries)
         else:
-            self.etag = self._file.proven_etag(answer)
+            self._file.prove(answer)
         return {}
 
-    def _etag_despite(self, error: UploadError, *, tries: int) -> str:
-        """Return the ETag of the object if S3 has completed it although the last try failed."""
+    def _prove_despite(self, error: UploadError, *, tries: int) -> None:
+        """Prove the object, if S3 completed it although the last try failed, or raise."""
         if error.trouble is Trouble.OF_ALL and error.code != "NotImplemented":
             raise StopRun(str(error)) from error
         if error.code not in USELESS_UPLOAD and error.trouble not in PASSING:
             raise error
         # If there was an earlier try, perhaps only its answer was lost.
         within_seconds = self.APPEARS_SECONDS if tries > 1 else 0
-        if etag := self._file.proven_etag_in_place(within_seconds=within_seconds):
-            return etag
+        if self._file.prove_in_place(within_seconds=within_seconds):
+            return
         if tries == 1:
             raise error
         # Without the code of `error`: S3 may still complete the upload, so it is not aborted.
-        why = f"{error}; no answer said that it is complete, and it does not appear"
+        why = f"{error}; no answer confirmed the upload, and the object does not appear"
         raise UploadError(why, trouble=error.trouble) from error
 
     def abort_multipart_upload(self, **_: object) -> Parameters:
@@ -3894,113 +3865,100 @@ class MultipartUpload:
     If the file is not sent, `result.upload_id` is the upload that a later run can resume, if any.
     """
 
-    def __init__(self, uploader: Uploader, task: Task, source: SourceFile, result: Result) -> None:
-        self._uploader, self._retries = uploader, uploader.retries
-        self._task, self._source, self._result = task, source, result
+    def __init__(self, file: FileInParts) -> None:
+        self._file, self._result, self._uploader = file, file.result, file.uploader
 
     def send(self) -> None:
         """Send the file and record the object's proven ETag; raise what `upload` handles."""
-        if self._source.size > PARTS_MAX * PART_MAX_BYTES:
+        if self._file.source.size > PARTS_MAX * PART_MAX_BYTES:
             raise UploadError("it is larger than the 48.8 TiB that S3 takes; split it")
         for tries in itertools.count(1):
             try:
-                self._result.etag = self._attempt()
+                self._attempt()
                 return
             except FileChanged:
-                self._uploader.abort(self._task, self._result)
+                self._abort()
                 raise
-            except DigestMismatch as error:
-                if not isinstance(error, NotThere):
-                    self._forget_upload()
+            except WrongObject:
                 if tries == Retries.DAMAGED_TRIES:
-                    raise error_of(error) from error
+                    raise
             except UploadError as error:
                 if error.code not in USELESS_UPLOAD or tries == Retries.DAMAGED_TRIES:
                     raise
-                self._abort_and_forget()
+                self._abort()
+                self._file.forget_upload()
 
-    def _attempt(self) -> str:
-        """Send what S3 lacks of the file, and return the object's proven ETag."""
-        file = FileInParts(self._uploader, self._task, self._source, self._result)
-        try:
-            on_s3 = self._find_parts(file)
-        except UploadError as error:
-            if error.code not in UPLOAD_GONE:
+    def _attempt(self) -> None:
+        """Send what S3 lacks of the file, and record the object's proven ETag."""
+        file, on_s3 = self._file, self._find_parts()
+        if file.etag is None:
+            try:
+                self._transfer(PartsClient(file, on_s3))
+            except UploadError:
+                # S3 refuses a part that changes between hashing and sending as damaged.
+                file.check_unchanged()
                 raise
-            # Perhaps S3 completed it, and only the answer was lost.
-            etag = file.proven_etag_in_place()
-            self._forget_upload()
-            if etag:
-                self._result.part_size, self._result.sse = file.part_size, file.sse
-                return etag
-            on_s3 = None
-        if on_s3 is None:  # from the start, perhaps with another part size
-            return self._attempt()
-        client = PartsClient(self._uploader, file, on_s3=on_s3)
-        try:
-            self._transfer(client, file)
-        except UploadError:
-            # S3 refuses a part that changes between hashing and sending as damaged.
-            file.check_unchanged()
-            raise
-        self._result.upload_id, self._result.sse = None, file.sse
-        return client.etag
+        result = self._result
+        result.etag, result.sse, result.part_size = file.etag, file.sse, file.part_size
+        result.upload_id = None
 
-    def _transfer(self, client: PartsClient, file: FileInParts, *, threads: bool = True) -> None:
+    def _transfer(self, client: PartsClient, *, threads: bool = True) -> None:
         """Have S3Transfer send the file through `client`, in one thread if no more can be had."""
+        file, uploader = self._file, self._uploader
         config = boto3.s3.transfer.TransferConfig(
             use_threads=threads,
             multipart_threshold=1,
             multipart_chunksize=file.part_size,
-            max_concurrency=self._uploader.part_threads,
+            max_concurrency=uploader.part_threads,
             # boto3's own "auto" may choose the CRT, which ignores --endpoint-url.
             preferred_transfer_client="classic",
         )
         files = s3transfer.utils.OSUtils()
         # A file that grows is sent as long as it was at the start.
-        files.get_file_size = lambda filename: file.size  # type: ignore[method-assign]
-        path, bucket, key = self._task.filepath, self._uploader.bucket.name, self._task.key
-        extra_args = self._uploader.object_parameters(path, self._source.status)
+        files.get_file_size = lambda filename: file.source.size  # type: ignore[method-assign]
+        path, bucket_name, key = file.task.filepath, uploader.bucket.name, file.task.key
+        extra_args = uploader.object_parameters(path, file.source.status)
         if file.has_crc32:
             extra_args["ChecksumAlgorithm"] = "CRC32"
         try:
             with boto3.s3.transfer.S3Transfer(client, config, files) as transfer:  # type: ignore[arg-type]
-                transfer.upload_file(path, bucket, key, None, extra_args)
+                transfer.upload_file(path, bucket_name, key, None, extra_args)
         except RuntimeError:  # the system gives no more threads
             if not threads:
                 raise
-            self._transfer(client, file, threads=False)
+            self._transfer(client, threads=False)
 
-    def _forget_upload(self) -> None:
-        self._result.upload_id = self._result.part_size = None
+    def _abort(self) -> None:
+        self._uploader.abort(self._file.task, self._result)
 
-    def _abort_and_forget(self) -> None:
-        self._uploader.abort(self._task, self._result)
-        self._forget_upload()
+    def _find_parts(self) -> Mapping[int, PartTypeDef]:
+        """Return the parts that S3 has of the recorded upload; give up an upload of no use.
 
-    def _find_parts(self, file: FileInParts) -> Mapping[int, PartTypeDef] | None:
-        """Return what S3 has of the recorded upload; abort it and return None if it is no use.
-
-        Raise UploadError if S3 does not tell now, or if the upload is gone.
+        If S3 has completed the upload, prove the object. Raise UploadError if S3 does not tell.
         """
         if not self._result.upload_id:
             return {}
         on_s3 = None
         try:
-            list_parts = functools.partial(self._list_parts, file)
-            on_s3 = self._retries.run(list_parts, may_stop_run=False)
+            on_s3 = self._uploader.retries.run(self._list_parts, may_stop_run=False)
         except UploadError as error:
-            is_unknown = error.trouble in {*PASSING, Trouble.OF_ALL}
-            if (is_unknown and error.code != "NotImplemented") or error.code in UPLOAD_GONE:
+            if error.code in UPLOAD_GONE:
+                # Perhaps S3 completed it, and only the answer was lost.
+                if not self._file.prove_in_place():
+                    self._file.forget_upload()
+                return {}
+            may_be_there = error.trouble in {*PASSING, Trouble.OF_ALL}
+            if may_be_there and error.code != "NotImplemented":
                 raise
         if on_s3 is None:
-            self._abort_and_forget()
-        return on_s3
+            self._abort()
+            self._file.forget_upload()
+        return on_s3 or {}
 
-    def _list_parts(self, file: FileInParts) -> Mapping[int, PartTypeDef] | None:
+    def _list_parts(self) -> Mapping[int, PartTypeDef] | None:
         """Return the parts by number, or None if the upload is not as this run wants it."""
         on_s3: dict[int, PartTypeDef] = {}
-        key, wanted_class = self._task.key, self._uploader.options.storage_class
+        key, wanted_class = self._file.task.key, self._uploader.options.storage_class
         pages = self._uploader.client.get_paginator("list_parts").paginate(
             Bucket=self._uploader.bucket.name, Key=key, UploadId=self._result.upload_id or ""
         )
@@ -4009,7 +3967,7 @@ class MultipartUpload:
             is_other_class = page.get("StorageClass", wanted_class) != wanted_class
             if page.get("Key", key) != key or (wanted_class and is_other_class):
                 return None
-            file.has_crc32 = page.get("ChecksumAlgorithm") == "CRC32"
+            self._file.has_crc32 = page.get("ChecksumAlgorithm") == "CRC32"
             on_s3 |= {part["PartNumber"]: part for part in page.get("Parts", ())}
         return on_s3
 
@@ -4136,8 +4094,8 @@ class LanePut:
             with self._source as source:
                 ended.result()
                 unproven = None if proves(answer, self.md5) else self.md5.hex()
-                source.check_unchanged(self.md5)
-        except (awscrt.exceptions.AwsCrtError, DigestMismatch, UploadError, OSError):
+                source.check_unchanged({1: self.md5}, source.size)
+        except (awscrt.exceptions.AwsCrtError, UploadError, OSError):
             return LaneResult(self._index)
         file = source.size, source.status.st_mtime_ns, source.ctime_ns
         return LaneResult(self._index, *file, etag_of(answer), opaque_encryption(answer), unproven)
@@ -4581,12 +4539,8 @@ class Transfer:
         self._options, self._state, self._report = options, run.state, run.report
         self._interruption, self._plan, self._lanes = run.interruption, plan, lanes
         self._concurrency = Concurrency(options, files_max=raise_file_limit())
-        self._retries = Retries(bucket.session.source, slots=self._concurrency.requests)
-        self._bandwidth = Bandwidth(options.max_bandwidth) if options.max_bandwidth else None
-        self._uploader = Uploader(
-            run, bucket, retries=self._retries, bandwidth=self._bandwidth,
-            part_threads=self._concurrency.part_threads, save_upload=self._save_upload,
-        )  # fmt: skip
+        self._uploader = Uploader(run, bucket, self._concurrency, self._save_upload)
+        self._retries, self._bandwidth = self._uploader.retries, self._uploader.bandwidth
         self._pools = {
             Way.THREAD: Threads(self._concurrency.threads),
             Way.PARTS: Threads(self.LARGE_FILES_AT_ONCE),
@@ -5133,7 +5087,8 @@ class FolderCheck:
         if "\0" in path or not is_within(os.path.normpath(path), self._options.backupfolder):
             return "unproven", "its key is not a path below the folder"
         try:
-            with SourceFile(path, no_links_below=self._options.no_links_below) as source:
+            links = self._options.no_links_below
+            with SourceFile(path, no_links_below=links, on_read=self._note_read) as source:
                 return self._compare_open(entry, source)
         except NOT_THERE:
             return "missing", ""
@@ -5148,7 +5103,7 @@ class FolderCheck:
         # Some servers make up such an ETag for objects that were sent in one part, too.
         is_made_up = not entry.part_size and (entry.etag or "").endswith("-1")
         if entry.etag and not (entry.sse or is_made_up):
-            etag = source.etag_like(entry.etag, part_size, on_read=self._note_read)
+            etag = source.etag_like(entry.etag, part_size)
         if etag is None:
             return "size", ""
         if etag != entry.etag:

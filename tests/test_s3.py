@@ -438,7 +438,7 @@ def test_the_password_of_an_endpoint_is_not_shown_when_files_fail(job: Job) -> N
     ],
 )
 def test_what_is_no_password_is_shown(text: str) -> None:
-    assert program().foreign_text(text) == text
+    assert program().one_line(text) == text
 
 
 @pytest.fixture
