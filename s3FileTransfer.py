@@ -4301,6 +4301,7 @@ class Lane:
         flags = {"isolated": "-I", "ignore_environment": "-E", "no_user_site": "-s"}
         flags |= {"safe_path": "-P", "utf8_mode": "-Xutf8"}
         like_this = [flag for name, flag in flags.items() if getattr(sys.flags, name, False)]
+        # A session of its own would need no mask, but Linux then takes 10 % more CPU time.
         with contextlib.ExitStack() as held_back:
             if sys.platform != "win32":  # no signal may end the lane before it ignores them
                 before = signal.pthread_sigmask(signal.SIG_BLOCK, Interruption.SIGNALS)
@@ -4520,16 +4521,15 @@ class Room:
 
     def _take_request(self, size: int) -> bool:
         """Take for a lane what threads take when they send: a slot and bandwidth."""
-        if self.files[Way.LANE] >= self._lane_files * len(self._lanes):
+        files_max = self._lane_files * len(self._lanes)
+        if self._slots and self.files[Way.PARTS]:  # the parts need slots, too
+            files_max = min(files_max, self._requests // 2)
+        if self.files[Way.LANE] >= files_max:
             return False
         if self._bandwidth and self._bandwidth.seconds_until_free():
             return False
-        if self._slots:
-            is_half = self.files[Way.LANE] >= self._requests // 2
-            if is_half and self.files[Way.PARTS]:  # the parts need slots, too
-                return False
-            if not self._slots.acquire(blocking=False):
-                return False
+        if self._slots and not self._slots.acquire(blocking=False):
+            return False
         if self._bandwidth:
             self._bandwidth.take(size)
         return True
@@ -5271,7 +5271,9 @@ def back_up(run: Run) -> int:
             run.report.summary(run.state.path)
             return 0
         lanes.start_for(plan.pending.lane_files)
-        gc.freeze()  # the first collection would look at all of them: 0.58 s instead of 0.54 s
+        # So that no collection looks at what is there by now: a first night of 10,000 files of
+        # 1 kB would take 2.44 s of CPU time instead of 2.35 s.
+        gc.freeze()
         gc.enable()
         transfer = Transfer(run, bucket, plan, lanes)
         try:
@@ -5285,7 +5287,7 @@ def back_up(run: Run) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Run the program with the given arguments, and return the exit code (see above)."""
     # Imports and plan make many objects and drop few. Without this, a night on which none of
-    # 10,000 files has changed takes 0.62 s of CPU time instead of 0.58 s.
+    # 10,000 files has changed takes 0.62 s of CPU time instead of 0.54 s.
     gc.disable()
     interruption = Interruption()
     for stream in (sys.stdout, sys.stderr):
