@@ -1823,21 +1823,6 @@ def import_boto3() -> None:
     Threads(1).submit(ConnectionInTime.watch)
 
 
-class Concurrency:
-    """How much may be under way at once: as much as the user wants and open files allow.
-
-    A request needs two file descriptors: for what it sends, and for its connection.
-    """
-
-    def __init__(self, options: Options, *, files_max: int) -> None:
-        wanted, room = options.max_concurrency, max(files_max - 60, 8)
-        self.requests = wanted  # of all files together, or None
-        # Threads for files that are sent in one part, without a lane.
-        self.threads = max(1, min(wanted or 24, THREADS_MAX, room // 4))
-        self.part_threads = max(1, min(wanted or 8, THREADS_MAX, room // 8))  # of each large file
-        self.lane_requests = max(1, min(wanted or 256, 256, room // 2))  # of each lane
-
-
 Answer = Mapping[str, Any]  # of S3, as boto3 returns it
 Parameters = dict[str, Any]  # of a request of boto3
 
@@ -3457,13 +3442,12 @@ class Uploader:
     CANNOT_OPEN_NOW = (errno.EMFILE, errno.ENFILE, errno.EAGAIN)
 
     def __init__(
-        self, run: Run, bucket: Bucket, concurrency: Concurrency, save_upload: SaveUpload
-    ) -> None:
+        self, run: Run, bucket: Bucket, *, retries: Retries, bandwidth: Bandwidth | None,
+        part_threads: int, save_upload: SaveUpload,
+    ) -> None:  # fmt: skip
         self.bucket, self.client, self.options = bucket, bucket.client, run.options
-        self.part_threads, self.save_upload = concurrency.part_threads, save_upload
-        self.retries = Retries(bucket.session.source, slots=concurrency.requests)
-        rate = run.options.max_bandwidth
-        self.bandwidth = Bandwidth(rate) if rate else None
+        self.retries, self.bandwidth, self.part_threads = retries, bandwidth, part_threads
+        self.save_upload = save_upload
         # Set when S3 has accepted something: a refusal is then not of all files.
         self.accepted = threading.Event()
         self._report = run.report
@@ -3976,9 +3960,9 @@ class MultipartUpload:
 
 
 class LaneResult(NamedTuple):
-    """What a lane reports of a file; without an ETag, the file is for the reliable way.
+    """What a lane reports about one file; without an ETag, the reliable way has to send it.
 
-    A tuple, unlike Result, because JSON takes it as it is, and a lane makes thousands a second.
+    JSON takes a tuple as it is, unlike `Result`, and a lane makes thousands a second.
     """
 
     entry_index: int
@@ -3987,10 +3971,10 @@ class LaneResult(NamedTuple):
     ctime_ns: int | None = None
     etag: str | None = None
     sse: str | None = None
-    md5: str | None = None  # of what S3 has accepted, if its ETag does not prove it
+    md5: str | None = None  # of the bytes that S3 accepted, if the ETag does not prove them
 
 
-# Headers of a put that differ from file to file, or are set when it is signed.
+# The headers of a put that differ from file to file, or are set when it is signed.
 OF_ONE_PUT = frozenset(
     "authorization x-amz-date x-amz-content-sha256 x-amz-security-token expect content-length "
     "content-type content-md5 x-amz-meta-mtime".split()
@@ -3998,7 +3982,7 @@ OF_ONE_PUT = frozenset(
 
 
 class PutTemplate(NamedTuple):
-    """What all requests of the lanes have in common, as botocore has serialised it."""
+    """What all puts of the lanes have in common, as botocore serialises it."""
 
     region: str
     is_https: bool
@@ -4011,22 +3995,21 @@ class PutTemplate(NamedTuple):
     def of(cls, bucket: Bucket, options: Options) -> PutTemplate:
         """Return the template of the puts that boto3 would send to a bucket.
 
-        botocore prepares and signs one, which is not sent. Raises what the source of the
+        botocore prepares and signs one, but does not send it. Raises what the source of the
         credentials raises.
         """
         requests = []
 
-        # botocore sends no request that a handler has answered.
-        def take(request: Any, **_: object) -> Any:
+        def take(request: Any, **_: object) -> NoReturn:
             requests.append(request)
-            return botocore.awsrequest.AWSResponse(request.url, 200, request.headers, io.BytesIO())
+            raise Stopped  # before it is sent
 
         events: Any = bucket.client.meta.events
         parameters: Parameters = {"Bucket": bucket.name, "Key": "KEY", "Body": b""}
         parameters |= options.object_parameters()
         events.register_first("before-send.s3.PutObject", take)
         try:
-            with contextlib.suppress(AttributeError):  # the answer has no body to parse
+            with contextlib.suppress(Stopped):
                 bucket.client.put_object(**parameters)
         finally:
             events.unregister("before-send.s3.PutObject", take)
@@ -4052,15 +4035,15 @@ THREAD = threading.local()
 def keep_thread_state() -> None:
     """Let a thread of the runtime keep its Python state from one callback to the next.
 
-    Python would make a new one for each callback, and map and unmap memory for it: a tenth
-    of all the time that a small file takes.
+    Otherwise Python makes a new one for each callback, and maps and unmaps memory for it:
+    10,000 files of 1 kB then take 2.72 s of CPU time instead of 2.46 s, 11 % more.
     """
     if not hasattr(THREAD, "state"):
         THREAD.state = ctypes.pythonapi.PyGILState_Ensure()
 
 
 class LanePut:
-    """A put that is under way, and the body of its request."""
+    """A put that is under way; it is also the body of its request."""
 
     request: awscrt.s3.S3Request
 
@@ -4071,7 +4054,7 @@ class LanePut:
         self.read, self.seek, self._readinto = body.read, body.seek, body.readinto
 
     def readinto1(self, buffer: memoryview) -> int:
-        """Read into the buffer and return how many bytes (a callback of the runtime)."""
+        """Fill the buffer and return how many bytes that took (a callback of the runtime)."""
         keep_thread_state()
         return self._readinto(buffer)
 
@@ -4081,7 +4064,7 @@ class LanePut:
         self._answer = {name.lower(): value for name, value in headers}
 
     def result(self) -> LaneResult:
-        """Return what came of the put, once it has ended, and close the file."""
+        """Return what became of the put, which has ended, and close the file."""
         encryption = "x-amz-server-side-encryption"
         answer = {
             "ETag": self._answer.get("etag"),
@@ -4102,24 +4085,24 @@ class LanePut:
 
 
 def send_message(pipe: IO[bytes], message: object) -> None:
-    """Send a message through a pipe as a line of JSON; raise OSError if nobody reads there."""
+    """Send a message through a pipe as a line of JSON; raise OSError if nobody reads it."""
     pipe.write(json.dumps(message).encode() + b"\n")
     pipe.flush()
 
 
 def messages_of(pipe: IO[bytes]) -> Iterator[Any]:
-    """Yield the messages that come through a pipe until it closes, without a torn last one."""
+    """Yield the messages from a pipe until it closes; a torn last one is left out."""
     return (json.loads(line) for line in pipe if line.endswith(b"\n"))
 
 
 class LaneSender:
-    """What runs in a lane: one thread that begins all puts, proves and reports them.
+    """What runs in a lane: one thread that begins all puts, proves them, and reports them.
 
-    Several threads would mostly pass the interpreter's lock around.
+    Several threads would mostly wait for the interpreter lock.
     """
 
-    # A put takes about 10 with all others under way. After 30 without a byte the runtime would
-    # send the file again, and it would wait forever for an answer that trickles.
+    # With as many others under way, a put takes about 10 seconds. After 30 without a byte the
+    # runtime would send the file again; for an answer that trickles in it would wait forever.
     ANSWER_SECONDS = 25
     SLOW_READ_SECONDS, READERS = 0.002, 16
     BATCH_SECONDS = 0.005  # each message wakes the main process
@@ -4128,17 +4111,17 @@ class LaneSender:
         self._messages, self._pipe = messages, pipe
         self._template = PutTemplate(*next(messages))
         self._client, self._signing = self._make_client(), None
-        # Calls that the other threads, and those of the runtime, leave to this one.
+        # Calls that this thread makes for the others, and for those of the runtime.
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._results: list[LaneResult] = []
-        self._under_way: dict[awscrt.s3.S3Request, float] = {}  # and when each was begun
-        # The time to read a file, as a moving average; and who reads if that is long.
+        self._under_way: dict[awscrt.s3.S3Request, float] = {}  # and when each began
+        # How long it takes to read a file, as a moving average; where that is slow, these read.
         self._read_seconds, self._readers = 0.0, Threads(self.READERS)
 
     def _make_client(self) -> awscrt.s3.S3Client:
-        # First of all: if the runtime is too old for it, there is nothing to tear down yet.
-        # Retries is the one retry loop, but the runtime's minimum is one retry (0 means 5). A
-        # bucket of 1 allows one file a retry, and no other until a request succeeds.
+        # Made first: if the runtime is too old for it, there is nothing to tear down yet.
+        # `Retries` is the one retry loop, but the runtime retries at least once (0 means 5). With
+        # a capacity of 1, one file may be retried, and no other until a request succeeds.
         few_tries = awscrt.s3.S3RetryConfig(max_retries=1, initial_bucket_capacity=1)
         loops = awscrt.io.EventLoopGroup(1)
         mode, tls = awscrt.s3.S3RequestTlsMode.DISABLED, None
@@ -4152,25 +4135,25 @@ class LaneSender:
             region=self._template.region,
             tls_mode=mode,
             tls_connection_options=tls,
-            # Makes 250 connections, about as many as there are requests under way.
+            # This gives 250 connections, about as many as there are requests under way.
             throughput_target_gbps=100,
             connect_timeout_ms=Session.CONNECT_TIMEOUT_SECONDS * 1000,
             retry_config=few_tries,
         )
 
     def run(self) -> None:
-        """Send the files of the messages; end the process after the last message.
+        """Send files as the messages ask for it, and end the process when these end.
 
         Raises OSError if the main process has ended.
         """
-        for work in (self._receive, self._give_up_late):
+        for work in (self._receive, self._cancel_late):
             threading.Thread(target=work, daemon=True).start()
-        told_at = 0.0
+        reported_at = 0.0
         while True:
             with contextlib.suppress(queue.Empty):
                 self._calls.get(timeout=self.BATCH_SECONDS if self._results else None)()
-            if self._results and time.monotonic() - told_at > self.BATCH_SECONDS:
-                told_at = time.monotonic()
+            if self._results and time.monotonic() - reported_at > self.BATCH_SECONDS:
+                reported_at = time.monotonic()
                 send_message(self._pipe, self._results)
                 self._results = []
 
@@ -4179,7 +4162,7 @@ class LaneSender:
             self._calls.put(functools.partial(self._take, credentials, tasks))
         os._exit(0)
 
-    def _give_up_late(self) -> None:
+    def _cancel_late(self) -> None:
         while True:
             time.sleep(1)
             for request, began_at in list(self._under_way.items()):
@@ -4187,9 +4170,9 @@ class LaneSender:
                     request.cancel()
 
     def _take(self, credentials: list[str] | None, tasks: list[list[Any]]) -> None:
-        """Begin the puts of some files, in other threads where reading is slow (NFS)."""
+        """Begin to send some files; where reading is slow (NFS), other threads do that."""
         if credentials:
-            # Static: the runtime would otherwise ask Python for them with each request.
+            # Otherwise the runtime would ask Python for them with each request.
             provider = awscrt.auth.AwsCredentialsProvider.new_static(*credentials)
             self._signing = awscrt.s3.create_default_s3_signing_config(
                 region=self._template.region, credential_provider=provider
@@ -4199,7 +4182,7 @@ class LaneSender:
                 self._begin(task)
             else:
                 reading = self._readers.submit(self._begin, task)
-                # So that a bug in it ends the lane.
+                # A bug in it ends the lane: result() raises it again.
                 reading.add_done_callback(lambda done: self._calls.put(done.result))
 
     def _begin(self, task: Task) -> None:
@@ -4209,7 +4192,7 @@ class LaneSender:
             if source.size > LANE_FILE_MAX_BYTES:
                 raise UploadError("it has grown since the walk")
             data = source.read_all()
-        except (OSError, UploadError):  # the reliable way meets it too, and says so
+        except (OSError, UploadError):  # the reliable way meets it too, and reports it
             if source:
                 source.close()
             self._calls.put(lambda: self._results.append(LaneResult(task.entry_index)))
@@ -4243,7 +4226,7 @@ class LaneSender:
 
 
 def raise_file_limit() -> int:
-    """Raise the limit of open files to what the run may need; return how many it may open."""
+    """Raise the limit of open files as far as the run may need; return the limit."""
     wanted = 4096  # macOS gives 256
     if sys.platform == "win32":
         return wanted
@@ -4259,22 +4242,22 @@ def raise_file_limit() -> int:
 
 
 def end_process(failed: threading.ExceptHookArgs) -> None:
-    """End a lane in which a thread has failed; its files go to the reliable way."""
+    """End a lane because of a bug in one of its threads; the reliable way sends its files."""
     threading.__excepthook__(failed)
     os._exit(1)
 
 
 def run_lane() -> NoReturn:
-    """Run as a lane: take files from standard input until it closes, send results to stdout."""
+    """Run as a lane: take files from stdin until it closes, and write results to stdout."""
     global awscrt
-    # A signal to the whole process group is for the main process to handle.
+    # The main process handles the signals that the whole process group gets.
     for signum in Interruption.SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
     threading.excepthook = end_process
     raise_file_limit()
-    # The lane ends without the runtime or threads, and with the run.
+    # Without the runtime or threads there is no lane; after the run it has nobody to report to.
     problems = ImportError, AttributeError, StopIteration, OSError, RuntimeError, StopRun
-    # Not sys.stdout: under python -u it has no buffer and may write half a message.
+    # Not sys.stdout: under `python -u` it is unbuffered, and may write half a message.
     with contextlib.suppress(*problems), open(1, "wb", closefd=False) as pipe:
         import awscrt.auth
         import awscrt.exceptions
@@ -4282,34 +4265,33 @@ def run_lane() -> NoReturn:
         import awscrt.io
         import awscrt.s3
 
-        sender = LaneSender(messages_of(sys.stdin.buffer), pipe)
-        send_message(pipe, [])  # it is ready
-        sender.run()
+        LaneSender(messages_of(sys.stdin.buffer), pipe).run()
     os._exit(0)
 
 
 class Lane:
-    """A lane as the main process sees it; `indexes` are those of the entries that it has.
+    """A lane as the main process sees it; `tasks`, by `entry_index`, are those that it has.
 
-    It is this script, started once more. `python -c` would import modules from the current
-    directory, where anybody may have put them; a fork would keep the lock of the state after the
-    main process has died. When the main process dies, the pipes close, which ends the lane.
+    The process runs this script. `python -c` would import modules from the current directory,
+    where anybody may have put them; a fork would hold the lock of the state after the main
+    process has died. When the main process dies, the pipes close, which ends the lane.
     """
 
-    ARGUMENT = "be-a-lane"  # the only one; no option of the command line
+    ARGUMENT = "be-a-lane"  # the only argument; not an option
     STUCK_SECONDS = 120
     END_SECONDS = 1  # enough for a killed process
 
     def __init__(self) -> None:
-        self.indexes: set[int] = set()
-        self.is_ready = False
+        self.tasks: dict[int, Task] = {}
+        self._heard_at = 0.0
         self._batch: list[Task] = []
         self._outbox: queue.SimpleQueue[list[Task]] = queue.SimpleQueue()
         flags = {"isolated": "-I", "ignore_environment": "-E", "no_user_site": "-s"}
         flags |= {"safe_path": "-P", "utf8_mode": "-Xutf8"}
         like_this = [flag for name, flag in flags.items() if getattr(sys.flags, name, False)]
+        # A session of its own would need no mask, but Linux then takes 10 % more CPU time.
         with contextlib.ExitStack() as held_back:
-            if sys.platform != "win32":  # no signal ends the lane before it ignores them
+            if sys.platform != "win32":  # no signal may end the lane before it ignores them
                 before = signal.pthread_sigmask(signal.SIG_BLOCK, Interruption.SIGNALS)
                 held_back.callback(signal.pthread_sigmask, signal.SIG_SETMASK, before)
             self._process = subprocess.Popen(
@@ -4322,29 +4304,11 @@ class Lane:
         assert self._process.stdin and self._process.stdout
         self._to_it, self._from_it = self._process.stdin, self._process.stdout
 
-    def open(
-        self, template: PutTemplate, source: CredentialSource, listen: Callable[[Lane], None]
-    ) -> None:
-        """Let it take files; `listen` is called in a thread of its own, to read `results`."""
-        # Not since its start: nobody has listened, and the walk may have taken long.
-        self._heard_at = time.monotonic()
-        try:
-            for work in (self._feed, template, source), (listen, self):
-                threading.Thread(target=work[0], args=work[1:], daemon=True).start()
-        except RuntimeError:  # no more threads to be had
-            self._heard_at = -math.inf
-
-    def results(self) -> Iterator[list[LaneResult]]:
-        """Yield the lists of results until it ends; the first, empty, says that it is ready."""
-        for results in messages_of(self._from_it):
-            self.is_ready, self._heard_at = True, time.monotonic()
-            yield list(itertools.starmap(LaneResult, results))
-
     def add(self, task: Task) -> None:
-        """Add a file to those that `flush` hands over."""
-        if not self.indexes:
+        """Add a file to those that `flush` hands over: one by one, they cost 4 % more CPU time."""
+        if not self.tasks:
             self._heard_at = time.monotonic()
-        self.indexes.add(task.entry_index)
+        self.tasks[task.entry_index] = task
         self._batch.append(task)
 
     def flush(self) -> None:
@@ -4353,19 +4317,8 @@ class Lane:
             self._outbox.put(self._batch)
             self._batch = []
 
-    def is_stuck(self) -> bool:
-        """Return whether an answer is long overdue: a disk may hang (NFS)."""
-        is_asked = bool(self.indexes) or not self.is_ready
-        return is_asked and time.monotonic() - self._heard_at > self.STUCK_SECONDS
-
-    def kill(self) -> None:
-        """Kill it and wait for its end, since in a container nobody else may reap it."""
-        self._process.kill()  # it ignores SIGTERM, as signals are for the main process
-        with contextlib.suppress(subprocess.TimeoutExpired):  # a disk may hang (NFS)
-            self._process.wait(self.END_SECONDS)
-
-    def _feed(self, template: PutTemplate, source: CredentialSource) -> None:
-        # In a thread: renewing credentials may take long, and so may a full pipe.
+    def feed(self, template: PutTemplate, source: CredentialSource) -> None:
+        """Send it the batches, in a thread: renewing credentials or a full pipe may take long."""
         known: Credentials | None = None
         # When the credentials or the lane fail, the pipe closes, which ends the lane.
         with contextlib.suppress(OSError, StopRun, *request_errors()), self._to_it:
@@ -4376,6 +4329,22 @@ class Lane:
                 send_message(self._to_it, (credentials if credentials != known else None, tasks))
                 known = credentials
 
+    def results(self) -> Iterator[list[LaneResult]]:
+        """Yield its results, in lists, until it ends."""
+        for results in messages_of(self._from_it):
+            self._heard_at = time.monotonic()
+            yield list(itertools.starmap(LaneResult, results))
+
+    def is_stuck(self) -> bool:
+        """Return whether a result is long overdue: a disk may hang (NFS)."""
+        return bool(self.tasks) and time.monotonic() - self._heard_at > self.STUCK_SECONDS
+
+    def kill(self) -> None:
+        """Kill it and wait for its end: in a container, perhaps nobody else reaps it."""
+        self._process.kill()  # it ignores SIGTERM
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a disk may hang (NFS)
+            self._process.wait(self.END_SECONDS)
+
 
 def text_of(path: str) -> str:
     """Return the text of a small file of the system, empty if it cannot be read."""
@@ -4385,13 +4354,13 @@ def text_of(path: str) -> str:
 
 
 def granted_cores() -> int:
-    """Return how many cores this process may use, by the quotas of its cgroup and all above it.
+    """Return how many cores this process may use by the quotas of its cgroup and those above.
 
     https://docs.kernel.org/admin-guide/cgroup-v2.html#cpu-interface-files
     """
     has_affinity = hasattr(os, "sched_getaffinity")
     cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
-    files = "cpu.max", "cpu.cfs_quota_us", "cpu.cfs_period_us"  # of version 2; of version 1
+    files = "cpu.max", "cpu.cfs_quota_us", "cpu.cfs_period_us"  # version 2; version 1
     for line in text_of("/proc/self/cgroup").splitlines():
         _number, controllers, group = line.split(":", 2)  # no controllers: version 2
         root = "/sys/fs/cgroup/cpu" if controllers else "/sys/fs/cgroup"
@@ -4404,13 +4373,13 @@ def granted_cores() -> int:
 
 
 class Lanes(list[Lane]):
-    """The lanes of a run: none where they do not pay, or cannot do what is asked."""
+    """The lanes of a run: none where they do not pay off, or cannot do what is asked."""
 
     FILES_PER_LANE = 500
     LANES_MAX = 8
 
     def __init__(self, bucket: Bucket, options: Options) -> None:
-        """Find out whether there can be lanes; raise StopRun if not, and the user wants them."""
+        """Find out how many there can be; raise StopRun if none, and the user wants them."""
         wanted, problem = options.preferred_transfer_client, self._problem(bucket)
         self._is_asked_for = wanted == "crt"
         if problem and self._is_asked_for:
@@ -4420,14 +4389,14 @@ class Lanes(list[Lane]):
         self._lanes_max = 0 if problem or wanted == "classic" else can_be
 
     def start_for(self, small_files: int) -> None:
-        """Start as many lanes as pay for so many small files, less those already started."""
-        pay = small_files // self.FILES_PER_LANE
+        """Start more lanes, until there are as many as pay off for so many small files."""
+        wanted = small_files // self.FILES_PER_LANE
         if small_files and self._is_asked_for:
-            pay = max(pay, 1)
-        while len(self) < min(pay, self._lanes_max):
+            wanted = max(wanted, 1)
+        while len(self) < min(wanted, self._lanes_max):
             try:
                 self.append(Lane())
-            except OSError:  # no more processes or pipes: the reliable way needs none
+            except OSError:  # no more processes or pipes to be had; the reliable way needs none
                 self._lanes_max = len(self)
 
     def close(self) -> None:
@@ -4459,287 +4428,391 @@ class Lanes(list[Lane]):
 # --- transfer ---------------------------------------------------------------------
 
 
-class Backlog:
-    """The files that are to be sent one way: the next that waits, and how many are under way."""
+class Room:
+    """How much is under way, and whether there is room for another file.
 
-    def __init__(self, tasks: Iterator[Task]) -> None:
-        self._tasks, self.next = tasks, next(tasks, None)
-        self.under_way = 0
-
-    def advance(self) -> None:
-        """Take the next file, or None after the last, as the one that waits."""
-        self.next = next(self._tasks, None)
-
-
-class Window:
-    """How many bytes may be under way: as many as the uplink, as measured, sends in `SECONDS`.
-
-    On a slow uplink few requests then share it, and each moves often enough that neither the
-    runtime (after 30 seconds) nor S3 (after about 20) gives it up. Large files are streamed and
-    not in memory: a few may be under way, whatever their size, and hold up no small ones.
+    The option --max-concurrency and the limit of open files bound the requests: each has two
+    files open, what it sends and its connection. The uplink bounds the bytes: as many may be
+    under way as it sends in `WINDOW_SECONDS`, as measured. So few requests share a slow uplink,
+    and none stands still so long that the runtime (after 30 seconds) or S3 (after about 20) gives
+    it up. Files that are not in memory are counted instead, and hold up no small ones.
     """
 
-    FIRST_BYTES, MAX_BYTES, SECONDS = MIB, 64 * MIB, 10
-    STREAMED_FILES = 8
+    WINDOW_SECONDS = 10
+    WINDOW_MIN_BYTES, WINDOW_MAX_BYTES = MIB, 64 * MIB
+    FILES_MIN = 4  # whatever their size
+    STREAMED_FILES_MAX = 8
+    FILES_IN_PARTS_MAX = 2
+    QUEUED_PER_THREAD = 2  # so that no thread waits for its next file
 
-    def __init__(self) -> None:
-        self._bytes, self._under_way, self._streamed = self.FIRST_BYTES, 0, 0
-        self._since, self._moved = time.monotonic(), 0.0
+    def __init__(
+        self, options: Options, lanes: Lanes, *,
+        slots: threading.Semaphore | None, bandwidth: Bandwidth | None,
+    ) -> None:  # fmt: skip
+        wanted, open_files = options.max_concurrency, max(raise_file_limit() - 60, 8)
+        self.threads = max(1, min(wanted or 24, THREADS_MAX, open_files // 4))
+        self.part_threads = max(1, min(wanted or 8, THREADS_MAX, open_files // 8))  # of each file
+        self._lane_files = max(1, min(wanted or 256, 256, open_files // 2))  # of each lane
+        self._lanes, self._bandwidth = lanes, bandwidth
+        self._requests, self._slots = wanted or 0, slots
+        self.files: Counter[Way] = Counter()  # that are under way
+        self._bytes = self._streamed_files = 0
+        self._window_bytes = self.WINDOW_MIN_BYTES
+        self._sent_bytes, self._since = 0.0, time.monotonic()
 
-    def has_room_for(self, size: int) -> bool:
-        """Tell whether a file of that size may be under way too."""
+    def begin(self, way: Way, size: int) -> bool:
+        """Count a file as under way if there is room for it; return whether there was."""
+        if not self._has_room(way, size) or (way is Way.LANE and not self._take_request(size)):
+            return False
+        self.add(way, size)
+        return True
+
+    def end(self, way: Way, size: int, *, sent_bytes: int = 0) -> None:
+        """Count a file as no longer under way."""
+        self.add(way, size, -1)
+        if way is Way.LANE and self._slots:
+            self._slots.release()
+        if way is not Way.PARTS:
+            self._sent_bytes += sent_bytes
+
+    def add(self, way: Way, size: int, files: int = 1) -> None:
+        """Count files of one size as under way, even if there is no room for them."""
+        self.files[way] += files
+        if way is Way.PARTS:
+            return
         if size > IN_MEMORY_BYTES:
-            return self._streamed < self.STREAMED_FILES
-        return self._under_way + size <= self._bytes
+            self._streamed_files += files
+        else:
+            self._bytes += files * size
 
-    def begin(self, size: int) -> None:
-        """Take note that a file of that size, in bytes, is under way."""
-        self._count(size, 1)
-
-    def end(self, size: int) -> None:
-        """Take note that one of that size no longer is."""
-        self._count(size, -1)
-
-    def grow(self, moved: int) -> None:
-        """Take note of how many bytes have been sent with what has ended since the last time."""
-        self._moved += moved
+    def measure(self) -> None:
+        """Measure how fast files are sent, and set how many bytes may be under way."""
         now = time.monotonic()
         seconds = max(now - self._since, 0.001)
-        if seconds > self.SECONDS:  # what was long ago counts less and less
-            self._since, self._moved = now - seconds / 2, self._moved / 2
-        in_a_while = int(self._moved / seconds * self.SECONDS)
-        self._bytes = min(max(self.FIRST_BYTES, in_a_while), self.MAX_BYTES)
+        if seconds > self.WINDOW_SECONDS:  # what was long ago counts less and less
+            self._since, self._sent_bytes = now - seconds / 2, self._sent_bytes / 2
+            seconds /= 2
+        window_bytes = int(self._sent_bytes / seconds * self.WINDOW_SECONDS)
+        self._window_bytes = min(max(self.WINDOW_MIN_BYTES, window_bytes), self.WINDOW_MAX_BYTES)
 
-    def _count(self, size: int, change: int) -> None:
+    def _has_room(self, way: Way, size: int) -> bool:
+        if way is Way.PARTS:
+            return self.files[way] < self.FILES_IN_PARTS_MAX
+        # While threads are busy, perhaps with what lanes have handed back, lanes get no more.
+        if self.files[Way.THREAD] >= self.threads * self.QUEUED_PER_THREAD:
+            return False
         if size > IN_MEMORY_BYTES:
-            self._streamed += change
+            fits = self._streamed_files < self.STREAMED_FILES_MAX
         else:
-            self._under_way += change * size
+            fits = self._bytes + size <= self._window_bytes
+        return fits or self.files.total() < self.FILES_MIN
+
+    def _take_request(self, size: int) -> bool:
+        """Take for a lane what threads take when they send: a slot and bandwidth."""
+        files_max = self._lane_files * len(self._lanes)
+        if self._slots and self.files[Way.PARTS]:  # the parts need slots, too
+            files_max = min(files_max, self._requests // 2)
+        if self.files[Way.LANE] >= files_max:
+            return False
+        if self._bandwidth and self._bandwidth.seconds_until_free():
+            return False
+        if self._slots and not self._slots.acquire(blocking=False):
+            return False
+        if self._bandwidth:
+            self._bandwidth.take(size)
+        return True
+
+
+class Records:
+    """The entries that are not done: read from the plan, changed by results, written to disk.
+
+    Only the main thread uses them.
+    """
+
+    def __init__(self, run: Run, plan: March) -> None:
+        self._state, self._report, self._ways = run.state, run.report, plan.ways
+        self._encryption = run.options.encryption
+        self.left_files = plan.pending.files
+        # By the number of the line: entries that were read and are not done, and entries that
+        # have changed since they were written.
+        self._entries: dict[int, Entry] = {}
+        self._unwritten: dict[int, Entry] = {}
+        # Set once that is on the disk: threads wait for it.
+        self._awaited: list[threading.Event] = []
+
+    def tasks(self, way: Way) -> Iterator[Task]:
+        """Yield the files that the plan sends one way; raise StopRun if it cannot be read."""
+        if way not in self._ways:
+            return
+        with self._state.unreadable_stops():
+            for number, line in enumerate(self._state.lines(), start=2):
+                if self._ways[number] == way:
+                    self._entries[number] = Entry.from_json(json.loads(line))
+                    yield self.task(number)
+
+    def task(self, index: int) -> Task:
+        """Return the task for an entry as it is now."""
+        entry = self._entries[index]
+        return Task(
+            index, entry.filepath, entry.filename, entry.size or 0,
+            entry.upload_id, entry.part_size, entry.etag,
+        )  # fmt: skip
+
+    def note(self, index: int, result: Result) -> Entry:
+        """Record what a result tells about a file and its object; return the entry."""
+        entry = self._unwritten[index] = self._entries[index]
+        before = entry.size, entry.mtime_ns, entry.etag
+        if result.size is not None:
+            entry.size, entry.mtime_ns = result.size, result.mtime_ns
+            entry.ctime_ns = result.ctime_ns
+        entry.etag, entry.part_size = result.etag, result.part_size
+        entry.upload_id = result.upload_id
+        entry.uploaded = result.outcome in (Outcome.UPLOADED, Outcome.UNCHANGED)
+        if entry.uploaded or before != (entry.size, entry.mtime_ns, entry.etag):
+            entry.keep(Known())
+        # Beside a sent file, only the id of an upload that could not be aborted is kept.
+        is_to_be_resumed = result.upload_id and result.outcome is not Outcome.UPLOADED
+        entry.sse = self._encryption if is_to_be_resumed else result.sse
+        if entry.uploaded:
+            self._drop(index)
+        return entry
+
+    def note_failed(self, index: int, error: str | None) -> None:
+        """Record and report that a file is given up."""
+        entry = self._unwritten[index] = self._drop(index)
+        entry.error = error
+        self._report.failed(entry)
+
+    def note_upload(self, index: int, result: Result, written: threading.Event) -> None:
+        """Record a new multipart upload; `written` is set once that is on the disk."""
+        self.note(index, result)
+        self._awaited.append(written)
+
+    def write_down(self) -> None:
+        """Write what has changed to the journal or the state, if it is time; raise as `save`."""
+        if self._state.is_due():
+            self.save()
+        elif self._awaited or (self._unwritten and self._state.journal.is_due()):
+            try:
+                self._write_journal()
+            except OSError:
+                if self._awaited:
+                    self.save()
+        for written in self._awaited:
+            written.set()
+        self._awaited.clear()
+
+    def save(self) -> None:
+        """Save the state; if the disk is full, the upload goes on, and the run fails later.
+
+        Raises StopRun where another program may have the state: nothing more is written then.
+        """
+        could_save = self._state.is_saved
+        if could_save and not (self._unwritten or self._state.has_journal()):
+            return
+        with contextlib.suppress(OSError):  # there may be room for a few lines
+            self._write_journal()
+        try:
+            self._state.save(self._state.lines(self._unwritten))
+            self._unwritten.clear()
+        except OSError as error:
+            if could_save:
+                self._report.error(f"cannot save {shown(self._state.path)}: {reason(error)}")
+        except (StopRun, ValueError) as error:
+            raise StopRun(f"cannot save the state: {error}") from error
+
+    def _drop(self, index: int) -> Entry:
+        self.left_files -= 1
+        return self._entries.pop(index)
+
+    def _write_journal(self) -> None:
+        self._state.journal.add(self._unwritten)
+        self._unwritten.clear()
+
+
+class Doubt:
+    """Whether what some files meet is met by all of them, so that the run has to stop.
+
+    While there is a `message`, nothing is handed out but samples from elsewhere in the plan.
+    """
+
+    # After so many files in a row that the server does not take, perhaps it takes none.
+    FAILED_IN_A_ROW_MAX = 20
+
+    def __init__(self, accepted: threading.Event) -> None:
+        self._accepted, self._failed_in_a_row = accepted, 0
+        self.message: str | None = None
+        self.refused: list[tuple[int, str | None]] = []  # indexes and errors of files
+        self.samples: int | None = None  # how many were handed out
+
+    def note(self, index: int, result: Result) -> None:
+        """Take into account what became of a file."""
+        if result.outcome is Outcome.UPLOADED:
+            self._accepted.set()
+            self._failed_in_a_row = 0
+        elif result.outcome is Outcome.REFUSED:
+            self.refused.append((index, result.error))
+            self.message = self.message or result.error
+        elif result.is_said_by_server:
+            self._failed_in_a_row += 1
+            if self._failed_in_a_row == self.FAILED_IN_A_ROW_MAX:
+                self._failed_in_a_row = 0
+                self._accepted.clear()
+                self.message = f"one file after the other fails: {result.error}"
+
+    def end(self) -> None:
+        """Go on as if there had been no doubt."""
+        self.message = self.samples = None
+        self.refused.clear()
 
 
 class Transfer:
-    """Sends the pending entries: hands out tasks, records results, saves the state.
+    """Sends the pending entries: hands them out, and acts on what becomes of them.
 
-    All but the sending runs in the main thread, and only this class changes entries.
+    Only the sending runs in other threads and in lanes.
     """
 
-    QUEUED_PER_THREAD = 2  # so that none waits for the next
-    LARGE_FILES_AT_ONCE = 2
-    ALWAYS_UNDER_WAY = 4  # files, however large they are
-    # A file that changes while it is sent is tried so often, after all others.
+    # How often a file is tried that changes while it is sent; again only after all others.
     FILE_TRIES = 3
-    # One that cannot be opened, longer than a kernel leaves a file to who has a lease (45 s).
+    # The same for one that cannot be opened: the kernel leaves a lease to its holder for 45 s.
     OPEN_TRIES = 25
     TRY_LATER_SECONDS = 2
-    # So many files that the server does not take, one after the other: perhaps it takes none.
-    FAILED_IN_A_ROW_MAX = 20
 
     def __init__(self, run: Run, bucket: Bucket, plan: March, lanes: Lanes) -> None:
-        options = run.options
-        self._options, self._state, self._report = options, run.state, run.report
-        self._interruption, self._plan, self._lanes = run.interruption, plan, lanes
-        self._concurrency = Concurrency(options, files_max=raise_file_limit())
-        self._uploader = Uploader(run, bucket, self._concurrency, self._save_upload)
-        self._retries, self._bandwidth = self._uploader.retries, self._uploader.bandwidth
+        options, source = run.options, bucket.session.source
+        self._options, self._report, self._interruption = options, run.report, run.interruption
+        self._plan, self._lanes = plan, lanes
+        self._retries = Retries(source, slots=options.max_concurrency)
+        self._bandwidth = Bandwidth(options.max_bandwidth) if options.max_bandwidth else None
+        self._room = Room(options, lanes, slots=self._retries.slots, bandwidth=self._bandwidth)
+        self._uploader = Uploader(
+            run, bucket, retries=self._retries, bandwidth=self._bandwidth,
+            part_threads=self._room.part_threads, save_upload=self._save_upload,
+        )  # fmt: skip
         self._pools = {
-            Way.THREAD: Threads(self._concurrency.threads),
-            Way.PARTS: Threads(self.LARGE_FILES_AT_ONCE),
+            Way.THREAD: Threads(self._room.threads),
+            Way.PARTS: Threads(Room.FILES_IN_PARTS_MAX),
             Way.SAMPLE: Threads(3),
         }
-        # By the numbers of their lines: those that were read from the plan and are not done.
-        self._entries: dict[int, Entry] = {}
         for pool in self._pools.values():
-            pool.submit(int)  # one thread each before one pool takes all that can be had
-        # What threads and lanes have to say: calls for the main thread.
+            pool.submit(int)  # each gets a thread before one takes all that can be had
+        # What threads and lanes report: calls for the main thread.
         self._news: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._backlogs = {
-            way: Backlog(self._tasks(way) if way in plan.ways else iter(())) for way in Way if way
-        }
+        self.records = Records(run, plan)
+        # The files that are still to be handed out, and the first of them, by way.
+        ways = Way.LANE, Way.THREAD, Way.PARTS
+        self._tasks = {way: self.records.tasks(way) for way in ways}
+        self._next = {way: next(tasks, None) for way, tasks in self._tasks.items()}
         self._try_later: deque[tuple[float, Task]] = deque()
-        self._under_way: dict[int, tuple[Backlog, Task]] = {}
-        self._window, self._moved_bytes = Window(), 0
-        self._unwritten: dict[int, Entry] = {}
-        self.left_files = plan.pending.files
-        self._uploads_unwritten: list[threading.Event] = []
-        self._refused: list[tuple[Task, Result]] = []
-        self._failed_in_a_row = 0
-        # What every file seems to meet, and how many from elsewhere in the plan are to tell.
-        self._doubt: str | None = None
-        self._samples: int | None = None
+        self._doubt = Doubt(self._uploader.accepted)
         self.stop_message: str | None = None
         if lanes:
-            source = bucket.session.source
             make_template = functools.partial(PutTemplate.of, bucket, options)
             template = run.interruption.wait_for(lambda: Retries(source).run(make_template))
-            for lane in lanes:
-                lane.open(template, source, self._listen)
+            for lane in list(lanes):
+                try:
+                    threading.Thread(target=lane.feed, args=(template, source), daemon=True).start()
+                    threading.Thread(target=self._listen, args=(lane,), daemon=True).start()
+                except RuntimeError:  # no more threads to be had
+                    self._drop_lane(lane)
 
     def run(self) -> None:
         """Send every pending entry, until all is done or the run must stop (`stop_message`).
 
-        What is under way then has a few seconds to end.
+        After a stop, what is under way has a few seconds to end.
         """
         pending = self._plan.pending
         self._report.begin_sending(pending.files, pending.bytes)
         stop_at = math.inf
-        while time.monotonic() < stop_at:
-            is_stopping = bool(self._interruption.signum or self.stop_message)
-            if is_stopping:
+        while time.monotonic() < stop_at and not self._is_done():
+            if self._is_stopping():
                 stop_at = min(stop_at, time.monotonic() + SIGNAL_GRACE_SECONDS)
                 self._retries.stop.set()
-            elif not self._doubt:
-                try:
+            try:
+                if not (self._is_stopping() or self._doubt.message):
                     self._hand_out()
-                except StopRun as error:  # the plan cannot be read on
-                    self._stop(str(error))
-            if not self._under_way and (is_stopping or not self._is_waiting()):
-                break
-            self._take_news()
-            for lane in [lane for lane in self._lanes if lane.is_stuck()]:
-                self._drop_lane(lane)
-            self._settle_doubt()
-            self._report.draw_progress(is_stopping=is_stopping)
+                self._take_news()
+                self._settle_doubt()
+            except StopRun as error:  # the state cannot be read or written
+                self._stop(str(error))
+            self._report.draw_progress(is_stopping=self._is_stopping())
+
+    def save(self) -> None:
+        """Save the state, unless another program may have it."""
+        try:
+            self.records.save()
+        except StopRun as error:
+            self._stop(str(error))
+
+    def _stop(self, message: str | None) -> None:
+        """Have the run stop; the first message counts, since others may follow from it."""
+        self.stop_message = self.stop_message or message
+
+    def _is_stopping(self) -> bool:
+        return bool(self._interruption.signum or self.stop_message)
+
+    def _is_done(self) -> bool:
+        is_waiting = any(self._next.values()) or self._try_later or self._doubt.message
+        return not self._room.files.total() and (self._is_stopping() or not is_waiting)
 
     # --- What is handed out ---
 
-    def _tasks(self, wanted: Way) -> Iterator[Task]:
-        """Yield the files that are sent one way, as the plan has them."""
-        ways = self._plan.ways
-        return self._read(lambda number: ways[number] == wanted)
-
-    def _read(self, is_wanted: Callable[[int], bool]) -> Iterator[Task]:
-        """Yield the files on some lines of the plan."""
-        with self._state.unreadable_stops():
-            for number, line in enumerate(self._state.lines(), start=2):
-                if is_wanted(number):
-                    entry = self._entries[number] = Entry.from_json(json.loads(line))
-                    yield Task(
-                        number, entry.filepath, entry.filename, entry.size or 0,
-                        entry.upload_id, entry.part_size, entry.etag,
-                    )  # fmt: skip
-
-    def _is_waiting(self) -> bool:
-        return bool(self._has_next() or self._try_later or self._refused or self._doubt)
-
-    def _has_next(self) -> bool:
-        return any(backlog.next for backlog in self._backlogs.values())
-
     def _hand_out(self) -> None:
-        if self._lanes:
-            self._feed_lanes()
-        else:  # or they have all ended
-            self._feed_threads(Way.THREAD, self._backlogs[Way.LANE])
-        for way in (Way.THREAD, Way.PARTS):
-            self._feed_threads(way, self._backlogs[way])
-        # After all others: a writer may have finished, or other processes closed their files.
-        while self._try_later and not self._has_next():
+        """Hand out files as far as there is room, those of lanes first."""
+        for planned in self._next:
+            # Without lanes, or after all have ended, threads send what was planned for them.
+            way = Way.THREAD if planned is Way.LANE and not self._lanes else planned
+            while (task := self._next[planned]) and self._room.begin(way, task.size):
+                self._send(way, task)
+                self._advance(planned)
+        for lane in self._lanes:
+            lane.flush()
+        # After all others: until then its writer may finish, or a lease on it may end.
+        while self._try_later and not any(self._next.values()):
             due, task = self._try_later[0]
             way = Way.PARTS if self._options.is_multipart(task.size) else Way.THREAD
-            if time.monotonic() < due or not self._has_room(way, task):
+            if time.monotonic() < due or not self._room.begin(way, task.size):
                 break
             self._try_later.popleft()
-            self._begin_in_thread(way, task)
+            self._send(way, task)
 
-    def _feed_threads(self, way: Way, backlog: Backlog) -> None:
-        while backlog.next and self._has_room(way, backlog.next):
-            self._begin_in_thread(way, backlog.next)
-            backlog.advance()
+    def _advance(self, way: Way) -> None:
+        self._next[way] = next(self._tasks[way], None)
 
-    def _hand_out_samples(self) -> int:
-        """Hand out the first, the middle and the last file that waits; return how many."""
-
-        def waiting() -> Iterator[int]:
-            for number, way in enumerate(self._plan.ways):
-                task = self._backlogs[Way(way)].next if way else None
-                if task and number >= task.entry_index:
-                    yield number
-
-        count = sum(1 for _ in waiting())
-        places = {0, count // 2, count - 1}
-        numbers = {number for place, number in enumerate(waiting()) if place in places}
-        for task in list(self._read(numbers.__contains__)):
-            backlog = self._backlogs[Way(self._plan.ways[task.entry_index])]
-            self._plan.ways[task.entry_index] = Way.NONE
-            if backlog.next == task:
-                backlog.advance()
-            self._begin_in_thread(Way.SAMPLE, task)
-        return len(numbers)
-
-    def _has_room(self, way: Way, task: Task) -> bool:
-        """Tell whether a file may be handed to a thread now."""
-        if way is Way.PARTS:
-            return self._backlogs[way].under_way < self.LARGE_FILES_AT_ONCE
-        return self._fits(task) and not self._is_busy()
-
-    def _fits(self, task: Task) -> bool:
-        is_little = len(self._under_way) < self.ALWAYS_UNDER_WAY
-        return is_little or self._window.has_room_for(task.size)
-
-    def _is_busy(self) -> bool:
-        queued = self._backlogs[Way.THREAD].under_way
-        return queued >= self._concurrency.threads * self.QUEUED_PER_THREAD
-
-    def _begin_in_thread(self, way: Way, task: Task) -> None:
-        self._note_begun(self._backlogs[way], task)
+    def _send(self, way: Way, task: Task) -> None:
+        """Have a lane or a thread send a file."""
+        if way is Way.LANE:
+            min(self._lanes, key=lambda lane: len(lane.tasks)).add(task)
+            return
         future = self._pools[way].submit(self._uploader.upload, task)
         # A bug in the thread is raised again in the main thread, by result().
         future.add_done_callback(
-            lambda done: self._news.put(lambda: self._record(task.entry_index, done.result()))
+            lambda done: self._news.put(lambda: self._record(way, task, done.result()))
         )
 
-    def _feed_lanes(self) -> None:
-        """Hand small files to the lanes that are ready, as far as there is room."""
-        backlog, requests_max = self._backlogs[Way.LANE], self._concurrency.lane_requests
-        lanes = [lane for lane in self._lanes if lane.is_ready]
-        # While the threads are busy, perhaps with what lanes have handed back, lanes get no more.
-        if not lanes or self._is_busy():
-            return
-        while (task := backlog.next) and self._fits(task):
-            lane = min(lanes, key=lambda lane: len(lane.indexes))
-            if len(lane.indexes) >= requests_max or not self._take_slot(backlog):
-                break
-            if self._bandwidth:
-                self._bandwidth.take(task.size)
-            self._note_begun(backlog, task)
-            lane.add(task)
-            backlog.advance()
-        for lane in lanes:
-            lane.flush()
-
-    def _take_slot(self, backlog: Backlog) -> bool:
-        """Take leave for one more request of a lane, if it can be had."""
-        if self._bandwidth and self._bandwidth.seconds_until_free() > 0:
-            return False
-        if self._retries.slots is None:
-            return True
-        requests, kept_for_parts = self._concurrency.requests or 1, 0
-        if self._backlogs[Way.PARTS].under_way:
-            kept_for_parts = min(self._concurrency.part_threads, max(1, requests // 2))
-        if backlog.under_way >= requests - kept_for_parts:
-            return False
-        return self._retries.slots.acquire(blocking=False)
-
-    def _note_begun(self, backlog: Backlog, task: Task) -> None:
-        self._under_way[task.entry_index] = backlog, task
-        backlog.under_way += 1
-        if backlog is not self._backlogs[Way.PARTS]:
-            self._window.begin(task.size)
-
-    def _note_ended(self, index: int, *, moved: int) -> Task:
-        backlog, task = self._under_way.pop(index)
-        backlog.under_way -= 1
-        if backlog is not self._backlogs[Way.PARTS]:
-            self._window.end(task.size)
-            self._moved_bytes += moved
-        self._report.ended(index, is_sent=moved > 0)
-        return task
+    def _send_samples(self) -> int:
+        """Send the first, the middle and the last file that waits; return how many that is."""
+        ways = self._plan.ways
+        first = {int(way): task.entry_index for way, task in self._next.items() if task}
+        waiting = array("q", (n for n, way in enumerate(ways) if n >= first.get(way, math.inf)))
+        numbers = {waiting[place] for place in (0, len(waiting) // 2, -1) if waiting}
+        for number in numbers:
+            ways[number] = Way.SAMPLE
+        for way, first_task in self._next.items():
+            if first_task and first_task.entry_index in numbers:
+                self._advance(way)
+        for task in self.records.tasks(Way.SAMPLE):
+            ways[task.entry_index] = Way.NONE
+            self._room.add(Way.SAMPLE, task.size)
+            self._send(Way.SAMPLE, task)
+        return len(numbers)
 
     # --- What threads and lanes call ---
 
     def _save_upload(self, index: int, result: Result) -> None:
         """Return when the disk has the id of the new multipart upload."""
         written, known = threading.Event(), replace(result)
-        self._news.put(lambda: self._note_upload(index, known, written))
+        self._news.put(lambda: self.records.note_upload(index, known, written))
         while not written.wait(0.5):
             self._retries.check_stopped()
 
@@ -4748,13 +4821,13 @@ class Transfer:
         try:
             for results in lane.results():
                 self._news.put(functools.partial(self._take_results, lane, results))
-        finally:  # a bug too must not make the run wait forever
+        finally:  # after a bug too, or the run would wait forever
             self._news.put(functools.partial(self._drop_lane, lane))
 
-    # --- What is recorded ---
+    # --- What becomes of the files ---
 
     def _take_news(self) -> None:
-        """Record what threads and lanes report; wait a moment for it if there is nothing."""
+        """Act on what threads and lanes report; wait a moment for it if there is nothing."""
         pause = 0.1
         if self._bandwidth and (until_free := self._bandwidth.seconds_until_free()):
             pause = min(pause, until_free)
@@ -4762,161 +4835,74 @@ class Transfer:
             self._news.get(timeout=pause)()
             while True:
                 self._news.get_nowait()()
-        self._window.grow(self._moved_bytes)
-        self._moved_bytes = 0
-        self._write_down()
-
-    def _write_down(self) -> None:
-        """Make what was recorded last, in the journal or in the state itself."""
-        is_urgent = bool(self._uploads_unwritten)
-        if self._state.is_due():
-            self.save()
-        elif is_urgent or (self._unwritten and self._state.journal.is_due()):
-            try:
-                self._write_journal()
-            except OSError:
-                if is_urgent:
-                    self.save()
-        for written in self._uploads_unwritten:
-            written.set()
-        self._uploads_unwritten.clear()
-
-    def _write_journal(self) -> None:
-        self._state.journal.add(self._unwritten)
-        self._unwritten.clear()
-
-    def _note_upload(self, index: int, result: Result, written: threading.Event) -> None:
-        self._note_of_file(index, result)
-        self._uploads_unwritten.append(written)
-
-    def _note_of_file(self, index: int, result: Result) -> None:
-        """Take what a result tells of a file and its object into its entry."""
-        entry = self._unwritten[index] = self._entries[index]
-        then = entry.size, entry.mtime_ns, entry.etag
-        if result.size is not None:
-            entry.size, entry.mtime_ns = result.size, result.mtime_ns
-            entry.ctime_ns = result.ctime_ns
-        entry.etag, entry.upload_id, entry.part_size = (
-            result.etag, result.upload_id, result.part_size
-        )  # fmt: skip
-        is_there = result.outcome in (Outcome.UPLOADED, Outcome.UNCHANGED)
-        if is_there or then != (entry.size, entry.mtime_ns, entry.etag):
-            entry.keep(Known())
-        # Beside a sent file, only the id of an upload that could not be aborted is kept.
-        is_to_be_resumed = result.upload_id and result.outcome is not Outcome.UPLOADED
-        entry.sse = self._options.encryption if is_to_be_resumed else result.sse
+        for lane in [lane for lane in self._lanes if lane.is_stuck()]:
+            self._drop_lane(lane)
+        self._room.measure()
+        self.records.write_down()
 
     def _take_results(self, lane: Lane, results: list[LaneResult]) -> None:
         if lane not in self._lanes:  # its files are with the reliable way already
             return
         for index, size, mtime_ns, ctime_ns, etag, sse, md5 in results:
-            lane.indexes.remove(index)
-            if self._retries.slots:
-                self._retries.slots.release()
+            task = lane.tasks.pop(index)
             if etag is None or md5:
-                task = self._note_ended(index, moved=0)
-                again = task._replace(was_in_lane=True, accepted=(md5, etag))
-                self._begin_in_thread(Way.THREAD, again)
+                self._room.end(Way.LANE, task.size)
+                self._room.add(Way.THREAD, task.size)
+                self._send(Way.THREAD, task._replace(was_in_lane=True, accepted=(md5, etag)))
             else:
                 self._retries.note_life()
-                self._record(index, Result(Outcome.UPLOADED, size, mtime_ns, ctime_ns, etag, sse))
+                result = Result(Outcome.UPLOADED, size, mtime_ns, ctime_ns, etag, sse)
+                self._record(Way.LANE, task, result)
 
     def _drop_lane(self, lane: Lane) -> None:
         """Give the files of a lane that has ended to the reliable way."""
         if lane in self._lanes:
-            lane.kill()  # first: what was stuck may go on, and send older bytes last
-            self._take_results(lane, [LaneResult(index) for index in sorted(lane.indexes)])
+            lane.kill()  # first: if it was only stuck, it could replace a newer object
+            self._take_results(lane, [LaneResult(index) for index in lane.tasks])
             self._lanes.remove(lane)
 
-    def _record(self, index: int, result: Result) -> None:
-        """Write down in its entry what became of a file."""
-        entry, is_sent = self._entries[index], result.outcome is Outcome.UPLOADED
-        task = self._note_ended(index, moved=(result.size or 0) if is_sent else 0)
+    def _record(self, way: Way, task: Task, result: Result) -> None:
+        """Record what became of a file, and do what follows from it."""
+        index, is_sent = task.entry_index, result.outcome is Outcome.UPLOADED
+        self._room.end(way, task.size, sent_bytes=(result.size or 0) if is_sent else 0)
+        self._report.ended(index, is_sent=is_sent)
+        entry = self.records.note(index, result)
+        self._doubt.note(index, result)
         if result.notice:
             self._report.notice(result.notice, entry.filepath)
-        self._note_of_file(index, result)
         tries_max = self.OPEN_TRIES if result.size is None else self.FILE_TRIES
         match result.outcome:
             case Outcome.UPLOADED:
-                entry.uploaded = True
-                self._note_done(index)
-                self._uploader.accepted.set()
-                self._failed_in_a_row = 0
                 self._report.uploaded(entry, result.seconds)
             case Outcome.UNCHANGED:
-                entry.uploaded = True
-                self._note_done(index)
                 self._report.unchanged(entry)
             case Outcome.STOPS_RUN:
                 self._stop(result.error)
-            case Outcome.REFUSED:
-                self._refused.append((task, result))
-                self._doubt = self._doubt or result.error
             case Outcome.TRY_LATER if task.tries < tries_max:
-                again = task._replace(
-                    tries=task.tries + 1,
-                    was_in_lane=False,
-                    accepted=(None, None),
-                    upload_id=result.upload_id,
-                    part_size=result.part_size,
-                )
+                again = self.records.task(index)._replace(tries=task.tries + 1)
                 if result.size is not None:  # it could be opened, and was compared then
-                    again = again._replace(size=result.size, etag=None)
+                    again = again._replace(etag=None)
                 self._try_later.append((time.monotonic() + self.TRY_LATER_SECONDS, again))
-            case Outcome.STOPPED:  # its entry stays as it is: not uploaded, without an error
-                pass
+            case Outcome.REFUSED | Outcome.STOPPED:
+                pass  # it is still to be sent; what was refused fails when the doubt ends
             case _:
-                self._note_failed(index, result)
-
-    def _note_done(self, index: int) -> Entry:
-        self.left_files -= 1
-        return self._entries.pop(index)
-
-    def _note_failed(self, index: int, result: Result) -> None:
-        entry = self._unwritten[index] = self._note_done(index)
-        entry.error = result.error
-        self._report.failed(entry)
-        self._failed_in_a_row += result.is_said_by_server
-        if self._failed_in_a_row == self.FAILED_IN_A_ROW_MAX:
-            self._uploader.accepted.clear()
-            self._doubt = f"one file after the other fails: {entry.error}"
-
-    def _stop(self, message: str | None) -> None:
-        """Have the run stop; what is said is the first trouble, not what follows from it."""
-        self.stop_message = self.stop_message or message
+                self.records.note_failed(index, result.error)
 
     def _settle_doubt(self) -> None:
-        """Decide whether what some files meet is met by all; while nothing tells, wait."""
-        if not self._doubt:
+        """Find out whether what some files meet is met by all; while nothing tells, wait."""
+        doubt, under_way = self._doubt, self._room.files
+        if not doubt.message:
             return
-        if self._uploader.accepted.is_set() or (self._samples == 0 and self._report.files):
-            for task, result in self._refused:
-                self._note_failed(task.entry_index, result)
-            self._refused.clear()
-            self._doubt = self._samples = None
-            if self._failed_in_a_row >= self.FAILED_IN_A_ROW_MAX:
-                self._failed_in_a_row = 0
-        elif self._samples is None:
-            self._samples = self._hand_out_samples()
-        # A refusal comes at once; other trouble may take each file a minute.
-        elif not (self._under_way if self._refused else self._backlogs[Way.SAMPLE].under_way):
-            self._stop(self._doubt)
-
-    def save(self) -> None:
-        """Save the state; when that fails, a run goes on without, for the data's sake."""
-        could_save = self._state.is_saved
-        if could_save and not (self._unwritten or self._state.has_journal()):
-            return
-        with contextlib.suppress(OSError):  # for a few lines there may be room
-            self._write_journal()
-        try:
-            self._state.save(self._state.lines(self._unwritten))
-            self._unwritten.clear()
-        except OSError as error:
-            if could_save:
-                self._report.error(f"cannot save {shown(self._state.path)}: {reason(error)}")
-        except (StopRun, ValueError) as error:  # another may have it: nothing more is written
-            self._stop(f"cannot save the state: {error}")
+        # Where no other file is left to try, those that were sent decide.
+        if self._uploader.accepted.is_set() or (doubt.samples == 0 and self._report.files):
+            for index, error in doubt.refused:
+                self.records.note_failed(index, error)
+            doubt.end()
+        elif doubt.samples is None:
+            doubt.samples = self._send_samples()
+        # A refusal comes at once; other trouble may last a minute for each file.
+        elif not (under_way.total() if doubt.refused else under_way[Way.SAMPLE]):
+            self._stop(doubt.message)
 
 
 # --- commands ---------------------------------------------------------------------
@@ -5199,7 +5185,7 @@ def make_plan(run: Run, bucket: Bucket, last: LastState | None, lanes: Lanes) ->
 
 def end_of_transfer(run: Run, transfer: Transfer) -> int:
     """Print how a transfer went and what to do next; return the exit code."""
-    left = transfer.left_files
+    left = transfer.records.left_files
     run.report.summary(run.state.path, left=left)
     if run.interruption.signum:
         run.report.interrupted(is_saved=run.state.is_saved)
@@ -5256,6 +5242,8 @@ def back_up(run: Run) -> int:
             run.report.summary(run.state.path)
             return 0
         lanes.start_for(plan.pending.lane_files)
+        # So that no collection looks at what is there by now: a first night of 10,000 files of
+        # 1 kB would take 2.44 s of CPU time instead of 2.35 s.
         gc.freeze()
         gc.enable()
         transfer = Transfer(run, bucket, plan, lanes)
@@ -5269,7 +5257,8 @@ def back_up(run: Run) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the program with the given arguments, and return the exit code (see above)."""
-    # Imports and plan create many objects and drop few: searching them for garbage takes long.
+    # Imports and plan create many objects and drop few. Without this, a night on which none of
+    # 10,000 files has changed takes 0.62 s of CPU time instead of 0.54 s.
     gc.disable()
     interruption = Interruption()
     for stream in (sys.stdout, sys.stderr):

@@ -399,21 +399,22 @@ class Line:
         self.under_way_bytes = self.most_bytes = 0
         module = program()
         monkeypatch.setattr(module, "time", types.SimpleNamespace(monotonic=lambda: self.now))
-        self._window = module.Window()
+        options = types.SimpleNamespace(max_concurrency=None)
+        self._room = module.Room(options, [None] * 8, slots=None, bandwidth=None)
+        self._way = module.Way.LANE
 
     def move(self, bytes_per_second: float, *, seconds: float, arrives: bool = True) -> None:
         """Keep as much under way as may be, for so long; note the most after half of the time."""
         size, ends_at = self.FILE_BYTES, self.now + seconds
         self.most_bytes = 0
         while self.now < ends_at:
-            while self._window.has_room_for(size):
-                self._window.begin(size)
+            while self._room.begin(self._way, size):
                 self.under_way_bytes += size
             if ends_at - self.now < seconds / 2:
                 self.most_bytes = max(self.most_bytes, self.under_way_bytes)
             self.now += size / bytes_per_second
-            self._window.end(size)
-            self._window.grow(size if arrives else 0)
+            self._room.end(self._way, size, sent_bytes=size if arrives else 0)
+            self._room.measure()
             self.under_way_bytes -= size
 
 
