@@ -16,8 +16,17 @@ from support.faults import Fault, answer, call, delay, trickle
 from support.files import IN_PARTS, LARGE_BYTES, small_files, some_bytes
 from support.inside import cgroups, run_first
 from support.job import Job, named
-from support.proxy import Request
-from support.script import SCRIPT_PATH, base_environment, finish, hasty_script, prelude, wait_until
+from support.listing import Lister, objects_of
+from support.proxy import Exchange, Request
+from support.script import (
+    SCRIPT_PATH,
+    base_environment,
+    finish,
+    hasty_script,
+    prelude,
+    program,
+    wait_until,
+)
 from support.systems import needs_cores, needs_limits, needs_proc
 
 CLIENT_OPTION = "--preferred-transfer-client"
@@ -32,7 +41,8 @@ as_on_windows = pytest.mark.skipif(sys.platform == "win32", reason="has it all i
 
 def children_of(pid: int) -> list[int]:
     """The ids of the processes that a process has started: of a run, those of its lanes."""
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    lists = Path(f"/proc/{pid}/task").glob("*/children")  # by the thread that has started them
+    return [int(child) for children in lists for child in children.read_text().split()]
 
 
 def kill_all(lanes: list[int]) -> None:
@@ -540,6 +550,82 @@ def test_a_lane_sends_the_request_that_boto3_sends(job: Job) -> None:
         kept = [{n: v for n, v in h.items() if n not in ignored} for h in headers]
         sent.append({put.path: header for put, header in zip(puts, kept, strict=True)})
     assert sent[0] == sent[1]
+
+
+# --- The process that parses a long listing --------------------------------------------------
+
+
+@needs_cores
+@needs_proc
+@pytest.mark.parametrize("is_killed", [False, True], ids=["at work", "killed"])
+@pytest.mark.parametrize("arguments", [("--skip-unchanged",), ("--verify",)], ids=" ".join)
+def test_a_long_listing_is_parsed_beside_the_walk(
+    job: Job, arguments: tuple[str, ...], is_killed: bool
+) -> None:
+    names = [f"{number:02}" for number in range(30)]
+    job.back_up(*names)
+    lister, children = Lister(objects_of(job.server, job.bucket), page=1), list[int]()
+
+    def look_and_list(exchange: Exchange) -> None:
+        if job.proxy.count("ListObjectsV2") == 20:
+            children.extend(children_of(process.pid))
+            kill_all(children if is_killed else [])
+        lister(exchange)
+
+    job.proxy.add_fault(Fault(look_and_list, operation="ListObjectsV2"))
+    since = job.seen()
+    process = job.start(*arguments)
+    completed = finish(process)
+    assert_clean(completed)
+    assert "30 unchanged" in completed.stdout or "30 files right" in completed.stdout
+    assert job.sent(since) == []
+    assert len(children) == 1
+    assert not is_alive(children[0])
+
+
+@needs_cores
+def test_pages_are_the_same_whoever_parses_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = program()
+    module.import_boto3()
+    namespace = 'xmlns="http://s3.amazonaws.com/doc/2006-03-01/"'
+    objects = [("a&amp;b", 1, '"ABC"'), ("a%2Fb+c", 2, "&quot;def&quot;"), ("\U0001f389", 3, "")]
+    contents = "".join(
+        f"<Contents><Key>{key}</Key><ETag>{etag}</ETag><Size>{size}</Size></Contents>"
+        for key, size, etag in objects
+    )
+    pages = [
+        f"<ListBucketResult {more}><EncodingType>{encoding}</EncodingType>{contents}"
+        f"<IsTruncated>{is_truncated}</IsTruncated>{token}</ListBucketResult>"
+        for more in (namespace, "")
+        for encoding in ("url", "")
+        for is_truncated, token in [
+            ("false", ""),
+            ("true", ""),
+            ("true", "<NextContinuationToken>next</NextContinuationToken>"),
+        ]
+    ]
+    others = ["<Other/>", pages[0][:-1], "text", "<ListBucketResult/>"]
+
+    def parsed(parser: object) -> list[object]:
+        found: list[object] = []
+        for text in [*pages, *others]:
+            answer, customized = {"status_code": 200, "body": text.encode()}, dict[str, object]()
+            try:
+                parser.parse(answer, customized)  # type: ignore[attr-defined]
+            except module.botocore.parsers.ResponseParserError as error:
+                customized["page"] = str(error)
+            found.append(customized.get("page"))
+        return found
+
+    found = {}
+    for pages_without_child in (1000, 1):
+        monkeypatch.setattr(module.PageParser, "PAGES_WITHOUT_CHILD", pages_without_child)
+        parser = module.PageParser()
+        found[pages_without_child] = parsed(parser)
+        assert (parser._child is None) == (pages_without_child == 1000)
+        parser.close()
+    assert found[1] == found[1000]
+    assert found[1][0] == ({"a&b": (1, "abc"), "a/b c": (2, "def"), "\U0001f389": (3, "")}, {})
 
 
 # --- Systems that lack something -------------------------------------------------------------

@@ -173,7 +173,7 @@ class ListingClient:
         more = {"ContinuationToken": shown[-1]} if shown != left else {}
         if self.shuffles:
             self._rng.shuffle(shown)
-        page = {key: program().Listed(*self._objects[key]) for key in shown}
+        page = {key: self._objects[key] for key in shown}
         return {"page": program().Page(page, more)}
 
 
@@ -231,7 +231,9 @@ def _without_threads(monkeypatch: pytest.MonkeyPatch) -> None:
 def bucket_of(client: ListingClient) -> Any:
     """A bucket, as far as the listing knows it."""
     source = SimpleNamespace(renewing=lambda attempt: attempt())
-    return SimpleNamespace(client=client, name="bucket", session=SimpleNamespace(source=source))
+    parser = SimpleNamespace(parse=None, close=lambda: None)
+    session = SimpleNamespace(source=source)
+    return SimpleNamespace(client=client, name="bucket", session=session, page_parser=parser)
 
 
 def march_of(run: Any, objects: Mapping[str, tuple[int, str]]) -> Any:
