@@ -1796,29 +1796,27 @@ class LastState:
 
     def _look_at(self, entry: Entry) -> str:
         """Count an entry that is not plain, and return its key."""
-        key, root, is_there = entry.filename, self._run.options.backupfolder, entry.uploaded
+        key, is_sent, root = entry.filename, entry.uploaded, self._run.options.backupfolder
         is_below = entry.filepath != root and is_within(entry.filepath, root)
-        if job := other_job(entry, self._run):
-            self.other_job = self.other_job or job
-            if not is_there:
-                self._buried_job = self._buried_job or job
-        if not is_there or entry.endpoint not in self._endpoints:
-            self._endpoints[entry.endpoint] = not is_there
-        if is_there or entry.known.etag:
-            self.known.add(key)
-        self.is_done = self.is_done and is_there and entry.upload_id is None
-        if is_there:
+        job = other_job(entry, self._run)
+        self.other_job = self.other_job or job
+        self.is_done = self.is_done and is_sent and entry.upload_id is None
+        if is_sent:
+            self._endpoints.setdefault(entry.endpoint, False)
             self.uploaded_files += job is None
-            self.lists_uploaded = self.lists_uploaded or is_below
-        else:
-            self.left_files += entry.error != NOTHING_TO_SEND
-            self.lists_pending = self.lists_pending or is_below
-            self._run.interruption.check()  # to look at many files on a network disk takes long
-            self.has_folder = self.has_folder or (
-                entry.size is None and os.path.isdir(entry.filepath)
-            )
-            if entry.known.etag:
-                self.pending.add(key)
+            self.lists_uploaded |= is_below
+            self.known.add(key)
+            return key
+        self._endpoints[entry.endpoint] = True
+        self._buried_job = self._buried_job or job
+        self.left_files += entry.error != NOTHING_TO_SEND
+        self.lists_pending |= is_below
+        self._run.interruption.check()  # to look at many files on a network disk takes long
+        if entry.size is None and not self.has_folder:
+            self.has_folder = os.path.isdir(entry.filepath)
+        if entry.known.etag:
+            self.known.add(key)
+            self.pending.add(key)
         return key
 
     def check_job(self, run: Run) -> None:
@@ -2478,7 +2476,7 @@ class Bucket:
         A 403 is no reason to stop: write-only credentials may not look, and the first upload tells.
         https://docs.aws.amazon.com/AmazonS3/latest/API/API_HeadBucket.html
         """
-        self._options, self._report, self._interruption = run.options, run.report, run.interruption
+        self._options, self._interruption = run.options, run.interruption
         self.name, self.page_parser = run.options.bucketname, PageParser()
         # In a thread: credentials may come from another program, or a server that is down.
         self.session = self._interruption.wait_for(lambda: Session(run.options))
@@ -2495,6 +2493,7 @@ class Bucket:
         self.exists = status != 404
         if region:
             self.client = self.session.client(region)
+        self.run = replace(run, endpoint=endpoint_of(self.client))
 
     def _head(self, client: S3Client, retries: Retries) -> tuple[int, str | None]:
         """Return the HTTP status that HeadBucket gives, and the region it names."""
@@ -2589,8 +2588,9 @@ class Listing:
     RANGES_AT_ONCE = 8
     MISSES_LOOKED_UP = 10
 
-    def __init__(self, run: Run, bucket: Bucket, keys: KeySample) -> None:
-        self._bucket, self._report, self._interruption = bucket, run.report, run.interruption
+    def __init__(self, bucket: Bucket, keys: KeySample) -> None:
+        run, self._bucket = bucket.run, bucket
+        self._report, self._interruption = run.report, run.interruption
         self._at_once = min(self.RANGES_AT_ONCE, run.options.max_concurrency or THREADS_MAX)
         self._pool, self._retries = Threads(self._at_once), Retries(bucket.session.source)
         self._prefix = os.path.commonprefix([*keys.keys[:1], keys.last])  # noqa: RUF071 (of strings)
@@ -3125,7 +3125,7 @@ class March:
         self._last, self._bucket, self._start_lanes = last, bucket, start_lanes
         self._listing: Listing | None = None
         if bucket and last and last.candidates().last:
-            self._listing = Listing(run, bucket, last.candidates())
+            self._listing = Listing(bucket, last.candidates())
         # Uploaded files that this run does not look for, and those of them whose object is gone.
         self._unseen_files = self._lost_files = 0
         self._walk = Walk(run)
@@ -3279,12 +3279,21 @@ class March:
             is_unseen, in_bucket = True, self._is_still_in_bucket(last)
         decision = decide(found, last, in_bucket=in_bucket, is_unseen=is_unseen)
         entry = planned(found, last, decision=decision, in_bucket=in_bucket)
-        if old and old.upload_id and not (entry and self._goes_on(entry, old)):
-            self.abandoned.append(old)
-            if entry is old:
-                entry = replace(old, upload_id=None, line=None)
+        if old and old.upload_id:
+            entry = self._settle_upload(entry, old)
         self._tell(decision, entry or old)
         return entry
+
+    def _settle_upload(self, entry: Entry | None, old: Entry) -> Entry | None:
+        """Have a file resume the multipart upload of an earlier run, or have that aborted."""
+        part_size = part_size_for(old.size or 0, old.part_size or 0)
+        is_fitting = part_size == old.part_size and old.sse == self._options.encryption
+        if entry and is_fitting and not entry.uploaded and is_same_file(entry, old):
+            entry.etag, entry.sse = None, old.sse
+            entry.upload_id, entry.part_size = old.upload_id, part_size
+            return entry
+        self.abandoned.append(old)
+        return replace(old, upload_id=None, line=None) if entry is old else entry
 
     def _is_in_bucket(self, last: Entry) -> bool | None:
         """Return whether the bucket lists the object that is known; None without a listing."""
@@ -3325,7 +3334,7 @@ class March:
         """
         if not (self._bucket and self._last):
             return False
-        listing = Listing(self._run, self._bucket, self._last.known)
+        listing = Listing(self._bucket, self._last.known)
         try:
             is_anew = not all(map(listing.has, self._last.known.some()))
         except UploadError as error:
@@ -3346,16 +3355,6 @@ class March:
         self._listing = None
         if message:
             self._report.error(message)
-
-    def _goes_on(self, entry: Entry, old: Entry) -> bool:
-        """Have a file resume the multipart upload of an earlier run; return whether that fits."""
-        part_size = part_size_for(old.size or 0, old.part_size or 0)
-        is_fitting = is_same_file(entry, old) and old.sse == self._options.encryption
-        if entry.uploaded or not is_fitting or part_size != old.part_size:
-            return False
-        entry.etag, entry.sse = None, old.sse
-        entry.upload_id, entry.part_size = old.upload_id, part_size
-        return True
 
     def _tell(self, decision: Decision, entry: Entry | None) -> None:
         match decision:
@@ -3615,15 +3614,15 @@ class Uploader:
     CANNOT_OPEN_NOW = (errno.EMFILE, errno.ENFILE, errno.EAGAIN)
 
     def __init__(
-        self, run: Run, bucket: Bucket, *, retries: Retries, bandwidth: Bandwidth | None,
+        self, bucket: Bucket, *, retries: Retries, bandwidth: Bandwidth | None,
         part_threads: int, save_upload: SaveUpload,
     ) -> None:  # fmt: skip
-        self.bucket, self.client, self.options = bucket, bucket.client, run.options
+        self.bucket, self.client, self.options = bucket, bucket.client, bucket.run.options
         self.retries, self.bandwidth, self.part_threads = retries, bandwidth, part_threads
         self.save_upload = save_upload
         # Set when S3 has accepted something: a refusal is then not of all files.
         self.accepted = threading.Event()
-        self._report = run.report
+        self._report = bucket.run.report
 
     def upload(self, task: Task) -> Result:
         """Send one file; return the outcome, which is decided nowhere else."""
@@ -4135,7 +4134,7 @@ class MultipartUpload:
 class LaneResult(NamedTuple):
     """What a lane reports about one file; without an ETag, the reliable way has to send it.
 
-    JSON takes a tuple as it is, unlike `Result`, and a lane makes thousands a second.
+    A tuple, unlike `Result`, can be sent as it is, and a lane sends thousands a second.
     """
 
     entry_index: int
@@ -4165,13 +4164,13 @@ class PutTemplate(NamedTuple):
     no_links_below: str | None
 
     @classmethod
-    def of(cls, bucket: Bucket, options: Options) -> PutTemplate:
+    def of(cls, bucket: Bucket) -> PutTemplate:
         """Return the template of the puts that boto3 would send to a bucket.
 
         botocore prepares and signs one, but does not send it. Raises what the source of the
         credentials raises.
         """
-        requests = []
+        options, requests = bucket.run.options, []
 
         def take(request: Any, **_: object) -> NoReturn:
             requests.append(request)
@@ -4466,8 +4465,9 @@ class Lanes(list[Lane]):
     FILES_PER_LANE = 500
     LANES_MAX = 8
 
-    def __init__(self, bucket: Bucket, options: Options) -> None:
+    def __init__(self, bucket: Bucket) -> None:
         """Find out how many there can be; raise StopRun if none, and the user wants them."""
+        options = bucket.run.options
         wanted, problem = options.preferred_transfer_client, self._problem(bucket)
         self._is_asked_for = wanted == "crt"
         if problem and self._is_asked_for:
@@ -4766,15 +4766,15 @@ class Transfer:
     OPEN_TRIES = 25
     TRY_LATER_SECONDS = 2
 
-    def __init__(self, run: Run, bucket: Bucket, plan: March, lanes: Lanes) -> None:
-        options, source = run.options, bucket.session.source
+    def __init__(self, bucket: Bucket, plan: March, lanes: Lanes) -> None:
+        run, options, source = bucket.run, bucket.run.options, bucket.session.source
         self._options, self._report, self._interruption = options, run.report, run.interruption
         self._plan, self._lanes = plan, lanes
         self._retries = Retries(source, slots=options.max_concurrency)
         self._bandwidth = Bandwidth(options.max_bandwidth) if options.max_bandwidth else None
         self._room = Room(options, lanes, slots=self._retries.slots, bandwidth=self._bandwidth)
         self._uploader = Uploader(
-            run, bucket, retries=self._retries, bandwidth=self._bandwidth,
+            bucket, retries=self._retries, bandwidth=self._bandwidth,
             part_threads=self._room.part_threads, save_upload=self._save_upload,
         )  # fmt: skip
         self._pools = {
@@ -4795,7 +4795,7 @@ class Transfer:
         self._doubt = Doubt(self._uploader.accepted)
         self.stop_message: str | None = None
         if lanes:
-            make_template = functools.partial(PutTemplate.of, bucket, options)
+            make_template = functools.partial(PutTemplate.of, bucket)
             template = run.interruption.wait_for(lambda: Retries(source).run(make_template))
             for lane in list(lanes):
                 try:
@@ -4996,7 +4996,7 @@ class Transfer:
 # --- commands ---------------------------------------------------------------------
 
 
-def difference(run: Run, bucket: Bucket, entry: Entry, listed: Listed | None) -> str | None:
+def difference(bucket: Bucket, entry: Entry, listed: Listed | None) -> str | None:
     """Return what is wrong with the listed object of an entry, or None.
 
     If the entry has no ETag, the object is compared with the local file, which may raise OSError
@@ -5010,7 +5010,7 @@ def difference(run: Run, bucket: Bucket, entry: Entry, listed: Listed | None) ->
     if entry.etag:
         is_same = etag in ("", entry.etag)  # some listings have no ETags
         return None if is_same else f"its ETag there is {shown(etag)} and not {shown(entry.etag)}"
-    with SourceFile(entry.filepath, no_links_below=run.options.no_links_below) as source:
+    with SourceFile(entry.filepath, no_links_below=bucket.run.options.no_links_below) as source:
         if source.size != size:
             return f"it has {size:,} bytes there and {source.size:,} here"
         # The part size of a multipart ETag is not known: then the size has to do.
@@ -5026,9 +5026,9 @@ def difference(run: Run, bucket: Bucket, entry: Entry, listed: Listed | None) ->
 class BucketCheck:
     """Compares the bucket with the state, and marks in the state what is wrong as not uploaded."""
 
-    def __init__(self, run: Run, bucket: Bucket, last: LastState) -> None:
-        self._run, self._bucket, self._last = run, bucket, last
-        self._listing, self._has_wrong = Listing(run, bucket, last.known), False
+    def __init__(self, bucket: Bucket, last: LastState) -> None:
+        self._run, self._bucket, self._last = bucket.run, bucket, last
+        self._listing, self._has_wrong = Listing(bucket, last.known), False
 
     def run(self) -> None:
         """Compare all, and save the state if anything is wrong; raises UploadError and StopRun."""
@@ -5064,7 +5064,7 @@ class BucketCheck:
     def _compare(self, entry: Entry) -> tuple[str, str | None]:
         """Return the verdict on the object of an entry ("" for a right one), and the reason."""
         listed = self._listing.find(entry.filename)
-        compare = functools.partial(difference, self._run, self._bucket, entry, listed)
+        compare = functools.partial(difference, self._bucket, entry, listed)
         try:
             # Only a comparison with the local file takes long.
             why = compare() if entry.etag else self._run.interruption.wait_for(compare)
@@ -5073,18 +5073,17 @@ class BucketCheck:
         return "wrong" if why else "", why
 
 
-def find_bucket(run: Run, last: LastState | None) -> tuple[Run, Bucket]:
-    """Return the run, which knows its endpoint now, and its bucket, which may not exist.
+def find_bucket(run: Run, last: LastState | None) -> Bucket:
+    """Return the bucket, which may not exist.
 
     Raises StopRun if that stays unclear, or if the state belongs to another endpoint.
     """
     run.report.doing("looking for the bucket")
     import_boto3()
     bucket = Bucket(run)
-    run = replace(run, endpoint=endpoint_of(bucket.client))
     if last:
-        last.check_job(run)
-    return run, bucket
+        last.check_job(bucket.run)
+    return bucket
 
 
 def show_plan(run: Run) -> int:
@@ -5092,7 +5091,8 @@ def show_plan(run: Run) -> int:
     last = LastState.read(run)
     bucket = None
     if last and last.candidates().last:
-        run, bucket = find_bucket(run, last)
+        bucket = find_bucket(run, last)
+        run = bucket.run
     for entry in March(run, last, bucket=bucket if bucket and bucket.exists else None).entries():
         if entry.error:
             run.report.failed(entry)
@@ -5105,12 +5105,12 @@ def show_plan(run: Run) -> int:
 def verify_bucket(run: Run) -> int:
     """Compare the bucket with the state, mark what is wrong, and return the exit code."""
     last = LastState.read_needed(run)
-    run, bucket = find_bucket(run, last)
+    bucket = find_bucket(run, last)
     if not bucket.exists:
         why = f"there is no bucket {bucket.name}; check --bucketname and --endpoint-url"
         raise StopRun(f"{why}, or create it and send all with --crashrun 1")
     try:
-        BucketCheck(run, bucket, last).run()
+        BucketCheck(bucket, last).run()
     except UploadError as error:
         raise StopRun(f"cannot list the bucket {bucket.name}: {error}") from error
     run.report.verified(run.report.url(""), run.state.path, left=last.left_files)
@@ -5220,9 +5220,9 @@ def verify_folder(run: Run) -> int:
     return 1 if run.report.failed_files or last.left_files else 0
 
 
-def abort_uploads(run: Run, bucket: Bucket, abandoned: list[Entry]) -> None:
+def abort_uploads(bucket: Bucket, abandoned: list[Entry]) -> None:
     """Abort recorded multipart uploads that no file can resume."""
-    retries = Retries(bucket.session.source, is_first_request=True)
+    run, retries = bucket.run, Retries(bucket.session.source, is_first_request=True)
     for old in abandoned:
         abort = functools.partial(bucket.abort, retries, old.filename, old.upload_id or "")
         if problem := run.interruption.wait_for(abort):
@@ -5246,8 +5246,9 @@ def save_begin_of_walk(run: Run, last: LastState | None) -> None:
         run.state.save(itertools.chain([folder.to_json()], (entry.line or "" for entry in own)))
 
 
-def make_plan(run: Run, bucket: Bucket, last: LastState | None, lanes: Lanes) -> March | None:
+def make_plan(bucket: Bucket, last: LastState | None, lanes: Lanes) -> March | None:
     """Make the plan, save it, and report what cannot be sent; return None if nothing is to do."""
+    run = bucket.run
     march = March(run, last, bucket=bucket, start_lanes=lanes.start_for)
     is_done = run.options.crashrun and last and last.is_done and not run.state.has_journal()
     if is_done and not march.is_bucket_anew:
@@ -5263,7 +5264,7 @@ def make_plan(run: Run, bucket: Bucket, last: LastState | None, lanes: Lanes) ->
             run.state.journal.take_first_back()
             raise
         # While the state still has them.
-        abort_uploads(run, bucket, march.abandoned)
+        abort_uploads(bucket, march.abandoned)
         run.report.doing("saving the state")
         run.state.put_in_place()
     for line in run.state.lines() if march.has_failures else ():
@@ -5290,12 +5291,12 @@ def end_of_transfer(run: Run, transfer: Transfer) -> int:
     return 0
 
 
-def create_bucket(run: Run, bucket: Bucket, last: LastState | None) -> LastState | None:
+def create_bucket(bucket: Bucket, last: LastState | None) -> LastState | None:
     """Create the bucket, after marking everything in the state as not uploaded.
 
     Return the new state.
     """
-    was_sent = last is not None and last.uploaded_files > 0
+    run, was_sent = bucket.run, last is not None and last.uploaded_files > 0
     if last and last.known.last:  # perhaps another folder's, whose crash run must know of it, too
         with run.state.failing_stops():
             run.state.save(unsent_lines(run, last))
@@ -5320,13 +5321,13 @@ def unsent_lines(run: Run, last: LastState) -> Iterator[str]:
 def back_up(run: Run) -> int:
     """Plan, send and record; return the exit code."""
     last = LastState.read(run)
-    run, bucket = find_bucket(run, last)
+    bucket = find_bucket(run, last)
     if not bucket.exists:
-        last = create_bucket(run, bucket, last)
+        last = create_bucket(bucket, last)
     if last and last.other_job:
         run.report.notice("the state file was of another job, and is replaced", last.other_job)
-    with contextlib.closing(Lanes(bucket, run.options)) as lanes:
-        plan = make_plan(run, bucket, last, lanes)
+    with contextlib.closing(Lanes(bucket)) as lanes:
+        plan = make_plan(bucket, last, lanes)
         if plan is None:
             run.report.summary(run.state.path)
             return 0
@@ -5335,7 +5336,7 @@ def back_up(run: Run) -> int:
         # 1 kB would take 2.44 s of CPU time instead of 2.35 s.
         gc.freeze()
         gc.enable()
-        transfer = Transfer(run, bucket, plan, lanes)
+        transfer = Transfer(bucket, plan, lanes)
         try:
             transfer.run()
         finally:  # after a bug too: what was sent is not forgotten

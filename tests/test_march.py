@@ -228,19 +228,21 @@ def _without_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(program(), "Threads", AtOnce)
 
 
-def bucket_of(client: ListingClient) -> Any:
+def bucket_of(client: ListingClient, run: Any) -> Any:
     """A bucket, as far as the listing knows it."""
     source = SimpleNamespace(renewing=lambda attempt: attempt())
     parser = SimpleNamespace(parse=None, close=lambda: None)
     session = SimpleNamespace(source=source)
-    return SimpleNamespace(client=client, name="bucket", session=session, page_parser=parser)
+    return SimpleNamespace(
+        run=run, client=client, name="bucket", session=session, page_parser=parser
+    )
 
 
 def march_of(run: Any, objects: Mapping[str, tuple[int, str]]) -> Any:
     """The march of a run over a bucket with these objects."""
     assert run.state.load_journal()
     client = ListingClient(objects, random.Random(1))
-    return program().March(run, program().LastState(run), bucket=bucket_of(client))
+    return program().March(run, program().LastState(run), bucket=bucket_of(client, run))
 
 
 def state_of(*lines: object) -> str:
@@ -724,7 +726,7 @@ def listing_of(client: ListingClient, keys: Iterable[str]) -> Any:
     sample = module.KeySample()
     for key in sorted(keys):
         sample.add(key)
-    return module.Listing(run, bucket_of(client), sample)
+    return module.Listing(bucket_of(client, run), sample)
 
 
 def test_each_page_of_a_listing_in_order_is_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
