@@ -1194,6 +1194,15 @@ def check_links(path: str, what: str) -> None:
         path = os.path.join(os.path.dirname(path), os.readlink(path))
 
 
+def crc32_of(handle: IO[bytes]) -> int:
+    """Return the CRC32 of an open file."""
+    crc32 = 0
+    handle.seek(0)
+    while data := handle.read(MIB):
+        crc32 = zlib.crc32(data, crc32)
+    return crc32
+
+
 class Journal:
     """What happened since the last save of the state: one entry a line.
 
@@ -1343,15 +1352,6 @@ class Journal:
     @staticmethod
     def _first_line(state_crc32: int) -> str:
         return f'{{"crc32": {state_crc32}}}\n'
-
-
-def crc32_of(handle: IO[bytes]) -> int:
-    """Return the CRC32 of an open file."""
-    crc32 = 0
-    handle.seek(0)
-    while data := handle.read(MIB):
-        crc32 = zlib.crc32(data, crc32)
-    return crc32
 
 
 class StateFile:
@@ -3025,6 +3025,11 @@ class Decision(enum.Enum):
     FORGET = "its entry leaves the state"
 
 
+def is_same_file(found: Entry, last: Entry) -> bool:
+    """Return whether a file has the size and mtime of an entry of the last state."""
+    return (found.size, found.mtime_ns) == (last.size, last.mtime_ns)
+
+
 def decide(
     found: Entry | None, last: Entry | None, *, in_bucket: bool | None, is_unseen: bool = False
 ) -> Decision:
@@ -3057,11 +3062,6 @@ def way_of(entry: Entry, options: Options) -> Way:
         return Way.PARTS
     is_small = size <= min(LANE_FILE_MAX_BYTES, options.piece_bytes)
     return Way.LANE if is_small and not (entry.upload_id or entry.etag) else Way.THREAD
-
-
-def is_same_file(found: Entry, last: Entry) -> bool:
-    """Return whether a file has the size and mtime of an entry of the last state."""
-    return (found.size, found.mtime_ns) == (last.size, last.mtime_ns)
 
 
 def planned(
@@ -4534,9 +4534,13 @@ class Room:
     QUEUED_PER_THREAD = 2  # so that no thread waits for its next file
 
     def __init__(
-        self, options: Options, lanes: Lanes, *,
-        slots: threading.Semaphore | None, bandwidth: Bandwidth | None,
-    ) -> None:  # fmt: skip
+        self,
+        options: Options,
+        lanes: Lanes,
+        *,
+        slots: threading.Semaphore | None,
+        bandwidth: Bandwidth | None,
+    ) -> None:
         wanted, open_files = options.max_concurrency, max(raise_file_limit() - 60, 8)
         self.threads = max(1, min(wanted or 24, THREADS_MAX, open_files // 4))
         self.part_threads = max(1, min(wanted or 8, THREADS_MAX, open_files // 8))  # of each file
@@ -4774,9 +4778,12 @@ class Transfer:
         self._bandwidth = Bandwidth(options.max_bandwidth) if options.max_bandwidth else None
         self._room = Room(options, lanes, slots=self._retries.slots, bandwidth=self._bandwidth)
         self._uploader = Uploader(
-            bucket, retries=self._retries, bandwidth=self._bandwidth,
-            part_threads=self._room.part_threads, save_upload=self._save_upload,
-        )  # fmt: skip
+            bucket,
+            retries=self._retries,
+            bandwidth=self._bandwidth,
+            part_threads=self._room.part_threads,
+            save_upload=self._save_upload,
+        )
         self._pools = {
             Way.THREAD: Threads(self._room.threads),
             Way.PARTS: Threads(Room.FILES_IN_PARTS_MAX),
@@ -5291,6 +5298,16 @@ def end_of_transfer(run: Run, transfer: Transfer) -> int:
     return 0
 
 
+def unsent_lines(run: Run, last: LastState) -> Iterator[str]:
+    """Yield the lines of a state with nothing uploaded to the bucket of this run."""
+    bucket, endpoint = (None, run.options.bucketname), (None, run.endpoint)
+    for entry in last.entries():
+        if entry.uploaded and entry.bucket in bucket and entry.endpoint in endpoint:
+            entry.keep(entry.known)  # creating the bucket may fail: perhaps it comes back
+            entry.uploaded = False
+        yield entry.to_json()
+
+
 def create_bucket(bucket: Bucket, last: LastState | None) -> LastState | None:
     """Create the bucket, after marking everything in the state as not uploaded.
 
@@ -5306,16 +5323,6 @@ def create_bucket(bucket: Bucket, last: LastState | None) -> LastState | None:
         # A notice would not do: the new bucket lacks versioning, locks and policies, too.
         run.report.error(f"the bucket {bucket.name} was gone: all files are sent again")
     return last
-
-
-def unsent_lines(run: Run, last: LastState) -> Iterator[str]:
-    """Yield the lines of a state with nothing uploaded to the bucket of this run."""
-    bucket, endpoint = (None, run.options.bucketname), (None, run.endpoint)
-    for entry in last.entries():
-        if entry.uploaded and entry.bucket in bucket and entry.endpoint in endpoint:
-            entry.keep(entry.known)  # creating the bucket may fail: perhaps it comes back
-            entry.uploaded = False
-        yield entry.to_json()
 
 
 def back_up(run: Run) -> int:
