@@ -2575,6 +2575,13 @@ class InDisorder(Exception):
     """The bucket is not listed in the order of keys."""
 
 
+def check_order(previous: str, page: Page, *, asked_for: Parameters) -> None:
+    """Raise InDisorder if keys do not ascend, or if a page leads to itself."""
+    keys = [previous, *page.objects]
+    if any(map(operator.ge, keys, keys[1:])) or page.next == asked_for != {}:
+        raise InDisorder
+
+
 class Listing:
     """The bucket's listing, searched for one key after the other in ascending order.
 
@@ -2655,20 +2662,15 @@ class Listing:
                 return
             previous, high, asked = waiting.popleft()
             asked_for: Parameters = {}
-            is_end = False
-            while not is_end:
+            while previous < high:
                 page = self._answer(asked)
-                in_page = [previous, *page.objects]
-                previous = in_page[-1]
-                if any(map(operator.ge, in_page, in_page[1:])) or (
-                    asked_for and page.next == asked_for
-                ):
-                    raise InDisorder  # or it would come to no end
-                is_end = not page.next or previous >= high
-                if not is_end:
-                    asked_for = page.next
+                check_order(previous, page, asked_for=asked_for)
+                previous, asked_for = max([previous, *page.objects]), page.next
+                if not asked_for:
+                    previous = high
+                elif previous < high:
                     asked = self._ask(**asked_for)
-                yield page.objects, high if is_end else previous
+                yield page.objects, min(previous, high)
 
     def _list_whole(self) -> dict[str, Listed]:
         """Return all objects by key."""
@@ -3194,16 +3196,19 @@ class March:
                 self._report.doing(f"{count:,} files found")
             if is_in_shard(entry, options):
                 yield entry
-        for glob in walk.excludes.unused if count and not options.crashrun else ():
-            how = "give paths relative to the folder, and all below one as 'NAME/*'"
-            self._report.notice(f"--exclude matched no file; {how}", glob)
-        is_kept = options.crashrun and last and not walk.has_walked(last.known.last)
-        if not count and not (is_kept and last and last.known.last):
+        if count and not options.crashrun:
+            for glob in walk.excludes.unused:
+                how = "give paths relative to the folder, and all below one as 'NAME/*'"
+                self._report.notice(f"--exclude matched no file; {how}", glob)
+        if not count:
             self._check_emptiness()
 
     def _check_emptiness(self) -> None:
         """Report an empty folder; raise StopRun if it had files: is its disk unmounted?"""
         where, last = shown(self._options.backupfolder), self._last
+        has_others = last and last.known.last and not self._walk.has_walked(last.known.last)
+        if self._options.crashrun and has_others:
+            return  # uploaded files, which a crash run does not look for
         # A crash run may find nothing left to send.
         is_missed = last and last.lists_pending and not self._options.crashrun
         if last and (last.lists_uploaded or is_missed):
@@ -5352,6 +5357,19 @@ def back_up(run: Run) -> int:
         return end_of_transfer(run, transfer)
 
 
+def run_command(run: Run) -> int:
+    """Do what the options ask for, and return the exit code."""
+    options = run.options
+    if options.dryrun or options.verify == "folder":
+        code = show_plan(run) if options.dryrun else verify_folder(run)
+    else:
+        run.state.lock()
+        code = verify_bucket(run) if options.verify else back_up(run)
+    if options.dryrun or options.verify:
+        run.report.check_list()
+    return code
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the program with the given arguments, and return the exit code (see above)."""
     # Imports and plan create many objects and drop few. Without this, a night on which none of
@@ -5367,14 +5385,7 @@ def main(argv: list[str] | None = None) -> int:
         run.report.error("file names would be read wrongly in this locale; set PYTHONUTF8=1")
         return 2
     try:
-        if options.dryrun or options.verify == "folder":
-            code = show_plan(run) if options.dryrun else verify_folder(run)
-        else:
-            run.state.lock()
-            code = verify_bucket(run) if options.verify else back_up(run)
-        if options.dryrun or options.verify:
-            run.report.check_list()
-        return code
+        return run_command(run)
     except (StopRun, UploadError) as error:
         run.report.error(str(error))
         return 2
