@@ -253,7 +253,7 @@ class Known(NamedTuple):
     sse: str | None = None
 
 
-READABLE_JSON = json.JSONEncoder(ensure_ascii=False)
+in_json = json.encoder.encode_basestring  # what JSONEncoder(ensure_ascii=False) makes of a string
 
 
 def path_in_state(path: str) -> str:
@@ -331,13 +331,12 @@ class Entry:
 
     def to_json(self) -> str:
         """Return the entry as one line of JSON, the three original fields first."""
-        path, key = READABLE_JSON.encode(self.filepath), READABLE_JSON.encode(self.filename)
+        path, key = in_json(self.filepath), in_json(self.filename)
         text = f'{{"filepath": {path}, "uploadedSuccess": {self.uploaded:d}, "filename": {key}'
         # Encoding a dict would take three times as long.
-        for name, kind in OPTIONAL_FIELDS.items():
-            if (value := getattr(self, name)) is not None:
-                in_json = READABLE_JSON.encode(value) if kind is str else value
-                text += f', "{name}": {in_json}'
+        for name, value in zip(OPTIONAL_FIELDS, optional_values(self), strict=True):
+            if value is not None:
+                text += f', "{name}": {in_json(value) if type(value) is str else value}'
         text += "}"
         # Lone surrogates, of a name that is not valid UTF-8, can only be saved as escapes.
         return text if text.isprintable() else json.dumps(json.loads(text))
@@ -348,6 +347,7 @@ OPTIONAL_FIELDS = {
     field.name: int if field.type == "int | None" else str
     for field in dataclasses.fields(Entry)[3:-1]
 }
+optional_values = operator.attrgetter(*OPTIONAL_FIELDS)
 
 
 class Way(enum.IntEnum):
@@ -1286,11 +1286,10 @@ class Journal:
                 self._handle.truncate(self._size)
                 self._handle.seek(self._size)
             raise
-        offset = self._size + len(head)
+        self._size += len(head)
         for number, line in zip(entries, lines, strict=True):
-            self._note(number, offset)
-            offset += len(line)
-        self._size = offset
+            self._note(number, self._size)
+            self._size += len(line)
 
     def _open(self) -> IO[bytes]:
         """Open the file to append to it, or create it."""
@@ -1683,6 +1682,42 @@ class KeySample:
 NOTHING_TO_SEND = "there was nothing to send in it"
 
 
+class EntryReader:
+    """Reads lines of the state; those of most files, as this job writes them, by a pattern.
+
+    That takes a third of the time of parsing and checking JSON.
+    """
+
+    def __init__(self, options: Options) -> None:
+        self._bucket, self._shard = options.bucketname, options.shard
+        folder, bucket, shard = (
+            re.escape(in_json(text or "")[1:-1])
+            for text in (os.path.join(options.backupfolder, ""), options.bucketname, options.shard)
+        )
+        of_shard = f', "shard": "{shard}"' if shard else ""
+        self.match = re.compile(
+            rf'\{{"filepath": "({folder}[^"\\]+)", "uploadedSuccess": ([01]), '
+            rf'"filename": "([^"\\]+)", "bucket": "{bucket}", '
+            rf'(?:"endpoint": "([^"\\]*)", )?"size": ([0-9]+), '
+            rf'"mtime_ns": (-?[0-9]+)(?:, "ctime_ns": ([0-9]+))?(?:, "etag": "([^"\\]+)")?'
+            rf"{of_shard}\}}"
+        ).fullmatch
+
+    def read(self, line: str) -> Entry:
+        """Return the entry of a line; raises ValueError."""
+        if plain := self.match(line):
+            path, is_sent, key, endpoint, size, mtime_ns, ctime_ns, etag = plain.groups()
+            if "/." not in path and "//" not in path:
+                return Entry(
+                    path, key, is_sent == "1", self._bucket, endpoint, int(size), int(mtime_ns),
+                    int(ctime_ns) if ctime_ns else None, etag, self._shard, line=line,
+                )  # fmt: skip
+        fields = json.loads(line)
+        if type(fields) is not dict:
+            raise ValueError("one of its lines is not an entry")
+        return Entry.from_json(fields, line)
+
+
 class LastState:
     """The state as the last run left it, in the order of keys, read from the disk each time.
 
@@ -1691,7 +1726,7 @@ class LastState:
 
     def __init__(self, run: Run) -> None:
         self._state, self._run = run.state, run
-        self._match_plain = self._plain_line().fullmatch
+        self._reader = EntryReader(run.options)
         # Only if another version or a person has written it: in another order or form.
         self._sorted_lines: list[str] | None = None
         with self._state.unreadable_stops():
@@ -1739,36 +1774,7 @@ class LastState:
     def entry_of(self, line: str) -> Entry:
         """Return the entry of a line; raises StopRun."""
         with self._state.unreadable_stops():
-            return self._entry_of(line)
-
-    def _entry_of(self, line: str) -> Entry:
-        if plain := self._match_plain(line):
-            path, key, endpoint, size, mtime_ns, ctime_ns, etag = plain.groups()
-            return Entry(
-                path, key, True, self._run.options.bucketname, endpoint, int(size), int(mtime_ns),
-                int(ctime_ns) if ctime_ns else None, etag, self._run.options.shard, line=line,
-            )  # fmt: skip
-        fields = json.loads(line)
-        if type(fields) is not dict:
-            raise ValueError("one of its lines is not an entry")
-        return Entry.from_json(fields, line)
-
-    def _plain_line(self) -> re.Pattern[str]:
-        """Return a pattern for the lines of most uploaded files of this job.
-
-        Matching it takes a third of the time of parsing and checking JSON.
-        """
-        options = self._run.options
-        folder, bucket, shard = (
-            re.escape(READABLE_JSON.encode(text or "")[1:-1])
-            for text in (os.path.join(options.backupfolder, ""), options.bucketname, options.shard)
-        )
-        of_shard = f', "shard": "{shard}"' if shard else ""
-        return re.compile(
-            rf'\{{"filepath": "({folder}[^"\\]+)", "uploadedSuccess": 1, "filename": "([^"\\]+)", '
-            rf'"bucket": "{bucket}", (?:"endpoint": "([^"\\]*)", )?"size": ([0-9]+), '
-            rf'"mtime_ns": (-?[0-9]+), (?:"ctime_ns": ([0-9]+), )?"etag": "([^"\\]+)"{of_shard}\}}'
-        )
+            return self._reader.read(line)
 
     def candidates(self) -> KeySample:
         """Return the keys whose objects may make sending unnecessary."""
@@ -1791,17 +1797,17 @@ class LastState:
         self.known_keys, self.pending_keys = KeySample(), KeySample()
         # Each endpoint, and whether files are still to be sent there.
         self._endpoints: dict[str | None, bool] = {}
-        previous, match_plain = "", self._match_plain
+        previous, match = "", self._reader.match
         for line in self._lines():
-            if plain := match_plain(line):
-                key, endpoint = plain.group(2, 3)
+            if (plain := match(line)) and plain[2] == "1":
+                key, endpoint = plain.group(3, 4)
                 self.uploaded_files += 1
                 self.lists_uploaded = True
                 self.known_keys.add(key)
                 if endpoint not in self._endpoints:
                     self._endpoints[endpoint] = False
             else:
-                key = self._look_at(self._entry_of(line))
+                key = self._look_at(self._reader.read(line))
             if key < previous:
                 raise ValueError("its entries are in another order")
             previous = key
@@ -1892,9 +1898,13 @@ class ConnectionInTime(AWSHTTPConnection):
 
     def send(self, data: Any) -> None:
         """Send bytes or a file in pieces, each of which may take `STALL_SECONDS`."""
-        # Older versions of urllib3 pass a file and not its blocks.
-        file = io.BytesIO(data) if isinstance(data, bytes) else data
-        for piece in iter(functools.partial(file.read, self.PIECE_BYTES), b""):
+        pieces: Iterable[Any]
+        if isinstance(data, bytes):
+            view, size = memoryview(data), self.PIECE_BYTES
+            pieces = (view[start : start + size] for start in range(0, len(view), size))
+        else:  # older versions of urllib3 pass a file and not its blocks
+            pieces = iter(functools.partial(data.read, self.PIECE_BYTES), b"")
+        for piece in pieces:
             self._ends_at[self] = time.monotonic() + self.STALL_SECONDS
             if self.sock:  # it still has the shorter timeout of connecting
                 self.sock.settimeout(self.STALL_SECONDS)
@@ -2846,6 +2856,11 @@ def ctime_of(status: os.stat_result) -> int | None:
     return None if sys.platform == "win32" else status.st_ctime_ns
 
 
+def stamp_of(status: os.stat_result) -> tuple[int, int, int | None]:
+    """Return what changes with a file: its size in bytes, its mtime and its ctime."""
+    return status.st_size, status.st_mtime_ns, ctime_of(status)
+
+
 def new_entry(run: Run, path: str, key: str, *, error: str | None = None) -> Entry:
     """Return the entry of a file or folder that this run has found."""
     bucket, shard = run.options.bucketname, run.options.shard
@@ -2995,8 +3010,7 @@ class Walk:
             return self._examine_other(path, key, status.st_mode, ancestors)
         entry.error = key_problem(key)
         if not entry.error:
-            entry.size, entry.mtime_ns = status.st_size, status.st_mtime_ns
-            entry.ctime_ns = ctime_of(status)
+            entry.size, entry.mtime_ns, entry.ctime_ns = stamp_of(status)
         return entry
 
     def _examine_other(
@@ -3150,7 +3164,7 @@ class March:
         self._replaces_all = is_plain and bool(run.options.object_parameters())
         # In the line of a sent file: what follows the key, and what follows the ETag.
         job = {"bucket": run.options.bucketname, "endpoint": run.endpoint}
-        self._job_in_json = READABLE_JSON.encode(job)[1:-1]
+        self._job_in_json = json.dumps(job, ensure_ascii=False)[1:-1]
         self._end_of_line = f'", "shard": "{run.options.shard}"}}' if run.options.shard else '"}'
         # Key prefixes of unreadable folders, as long as there may be more keys below them.
         self._unreadable: tuple[str, ...] = ()
@@ -3260,7 +3274,7 @@ class March:
         """
         if not self._listing or found.error or self._replaces_all:
             return False
-        path, key = READABLE_JSON.encode(found.filepath), READABLE_JSON.encode(found.filename)
+        path, key = in_json(found.filepath), in_json(found.filename)
         start = (
             f'{{"filepath": {path}, "uploadedSuccess": 1, "filename": {key}, {self._job_in_json}, '
             f'"size": {found.size}, "mtime_ns": {found.mtime_ns}, "ctime_ns": {found.ctime_ns}, '
@@ -3297,6 +3311,9 @@ class March:
             is_unseen, in_bucket = True, self._is_still_in_bucket(last)
         decision = decide(found, last, in_bucket=in_bucket, is_unseen=is_unseen)
         entry = planned(found, last, decision=decision, in_bucket=in_bucket)
+        if last and found and in_bucket is False and is_same_file(found, last):
+            what = "the bucket lacks its object, or has another, so it is sent again"
+            self._report.notice(what, found.filepath)
         if old and old.upload_id:
             entry = self._settle_upload(entry, old)
         self._tell(decision, entry or old)
@@ -3481,8 +3498,8 @@ class SourceFile(io.FileIO):
         if sys.platform != "win32":
             os.set_blocking(descriptor, True)
         super().__init__(descriptor)
-        self.size, self._on_read = self.status.st_size, on_read
-        self.ctime_ns = ctime_of(self.status)
+        self._stamp, self._on_read = stamp_of(self.status), on_read
+        self.size, _mtime_ns, self.ctime_ns = self._stamp
         if self.ctime_ns is not None and time.time_ns() - self.ctime_ns < self.YOUNG_NS:
             self.ctime_ns = 0
 
@@ -3541,10 +3558,11 @@ class SourceFile(io.FileIO):
         `md5s` are those of its parts, by number. The parts are read again only if size or times
         differ; ctime counts because a program can set mtime back.
         """
-        statuses = self.status, os.fstat(self.fileno())
-        was, now = ((s.st_size, s.st_mtime_ns, ctime_of(s)) for s in statuses)
-        known = md5s.items() if now != was else ()
-        if now[0] < was[0] or any(self.digests(n, part_size).md5 != md5 for n, md5 in known):
+        now = stamp_of(os.fstat(self.fileno()))
+        if now == self._stamp:
+            return
+        is_other = any(self.digests(n, part_size).md5 != md5 for n, md5 in md5s.items())
+        if is_other or now[0] < self._stamp[0]:
             raise FileChanged
 
 
@@ -4643,6 +4661,7 @@ class Records:
 
     def __init__(self, run: Run, plan: March) -> None:
         self._state, self._report, self._ways = run.state, run.report, plan.ways
+        self._reader = EntryReader(run.options)
         self._encryption = run.options.encryption
         self.left_files = plan.pending.files
         # By the number of the line: entries that were read and are not done, and entries that
@@ -4659,7 +4678,7 @@ class Records:
         with self._state.unreadable_stops():
             for number, line in enumerate(self._state.lines(), start=2):
                 if self._ways[number] == way:
-                    self._entries[number] = Entry.from_json(json.loads(line))
+                    self._entries[number] = self._reader.read(line)
                     yield self.task(number)
 
     def task(self, number: int) -> Task:
@@ -4680,7 +4699,8 @@ class Records:
         entry.etag, entry.part_size = result.etag, result.part_size
         entry.upload_id = result.upload_id
         entry.uploaded = result.outcome in (Outcome.UPLOADED, Outcome.UNCHANGED)
-        if entry.uploaded or before != (entry.size, entry.mtime_ns, entry.etag):
+        is_other = before != (entry.size, entry.mtime_ns, entry.etag)
+        if entry.known_etag and (entry.uploaded or is_other):
             entry.keep(Known())
         # Beside a sent file, only the id of an upload that could not be aborted is kept.
         is_to_be_resumed = result.upload_id and result.outcome is not Outcome.UPLOADED
@@ -4722,7 +4742,8 @@ class Records:
         could_save = self._state.is_saved
         if could_save and not (self._unwritten or self._state.has_journal()):
             return
-        with contextlib.suppress(OSError):  # there may be room for a few lines
+        # First a few lines, since a save may take long, and the disk may have room for no more.
+        with contextlib.suppress(OSError):
             self._write_journal()
         try:
             self._state.save(self._state.lines(self._unwritten))
@@ -4760,7 +4781,8 @@ class Doubt:
     def note(self, number: int, result: Result) -> None:
         """Take into account what became of a file."""
         if result.outcome is Outcome.UPLOADED:
-            self._accepted.set()
+            if not self._accepted.is_set():  # to set it takes long, for each of many files
+                self._accepted.set()
             self._failed_in_a_row = 0
         elif result.outcome is Outcome.REFUSED:
             self.refused.append((number, result.error))
@@ -5410,7 +5432,8 @@ def main(argv: list[str] | None = None) -> int:
         if run.state.is_saved:
             run.report.interrupted(is_saved=True)
         else:
-            run.report.error("interrupted before anything was sent")
+            is_check = options.dryrun or options.verify
+            run.report.error("interrupted" if is_check else "interrupted before anything was sent")
         return interruption.exit_code
     finally:
         interruption.write("stdout")
