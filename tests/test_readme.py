@@ -36,43 +36,43 @@ TESTED = {
         "test_full_disk_keeps_the_old_state",
         "test_disk_that_fills_during_the_run_keeps_the_last_state",
     ],
-    "an answer takes two minutes (to Complete: 15)": [
+    "a response takes two minutes (CompleteMultipartUpload: 15)": [
         "test_an_answer_that_trickles_is_given_up",
         "test_a_server_that_stalls_once_is_ridden_out",
         "test_an_object_that_appears_after_a_lost_complete_is_waited_for",
     ],
-    "the network is away, or S3 throttles (503)": [
+    "the network is down, or S3 throttles (503)": [
         "test_an_endpoint_that_is_away_for_a_while_is_waited_for",
         "test_a_server_that_stalls_once_is_ridden_out",
         "test_a_fifth_refused_and_a_twentieth_dropped_loses_nothing",
     ],
-    "…for good; the token expires, not renewed; the bucket is gone": [
+    "…for longer; the expired token is not renewed; the bucket is gone": [
         "test_a_token_that_nobody_renewed_stops_the_run",
         "test_an_endpoint_that_goes_away_for_good_stops_the_run_with_one_message",
         "test_what_every_file_meets_from_some_moment_on_stops_the_run",
         "test_what_every_file_would_meet_stops_the_run_with_one_message",
         "test_a_closed_port_is_given_up",
     ],
-    "20 files in a row are not taken, nor three from elsewhere in the folder": [
+    "S3 accepts none of 20 files in a row, nor three from elsewhere in the folder": [
         "test_the_same_answer_to_every_file_stops_the_run",
         "test_a_server_that_fails_at_every_file_stops_the_run",
         "test_bad_keys_do_not_stop_the_good_ones",
     ],
     "the endpoint redirects to another address": ["test_where_the_endpoint_redirects_to_is_said"],
-    "S3 fails again and again at one file (500)": [
+    "S3 keeps failing on one file (500)": [
         "test_one_key_at_which_the_server_always_fails_is_one_failure"
     ],
-    "a file changes while it is sent, or is damaged on the way": [
+    "a file changes while it is sent, or is damaged in transit": [
         "test_what_is_damaged_again_and_again_is_tried_three_times_and_fails",
         "test_a_fault_once_is_mended_by_sending_again",
         "test_a_file_that_changes_once_is_sent_again",
         "test_a_file_that_changes_all_the_time_is_tried_three_times",
         "test_a_file_changed_between_parts_is_never_completed",
     ],
-    "a file grows at its end while it is sent (a log)": [
+    "a file is appended to while it is sent (a log)": [
         "test_a_growing_file_is_sent_as_long_as_it_was"
     ],
-    "another program has a lease on a file (Samba, nfsd)": [
+    "another program holds a lease on a file (Samba, nfsd)": [
         "test_a_file_with_a_lease_is_sent_once_the_lease_is_given_up",
         "test_a_lease_that_lasts_is_waited_for_and_the_file_read_blocking",
     ],
@@ -80,12 +80,12 @@ TESTED = {
         "test_unreadable_folder_fails_and_the_crash_run_walks_it",
         "test_unreadable_file_fails",
     ],
-    "a link leads to a folder above it, or above the backup folder": [
+    "a link points to a folder above it, or above the backup folder": [
         "test_link_back_to_a_folder_above_is_a_notice",
         "test_link_to_what_is_above_the_backup_folder_is_a_notice",
         "test_crash_run_does_not_follow_a_link_to_what_is_above",
     ],
-    "the bucket was deleted, or made anew by another job": [
+    "the bucket was deleted, or recreated by another job": [
         "test_crash_run_sends_all_again_when_the_bucket_is_gone",
         "test_a_bucket_that_is_gone_has_all_sent",
         "test_a_bucket_that_another_job_made_anew_is_not_believed_full",
@@ -94,11 +94,11 @@ TESTED = {
         "test_a_second_run_is_refused_until_the_first_is_gone",
         "test_damaged_state_is_refused",
     ],
-    "during a run, the lock is deleted or the state changed by another": [
+    "another program deletes the lock or changes the state mid-run": [
         "test_a_lock_that_is_deleted_in_mid_run_is_noticed",
         "test_a_state_that_another_changes_in_mid_run_is_left_to_it",
     ],
-    "the backup folder is empty (its disk is not mounted)": [
+    "the backup folder is empty (disk not mounted)": [
         "test_empty_folder_is_said",
         "test_empty_folder_of_which_files_were_uploaded_is_refused",
     ],
@@ -107,11 +107,11 @@ TESTED = {
 # What its other text says, in these words, and the tests that show it.
 SHOWN = {
     "`aws login`": ["test_a_login_session_is_renewed_and_used"],
-    "what another program renews is taken": [
+    "credentials that another program renews are picked up": [
         "test_a_token_that_another_program_renewed_is_taken",
         "test_lanes_go_on_with_a_renewed_token",
     ],
-    "signed payloads, checksums or the application id wins": [
+    "signed payloads, checksums or the application ID take precedence": [
         "test_bodies_are_signed_where_the_configuration_says_so",
         "test_checksums_are_sent_where_the_configuration_says_so",
         "test_the_application_of_the_configuration_is_named",
@@ -119,42 +119,42 @@ SHOWN = {
     "it compares the whole state with the listing": [
         "test_where_one_object_is_missing_all_are_compared"
     ],
-    "the bucket is taken to hold what the state says": [
+    "the bucket is assumed to match the state": [
         "test_where_listing_is_refused_the_bucket_is_believed_and_that_is_said"
     ],
-    "Some servers list in disorder": [
+    "Some servers list keys out of order": [
         "test_every_key_is_found_wherever_a_server_lists_it",
         "test_a_page_in_disorder_is_seen_though_many_others_are_deleted",
     ],
-    "If listing is refused (AccessDenied), all is sent": [
+    "If listing is denied (AccessDenied), every file is sent": [
         "test_a_listing_that_is_refused_is_said_and_all_is_sent"
     ],
-    "any other failure of it stops the run": [
+    "any other listing error stops the run": [
         "test_a_listing_at_which_the_server_always_fails_has_nothing_sent_again",
         "test_an_answer_that_is_no_listing_says_nothing_of_the_bucket",
     ],
     'an error, except for `--prefix ""`': ["test_usage_errors", "test_an_empty_prefix_is_none"],
-    "a glob that matched no file is a notice": ["test_a_glob_that_matches_no_file_is_told"],
+    "a glob that matches no file gives a notice": ["test_a_glob_that_matches_no_file_is_told"],
     "could not start, go on or write its list": ["test_a_list_that_cannot_be_written_is_an_error"],
-    "in any order of entries": ["test_a_state_in_any_order_leads_to_the_same_new_state"],
+    "entries in any order": ["test_a_state_in_any_order_leads_to_the_same_new_state"],
     "so is a state of version 1.1": [
         "test_a_state_of_an_earlier_version_is_accepted",
         "test_what_version_1_1_left_to_be_compared_is_read_and_not_sent",
     ],
     "server (`endpoint`)": ["test_the_state_has_the_server_and_no_password"],
     "one that is another user's link": ["test_a_link_of_another_user_is_not_followed"],
-    "one that another user owns or can write": [
+    "one that another user owns or can write to": [
         "test_root_does_not_act_on_what_another_user_can_write"
     ],
     "stops the run and is left alone": [
         "test_what_others_have_under_the_name_of_a_companion_is_left_alone"
     ],
-    "it holds for every folder on the way": [
+    "it also applies to every folder on the path": [
         "test_a_folder_that_becomes_a_link_after_the_walk_is_not_followed",
         "test_a_folder_that_becomes_a_link_in_the_walk_is_not_followed",
         "test_without_links_what_is_deep_below_is_opened",
     ],
-    "objects whose ETag is no MD5": [
+    "objects whose ETag is not an MD5": [
         "test_where_an_etag_is_no_md5_the_object_is_looked_at_and_nothing_is_sent_twice"
     ],
     "write `/` as `%2F`, `@` as `%40`": [
@@ -201,18 +201,18 @@ def test_what_a_run_leaves_beside_the_shipped_state_is_no_part_of_the_repository
 
 # What the README says of time, and the constants of the script (which HASTE has as they are).
 TIMES = {
-    "what is under way has 8 seconds": "SIGNAL_GRACE_SECONDS = 8",
-    "again and again, for a minute": "PATIENCE_SECONDS = 60",
+    "requests in flight get 8 seconds": "SIGNAL_GRACE_SECONDS = 8",
+    "retried for a minute": "PATIENCE_SECONDS = 60",
     "a run's first for 20 s": "FIRST_REQUEST_SECONDS = 18",
-    "an answer takes two minutes": "ANSWER_SECONDS = 120",
-    "waited for, about 50 s": "TRY_LATER_SECONDS = 2",  # so often as stands below
+    "a response takes two minutes": "ANSWER_SECONDS = 120",
+    "retried for about 50 s": "TRY_LATER_SECONDS = 2",  # so often as stands below
 }
 # What it says of other numbers, which no test changes.
 NUMBERS = {
-    "(to Complete: 15)": "COMPLETE_SECONDS = 900",
-    "waited for, about 50 s": "OPEN_TRIES = 25",
+    "(CompleteMultipartUpload: 15)": "COMPLETE_SECONDS = 900",
+    "retried for about 50 s": "OPEN_TRIES = 25",
     "20 files in a row": "FAILED_IN_A_ROW_MAX = 20",
-    "sent three times in all": "FILE_TRIES = 3",
+    "sent up to three times": "FILE_TRIES = 3",
     "eight at a time": "RANGES_AT_ONCE = 8",
 }
 
