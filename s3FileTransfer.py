@@ -46,7 +46,7 @@ exit codes:
 #   transfer    hands files out, records results, saves the state
 #   commands    back up, verify, dry run; main
 #
-# How the data flows. No list of all files is ever in memory:
+# How the data flows. No list of all files is in memory, unless a server lists out of order:
 #
 #   walk, by key ────┐
 #   last state ──────┼── March: the plan, which is the new state, a line a file
@@ -62,12 +62,12 @@ exit codes:
 #
 #   ETag              S3's fingerprint of an object: its MD5 after one put; after an upload in
 #                     parts, the MD5 of the parts' MD5s, with "-" and the number of parts; under
-#                     SSE-KMS and SSE-C (encryption with managed or own keys), not an MD5 at all
+#                     SSE-KMS and SSE-C (encryption with keys of the customer), not an MD5 at all
 #   multipart upload  CreateMultipartUpload gives an id, parts are sent under it, and Complete
-#                     makes an object of them. Until then, or Abort, they are stored and billed.
+#                     makes an object of them. Until Complete or Abort, S3 stores and bills them.
 #   endpoint          the server, by its address
 #   job               a bucket, endpoint, folder and shard: a state file belongs to one
-#   pending           still to be sent; the state says 0
+#   pending           to be sent by this run
 #   lane              a child process that sends small files by AWS's own library, awscrt
 #   march             the pass over walk, last state and listing that makes the plan
 
@@ -1783,12 +1783,12 @@ class LastState:
             return self.known_keys
         return self.pending_keys if options.crashrun else KeySample()
 
-    def pending_entries(self) -> Iterator[Entry]:
+    def unsent_entries(self) -> Iterator[Entry]:
         """Yield the entries that are not uploaded."""
         return (entry for entry in self.entries() if not entry.uploaded)
 
     def _look_through(self) -> None:
-        self.files = self.uploaded_files = self.left_files = 0
+        self.files = self.uploaded_files = self.unsent_files = 0
         self.has_folder, self.is_done = False, True
         self.lists_uploaded = self.lists_pending = False
         self.other_job: str | None = None
@@ -1828,7 +1828,7 @@ class LastState:
             return key
         self._endpoints[entry.endpoint] = True
         self._buried_job = self._buried_job or job
-        self.left_files += entry.error != NOTHING_TO_SEND
+        self.unsent_files += entry.error != NOTHING_TO_SEND
         self.lists_pending |= is_below
         self._run.interruption.check()  # to look at many files on a network disk takes long
         if entry.size is None and not self.has_folder:
@@ -3069,7 +3069,7 @@ def decide(
     the bucket lists the object that `last` knows, with its size and ETag; None if that is unknown.
     """
     if found is None:
-        # The folder's own entry stands for files of which only the name is known.
+        # Files that were never sent need no entry: that of their folder covers them.
         if not (is_unseen and last and (last.uploaded or last.known.etag or last.upload_id)):
             return Decision.FORGET
         return Decision.SEND if in_bucket is False else Decision.KEEP
@@ -3100,10 +3100,9 @@ def planned(
     if decision is Decision.FORGET or last is None:
         return found
     if found is None:
-        if decision is Decision.KEEP and last.uploaded:
-            return last
-        change = {"etag": None} if last.uploaded else {"error": FOLDER_UNREADABLE}
-        return replace(last, uploaded=False, line=None, **change)
+        if decision is Decision.SEND:
+            return replace(last, uploaded=False, etag=None, line=None)
+        return last if last.uploaded else replace(last, error=FOLDER_UNREADABLE, line=None)
     if decision is Decision.UNCHANGED and last.uploaded:
         if last.endpoint == found.endpoint:
             return last
@@ -3118,7 +3117,7 @@ def planned(
         return found
     if decision is Decision.COMPARE:
         found.ctime_ns = 0
-    if decision is Decision.FAIL:  # it may be readable again the next time
+    if decision is Decision.FAIL:  # so that `known` still applies once it can be read
         found.size, found.mtime_ns = last.size, last.mtime_ns
     if in_bucket is not False and is_same_file(found, last):
         found.keep(known)
@@ -3143,7 +3142,7 @@ class Pending:
 class March:
     """Makes the plan: walk, last state and the bucket's listing, merged in the order of keys.
 
-    They are streams. In memory are only one byte per line and what `__init__` names.
+    They are streams: in memory are one byte per line, and what `__init__` names.
     """
 
     def __init__(
@@ -3164,14 +3163,14 @@ class March:
         self._replaces_all = is_plain and bool(run.options.object_parameters())
         # In the line of a sent file: what follows the key, and what follows the ETag.
         job = {"bucket": run.options.bucketname, "endpoint": run.endpoint}
-        self._job_in_json = json.dumps(job, ensure_ascii=False)[1:-1]
+        self._bucket_in_json = json.dumps(job, ensure_ascii=False)[1:-1]
         self._end_of_line = f'", "shard": "{run.options.shard}"}}' if run.options.shard else '"}'
         # Key prefixes of unreadable folders, as long as there may be more keys below them.
         self._unreadable: tuple[str, ...] = ()
         # How each file is sent, by the number of its line; the first entry is on line 2.
         self.ways = bytearray(2)
         self.pending, self.has_failures = Pending(), False
-        # With multipart uploads that no file can resume.
+        # Entries whose multipart upload cannot be resumed.
         self.abandoned: list[Entry] = []
 
     def finds_anything(self) -> bool:
@@ -3186,7 +3185,7 @@ class March:
         Raises StopRun if the listing fails, or if the folder is empty and had files before.
         """
         for entry in self.entries():
-            if entry.line:  # uploaded and unchanged
+            if entry.line:  # taken over as it is
                 self.ways.append(Way.NONE)
                 yield entry.line
                 continue
@@ -3194,7 +3193,7 @@ class March:
             self.ways.append(way)
             if way:
                 self.pending.add(entry.size or 0, way)
-                if way is Way.LANE and not self._listing:
+                if way is Way.LANE and not self._listing:  # with one, few files may be pending
                     self._start_lanes(self.pending.lane_files)
             yield entry.to_json()
 
@@ -3204,7 +3203,7 @@ class March:
         if self._listing:
             self._listing.close()
         if self._lost_files:
-            what = f"the bucket {self._options.bucketname} lacks objects (was it created anew?)"
+            what = f"the bucket {self._options.bucketname} lacks objects (was it re-created?)"
             count = f"{self._lost_files:,} of {self._unseen_files:,} files are sent again"
             self._report.error(f"{what}, so all files were compared: {count}")
 
@@ -3214,7 +3213,7 @@ class March:
         """Yield the files of this run in the order of keys; raise StopRun if all have vanished."""
         options, last, walk = self._options, self._last, self._walk
         if options.crashrun and last:
-            found = walk.again(last.pending_entries())
+            found = walk.again(last.unsent_entries())
         else:
             found = walk.folder(Subfolder(options.backupfolder, options.prefix))
         count = 0
@@ -3225,7 +3224,7 @@ class March:
                 yield entry
         if count and not options.crashrun:
             for glob in walk.excludes.unused:
-                how = "give paths relative to the folder, and all below one as 'NAME/*'"
+                how = "paths are relative to the backup folder; 'NAME/*' is all below NAME"
                 self._report.notice(f"--exclude matched no file; {how}", glob)
         if not count:
             self._check_emptiness()
@@ -3241,16 +3240,16 @@ class March:
         # A crash run may find nothing left to send.
         is_missed = last and last.lists_pending and not self._options.crashrun
         if last and (last.lists_uploaded or is_missed):
-            what = "uploaded" if last.lists_uploaded else "still to be sent"
-            why = f"there is nothing in {where}, but the state lists files of it as {what}"
+            what = "uploaded files" if last.lists_uploaded else "files still to be sent"
+            why = f"there is nothing in {where}, but the state lists {what} of it"
             raise StopRun(f"{why}; is its disk mounted?")
         self._report.error(f"there is nothing to send in {where}; is its disk mounted?")
 
     def _settled(self) -> Iterator[Entry | None]:
-        """Yield what becomes of each key."""
+        """Yield the entry of each key for the plan, or None if it leaves the state."""
         lasts = LastEntries(self._last)
         for found in self._found:
-            if self._is_unchanged(found, lasts.line):
+            if self._take_unchanged(found, lasts.line):
                 yield found
                 lasts.advance()
                 continue
@@ -3266,19 +3265,19 @@ class March:
             yield self._settle(None, last)
             lasts.advance()
 
-    def _is_unchanged(self, found: Entry, line: str) -> bool:
-        """Return whether a line of the last state has a file as it is here and in the bucket.
+    def _take_unchanged(self, found: Entry, line: str) -> bool:
+        """Return whether a line of the last state matches a file and its object; if so, take it.
 
-        `decide` would call it unchanged. To compare the text of the line, instead of reading an
-        entry from it, takes a fifth off the CPU time of a night on which nothing has changed.
+        `decide` would call the file unchanged. Comparing text, instead of parsing the line, saves
+        a fifth of the CPU time of a night on which nothing has changed.
         """
         if not self._listing or found.error or self._replaces_all:
             return False
         path, key = in_json(found.filepath), in_json(found.filename)
         start = (
-            f'{{"filepath": {path}, "uploadedSuccess": 1, "filename": {key}, {self._job_in_json}, '
-            f'"size": {found.size}, "mtime_ns": {found.mtime_ns}, "ctime_ns": {found.ctime_ns}, '
-            '"etag": "'
+            f'{{"filepath": {path}, "uploadedSuccess": 1, "filename": {key}, '
+            f'{self._bucket_in_json}, "size": {found.size}, "mtime_ns": {found.mtime_ns}, '
+            f'"ctime_ns": {found.ctime_ns}, "etag": "'
         )
         if not line.startswith(start):
             return False
@@ -3311,7 +3310,7 @@ class March:
             is_unseen, in_bucket = True, self._is_still_in_bucket(last)
         decision = decide(found, last, in_bucket=in_bucket, is_unseen=is_unseen)
         entry = planned(found, last, decision=decision, in_bucket=in_bucket)
-        if last and found and in_bucket is False and is_same_file(found, last):
+        if last and last.uploaded and found and in_bucket is False and is_same_file(found, last):
             what = "the bucket lacks its object, or has another, so it is sent again"
             self._report.notice(what, found.filepath)
         if old and old.upload_id:
@@ -3332,7 +3331,7 @@ class March:
 
     def _is_in_bucket(self, last: Entry) -> bool | None:
         """Return whether the bucket lists the object that is known; None without a listing."""
-        etag = last.etag if last.uploaded else last.known.etag
+        etag = last.known.etag
         if self._listing is None or not (etag or last.uploaded):
             return None
         listed = self._listed(last.filename)
@@ -3356,12 +3355,13 @@ class March:
             return None
         self._unseen_files += 1
         # If the listing fails half-way, the rest counts as missing.
-        is_there = bool(self._is_in_bucket(last)) if self.is_bucket_recreated else None
+        is_listed = (self._options.skip_unchanged and self._listing) or self.lacks_objects
+        is_there = bool(self._is_in_bucket(last)) if is_listed else None
         self._lost_files += is_there is False
         return is_there
 
     @functools.cached_property
-    def is_bucket_recreated(self) -> bool:
+    def lacks_objects(self) -> bool:
         """Whether the bucket lacks objects that it had, perhaps because it was created anew.
 
         The first, the middle and the last key are looked up; if one is missing, all are compared
@@ -3371,15 +3371,15 @@ class March:
             return False
         listing = Listing(self._bucket, self._last.known_keys)
         try:
-            is_recreated = not all(map(listing.has, self._last.known_keys.some()))
+            lacks_objects = not all(map(listing.has, self._last.known_keys.some()))
         except UploadError as error:
             self._give_up_listing(error, None)
             what = "the bucket cannot be listed, and is trusted to have what was sent before"
             self._report.notice(what, self._report.url(""))
             return False
-        if is_recreated:
+        if lacks_objects:
             self._listing = listing
-        return is_recreated
+        return lacks_objects
 
     def _give_up_listing(self, error: UploadError, message: str | None) -> None:
         """Continue without the listing if S3 refuses it; else raise StopRun."""
@@ -3405,7 +3405,7 @@ class March:
                     self._report.gone(entry)
 
     def _note_unreadable(self, entry: Entry) -> None:
-        """Remember what may be a folder, as long as keys below it may follow."""
+        """Remember the key prefix of what may be a folder; drop those already passed."""
         key = entry.filename
         is_prefix = key.endswith("/") or entry.filepath == self._options.backupfolder
         old = (p for p in self._unreadable if p > key or key.startswith(p))
@@ -4559,9 +4559,9 @@ class Room:
 
     The option --max-concurrency and the limit of open files bound the requests: each has two
     files open, what it sends and its connection. The uplink bounds the bytes: as many may be
-    under way as it sends in `WINDOW_SECONDS`, as measured. So few requests share a slow uplink,
-    and none stands still so long that the runtime (after 30 seconds) or S3 (after about 20) gives
-    it up. Files that are not in memory are counted instead, and hold up no small ones.
+    under way as it sends in `WINDOW_SECONDS`, as measured. Thus only a few requests share a slow
+    uplink, and none stands still so long that awscrt (after 30 seconds) or S3 (after about 20)
+    gives it up. Files that are not in memory are counted instead, and hold up no small ones.
     """
 
     WINDOW_SECONDS = 10
@@ -4582,7 +4582,7 @@ class Room:
         wanted, open_files = options.max_concurrency, max(raise_file_limit() - 60, 8)
         self.threads = max(1, min(wanted or 24, THREADS_MAX, open_files // 4))
         self.part_threads = max(1, min(wanted or 8, THREADS_MAX, open_files // 8))  # of each file
-        self._lane_files = max(1, min(wanted or 256, 256, open_files // 2))  # of each lane
+        self._files_per_lane_max = max(1, min(wanted or 256, 256, open_files // 2))  # of each lane
         self._lanes, self._bandwidth = lanes, bandwidth
         self._requests, self._slots = wanted or 0, slots
         self.files: Counter[Way] = Counter()  # that are under way
@@ -4639,7 +4639,7 @@ class Room:
 
     def _take_request(self, size: int) -> bool:
         """Take for a lane what threads take when they send: a slot and bandwidth."""
-        files_max = self._lane_files * len(self._lanes)
+        files_max = self._files_per_lane_max * len(self._lanes)
         if self._slots and self.files[Way.PARTS]:  # the parts need slots, too
             files_max = min(files_max, self._requests // 2)
         if self.files[Way.LANE] >= files_max:
@@ -4668,7 +4668,7 @@ class Records:
         # have changed since they were written.
         self._entries: dict[int, Entry] = {}
         self._unwritten: dict[int, Entry] = {}
-        # Set once that is on the disk: threads wait for it.
+        # Set once saving was attempted: threads wait for it.
         self._awaited: list[threading.Event] = []
 
     def tasks(self, way: Way) -> Iterator[Task]:
@@ -4702,7 +4702,7 @@ class Records:
         is_other = before != (entry.size, entry.mtime_ns, entry.etag)
         if entry.known_etag and (entry.uploaded or is_other):
             entry.keep(Known())
-        # Beside a sent file, only the id of an upload that could not be aborted is kept.
+        # For a file that was sent, an `upload_id` is only there to be aborted later.
         is_to_be_resumed = result.upload_id and result.outcome is not Outcome.UPLOADED
         entry.sse = self._encryption if is_to_be_resumed else result.sse
         if entry.uploaded:
@@ -4742,7 +4742,7 @@ class Records:
         could_save = self._state.is_saved
         if could_save and not (self._unwritten or self._state.has_journal()):
             return
-        # First a few lines, since a save may take long, and the disk may have room for no more.
+        # The journal first: it is small and quick, should the full save fail or be killed.
         with contextlib.suppress(OSError):
             self._write_journal()
         try:
@@ -4764,12 +4764,12 @@ class Records:
 
 
 class Doubt:
-    """Whether what some files meet is met by all of them, so that the run has to stop.
+    """Whether a failure of some files affects every file, so that the run has to stop.
 
     While there is a `message`, nothing is handed out but samples from elsewhere in the plan.
     """
 
-    # After so many files in a row that the server does not take, perhaps it takes none.
+    # This many failures in a row suggest that every file fails.
     FAILED_IN_A_ROW_MAX = 20
 
     def __init__(self, accepted: threading.Event) -> None:
@@ -4781,7 +4781,7 @@ class Doubt:
     def note(self, number: int, result: Result) -> None:
         """Take into account what became of a file."""
         if result.outcome is Outcome.UPLOADED:
-            if not self._accepted.is_set():  # to set it takes long, for each of many files
+            if not self._accepted.is_set():  # set() is slow
                 self._accepted.set()
             self._failed_in_a_row = 0
         elif result.outcome is Outcome.REFUSED:
@@ -4806,7 +4806,7 @@ class Transfer:
     Only the sending runs in other threads and in lanes.
     """
 
-    # How often a file is tried that changes while it is sent; again only after all others.
+    # Tries for a file that changes while it is sent; retries come after all other files.
     FILE_TRIES = 3
     # The same for one that cannot be opened: the kernel leaves a lease to its holder for 45 s.
     OPEN_TRIES = 25
@@ -4832,7 +4832,7 @@ class Transfer:
             Way.SAMPLE: Threads(3),
         }
         for pool in self._pools.values():
-            pool.submit(int)  # each gets a thread before one takes all that can be had
+            pool.submit(int)  # one thread for each pool, before one takes all there are
         # What threads and lanes report: calls for the main thread.
         self._news: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self.records = Records(run, plan)
@@ -4904,7 +4904,7 @@ class Transfer:
                 self._advance(planned)
         for lane in self._lanes:
             lane.flush()
-        # After all others: until then its writer may finish, or a lease on it may end.
+        # Retries come last: by then a file's writer may have finished, or a lease ended.
         while self._try_later and not any(self._next.values()):
             due, task = self._try_later[0]
             way = Way.PARTS if self._options.is_multipart(task.size) else Way.THREAD
@@ -5022,15 +5022,15 @@ class Transfer:
                 self._try_later.append((time.monotonic() + self.TRY_LATER_SECONDS, again))
             case Outcome.REFUSED | Outcome.STOPPED:
                 pass  # it is still to be sent; what was refused fails when the doubt ends
-            case _:
+            case Outcome.FAILED | Outcome.TRY_LATER:
                 self.records.note_failed(number, result.error)
 
     def _settle_doubt(self) -> None:
-        """Find out whether what some files meet is met by all; while nothing tells, wait."""
+        """Decide whether the failures affect every file; wait while that is unclear."""
         doubt, under_way = self._doubt, self._room.files
         if not doubt.message:
             return
-        # Where no other file is left to try, those that were sent decide.
+        # With no samples left, files that were sent before decide.
         if self._uploader.accepted.is_set() or (doubt.samples == 0 and self._report.files):
             for number, error in doubt.refused:
                 self.records.note_failed(number, error)
@@ -5162,12 +5162,12 @@ def verify_bucket(run: Run) -> int:
         BucketCheck(bucket, last).run()
     except UploadError as error:
         raise StopRun(f"cannot list the bucket {bucket.name}: {error}") from error
-    run.report.verified(run.report.url(""), run.state.path, left=last.left_files)
-    if run.report.failed_files > run.report.unproven_files or last.left_files:
+    run.report.verified(run.report.url(""), run.state.path, left=last.unsent_files)
+    if run.report.failed_files > run.report.unproven_files or last.unsent_files:
         run.report.error("some files are not in the bucket; send them with --crashrun 1")
     elif run.report.unproven_files:
         run.report.error("some files could not be compared; see the reasons above")
-    return 1 if run.report.failed_files or last.left_files else 0
+    return 1 if run.report.failed_files or last.unsent_files else 0
 
 
 class FolderCheck:
@@ -5259,14 +5259,14 @@ def verify_folder(run: Run) -> int:
     """Compare a folder with the state, name what is wrong, and return the exit code."""
     last = LastState.read_needed(run)
     find_wrong_files(run, last)
-    run.report.verified(shown(run.options.backupfolder), run.state.path, left=last.left_files)
+    run.report.verified(shown(run.options.backupfolder), run.state.path, left=last.unsent_files)
     if run.report.failed_files and not run.report.files:
         run.report.error("no file is as the state has it; check --backupfolder and --prefix")
     elif run.report.failed_files:
         run.report.error("some files are not as the state has them; restore them again")
-    elif last.left_files:
+    elif last.unsent_files:
         run.report.error("some files are in no backup; send them with --crashrun 1")
-    return 1 if run.report.failed_files or last.left_files else 0
+    return 1 if run.report.failed_files or last.unsent_files else 0
 
 
 def abort_uploads(bucket: Bucket, abandoned: list[Entry]) -> None:
@@ -5300,7 +5300,7 @@ def make_plan(bucket: Bucket, last: LastState | None, lanes: Lanes) -> March | N
     run = bucket.run
     march = March(run, last, bucket=bucket, start_lanes=lanes.start_for)
     is_done = run.options.crashrun and last and last.is_done and not run.state.has_journal()
-    if is_done and not march.is_bucket_recreated:
+    if is_done and not march.lacks_objects:
         return None
     if march.finds_anything() and not run.options.crashrun:
         save_begin_of_walk(run, last)

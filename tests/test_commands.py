@@ -14,7 +14,14 @@ from typing import Any
 
 import pytest
 from conftest import NewJob
-from support.checks import assert_clean, assert_failed, assert_replaced, assert_stopped, lines_with
+from support.checks import (
+    assert_clean,
+    assert_failed,
+    assert_lost,
+    assert_replaced,
+    assert_stopped,
+    lines_with,
+)
 from support.faults import Fault, answer, delay, drop, replace_in_answer, set_headers
 from support.files import (
     IN_PARTS,
@@ -539,7 +546,9 @@ def test_an_object_that_is_not_as_recorded_is_sent_again(each_job: Job) -> None:
     job = each_job
     job.back_up("a.dat", "changed", "missing", "shorter")
     damage(job)
-    assert sent_by(job) == ["changed", "missing", "shorter"]
+    since = job.seen()
+    assert_lost(job.run(SKIP), *map(job.path, ("changed", "missing", "shorter")))
+    assert job.sent(since) == ["changed", "missing", "shorter"]
     job.check_all_is_there()
 
 

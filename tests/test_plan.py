@@ -709,7 +709,7 @@ def excluding(*globs: str) -> list[str]:
 def without_match(completed: Completed) -> list[str]:
     """The globs that a run says to have matched no file, when it says nothing else."""
     notice = "notice: --exclude matched no file; "
-    how = "give paths relative to the folder, and all below one as 'NAME/*': "
+    how = "paths are relative to the backup folder; 'NAME/*' is all below NAME: "
     lines = completed.stderr.splitlines()
     assert all(line.startswith(notice + how) for line in lines), completed.stderr
     return [line.removeprefix(notice + how) for line in lines]

@@ -19,6 +19,13 @@ def assert_clean(completed: Completed) -> None:
     assert completed.stdout.count("\n") == 1
 
 
+def assert_lost(completed: Completed, *paths: Path) -> None:
+    """Check that a run ended well, and named these files, whose objects are gone or others."""
+    what = "notice: the bucket lacks its object, or has another, so it is sent again"
+    assert completed.returncode == 0, completed
+    assert completed.stderr.splitlines() == [f"{what}: {path}" for path in paths]
+
+
 def assert_replaced(completed: Completed, job: str) -> None:
     """Check that a run ended well, and said that the state file was of that job before."""
     assert completed.returncode == 0, completed
