@@ -3354,9 +3354,10 @@ class March:
         if not last.uploaded:
             return None
         self._unseen_files += 1
-        # If the listing fails half-way, the rest counts as missing.
-        is_listed = (self._options.skip_unchanged and self._listing) or self.lacks_objects
-        is_there = bool(self._is_in_bucket(last)) if is_listed else None
+        if self._options.skip_unchanged and self._listing:
+            is_there = self._is_in_bucket(last)
+        else:  # where objects are missing and the listing fails half-way, so are all others
+            is_there = bool(self._is_in_bucket(last)) if self.lacks_objects else None
         self._lost_files += is_there is False
         return is_there
 

@@ -277,6 +277,7 @@ MARCHED = {
     "of another bucket": (Found("12345", {"bucket": "other"}, SENT), (0, None, None)),
     "of a folder that is away/a": (Found(None, {**WAS, "size": 5}, SENT), (1, "etag", None)),
     "of a folder that is away/b": (Found(None, OPEN), (0, None, "id")),
+    "of a folder that is away/c": (Found(None, {**WAS, "size": 5}), (0, None, None)),
     "of a folder that is away-1": (Found(None, WAS, SENT), None),
 }  # fmt: skip
 ABANDONED = {
