@@ -5357,9 +5357,8 @@ def create_bucket(bucket: Bucket, last: LastState | None) -> LastState | None:
     Return the new state.
     """
     run, was_sent = bucket.run, last is not None and last.uploaded_files > 0
-    if (
-        last and last.known_keys.last
-    ):  # perhaps another folder's, whose crash run must know of it, too
+    if last and last.known_keys.last:
+        # Perhaps it is the state of another folder, whose crash run must know of it, too.
         with run.state.failing_stops():
             run.state.save(unsent_lines(run, last))
         last = LastState.read(run)
