@@ -469,7 +469,8 @@ def read_error(error: OSError | UploadError) -> UploadError:
         return error
     what, advice = "cannot read it", READ_ADVICE.get(error.errno or 0, "check the disk")
     if isinstance(error, NOT_THERE):
-        what, advice = "it has vanished", "restore it; a run without --crashrun forgets it"
+        what = "it has vanished"
+        advice = "restore it; if it was renamed or deleted, run without --crashrun"
     return UploadError(f"{what}: {reason(error)}; {advice}")
 
 
@@ -846,8 +847,8 @@ class Report:
         self.files = self.bytes = self.failed_files = 0
         self._unchanged_files = self._gone_files = 0
         self.unproven_files = self._files_by_size = 0
-        # What is to be sent; and how much of it has failed, or need not be sent.
-        self._total_files = self._total_bytes = self._settled_bytes = 0
+        # What is to be sent, and how much of it has failed.
+        self._total_files = self._total_bytes = self._failed_bytes = 0
         # By the number of its line: how many bytes of a large file have been sent, and how many
         # of them by an earlier run. The threads that send write here.
         self._moving: dict[int, tuple[int, int]] = {}
@@ -873,14 +874,15 @@ class Report:
     def failed(self, entry: Entry) -> None:
         """Count a file that was not sent, and print why."""
         self.failed_files += 1
-        self._settled_bytes += entry.size or 0
+        self._failed_bytes += entry.size or 0
         self._reasons[entry.error or ""] += 1
         self._print(f"failed: {shown(entry.filepath)}: {entry.error}")
 
     def unchanged(self, entry: Entry) -> None:
-        """Count a file that the bucket has already."""
+        """Count a file that need not be sent, since the bucket has it already."""
         self._unchanged_files += 1
-        self._settled_bytes += entry.size or 0
+        self._total_files -= 1
+        self._total_bytes -= entry.size or 0
 
     def gone(self, entry: Entry) -> None:
         """Count a file of the last state that the folder no longer has."""
@@ -933,7 +935,7 @@ class Report:
 
     def begin_sending(self, files: int, size: int) -> None:
         """Begin to show how much of so many files and bytes has been sent."""
-        self._total_files, self._total_bytes, self._settled_bytes = files, size, 0
+        self._total_files, self._total_bytes, self._failed_bytes = files, size, 0
         self._sending_at = time.monotonic()
 
     def moved(self, line_number: int, size: int, sent_earlier: int) -> None:
@@ -957,7 +959,7 @@ class Report:
         seconds = max(time.monotonic() - self._sending_at, 0.001)
         rate = (size - sent_earlier) / seconds
         total = max(self._total_bytes, size)
-        done = min(size + self._settled_bytes, total)
+        done = min(size + self._failed_bytes, total)
         texts = [f"{self.files:,}/{self._total_files:,} files"]
         texts.append(f"{human_size(size)}/{human_size(total)}")
         if total:
@@ -2729,7 +2731,7 @@ class Listing:
             self._interruption.check()
         page = asked.result()
         self._count += len(page.objects)
-        self._report.doing(f"{self._count:,} objects listed")
+        self._report.doing(f"objects listed: {self._count:,}")
         return page
 
 
@@ -3154,8 +3156,7 @@ class March:
         self._listing: Listing | None = None
         if bucket and last and last.candidates().last:
             self._listing = Listing(bucket, last.candidates())
-        # Uploaded files that this run does not look for, and those of them whose object is gone.
-        self._unseen_files = self._lost_files = 0
+        self._lost_files = 0  # files whose object was in the bucket, and no longer is
         self._walk = Walk(run)
         self._found = self._find()
         # A normal run with a storage class or encryption gives it to all objects.
@@ -3202,10 +3203,10 @@ class March:
         yield from filter(None, self._settled())
         if self._listing:
             self._listing.close()
-        if self._lost_files:
-            what = f"the bucket {self._options.bucketname} lacks objects (was it re-created?)"
-            count = f"{self._lost_files:,} of {self._unseen_files:,} files are sent again"
-            self._report.error(f"{what}, so all files were compared: {count}")
+        if self._lost_files:  # no notice: cron has to mail it
+            what = f"the bucket {self._options.bucketname} has lost or replaced objects"
+            again = f"{count_of_files(self._lost_files)} to send again"
+            self._report.error(f"{what} (was it re-created?): {again}")
 
     # --- What is here, and what the last run left ---
 
@@ -3310,9 +3311,10 @@ class March:
             is_unseen, in_bucket = True, self._is_still_in_bucket(last)
         decision = decide(found, last, in_bucket=in_bucket, is_unseen=is_unseen)
         entry = planned(found, last, decision=decision, in_bucket=in_bucket)
-        if last and last.uploaded and found and in_bucket is False and is_same_file(found, last):
-            what = "the bucket lacks its object, or has another, so it is sent again"
-            self._report.notice(what, found.filepath)
+        was_sent = last and last.uploaded and (is_unseen or (found and is_same_file(found, last)))
+        if last and was_sent and in_bucket is False:
+            self._lost_files += 1
+            self._report.detail(f"lost or replaced: {self._report.url(last.filename)}")
         if old and old.upload_id:
             entry = self._settle_upload(entry, old)
         self._tell(decision, entry or old)
@@ -3353,13 +3355,10 @@ class March:
         """Return whether the bucket has the object of an unseen file; None if that is assumed."""
         if not last.uploaded:
             return None
-        self._unseen_files += 1
         if self._options.skip_unchanged and self._listing:
-            is_there = self._is_in_bucket(last)
-        else:  # where objects are missing and the listing fails half-way, so are all others
-            is_there = bool(self._is_in_bucket(last)) if self.lacks_objects else None
-        self._lost_files += is_there is False
-        return is_there
+            return self._is_in_bucket(last)
+        # Where objects are missing and the listing fails half-way, so are all others.
+        return bool(self._is_in_bucket(last)) if self.lacks_objects else None
 
     @functools.cached_property
     def lacks_objects(self) -> bool:
@@ -4491,7 +4490,7 @@ class Lane:
         """Yield its results, in lists, until it ends."""
         for results in messages_of(self._child.output):
             self._heard_at = time.monotonic()
-            yield list(itertools.starmap(LaneResult, results))
+            yield results
 
     def is_stuck(self) -> bool:
         """Return whether a result is long overdue: a disk may hang (NFS)."""
@@ -5003,7 +5002,8 @@ class Transfer:
         """Record what became of a file, and do what follows from it."""
         number, is_sent = task.line_number, result.outcome is Outcome.UPLOADED
         self._room.end(way, task.size, sent_bytes=(result.size or 0) if is_sent else 0)
-        self._report.ended(number, is_sent=is_sent)
+        if way is not Way.LANE:
+            self._report.ended(number, is_sent=is_sent)
         entry = self.records.note(number, result)
         self._doubt.note(number, result)
         if result.notice:
@@ -5376,7 +5376,7 @@ def back_up(run: Run) -> int:
     if not bucket.exists:
         last = create_bucket(bucket, last)
     if last and last.other_job:
-        run.report.notice("the state file was of another job, and is replaced", last.other_job)
+        run.report.error(f"the state file was of another job, and is replaced: {last.other_job}")
     with contextlib.closing(Lanes(bucket)) as lanes:
         plan = make_plan(bucket, last, lanes)
         if plan is None:

@@ -36,7 +36,7 @@ PROGRESS = re.compile(
 )
 PLANNING = re.compile(
     "looking for the bucket|saving the state|"
-    r"[\d,]+ (files found|objects listed)|stopping(  what is under way has 3 seconds)?"
+    r"[\d,]+ files found|objects listed: [\d,]+|stopping(  what is under way has 3 seconds)?"
 )
 UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
