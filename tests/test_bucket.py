@@ -263,7 +263,7 @@ def test_where_one_object_is_missing_all_are_compared(lost: Job, missing: str) -
     job.put("5", b"of another")
     completed = job.crash_run()
     assert completed.returncode == 0
-    assert "2 of 7 files are sent again" in completed.stderr
+    assert "2 files to send again" in completed.stderr
     assert job.sent() == sorted({missing, "5"})
     job.check_all_is_there()
 
@@ -294,7 +294,7 @@ def test_where_listing_is_refused_once_something_is_missing_nothing_is_believed(
     lost.proxy.add_fault(Fault(denied, operation="ListObjectsV2", after=1))
     completed = lost.crash_run()
     assert completed.returncode == 0
-    assert "7 of 7 files are sent again" in completed.stderr
+    assert "7 files to send again" in completed.stderr
     lost.check_all_is_there()
 
 
@@ -318,7 +318,7 @@ def test_what_lies_below_an_unreadable_folder_is_looked_up_before_it_is_kept(job
     completed = job.run(user=NOBODY)
     job.path("sub").chmod(0o755)
     assert completed.returncode == 1
-    assert "1 of 1 files are sent again" in completed.stderr
+    assert "1 file to send again" in completed.stderr
     assert job.uploaded() == {"a.dat"}
     job.check_state_is_true()
     assert_clean(job.crash_run(user=NOBODY))
