@@ -188,12 +188,11 @@ class Found:
     def line(self, folder: Path, key: str) -> dict[str, Any]:
         """The line of the state."""
         fields: dict[str, Any] = {"filepath": key, "uploadedSuccess": 1, "filename": key}
-        fields |= {"bucket": "bucket", "endpoint": "server"}
-        fields |= {"size": len(self.text or ""), "etag": "etag"}
+        fields |= {"bucket": "bucket", "endpoint": "server", "size": len(self.text or "")}
         if self.text is not None:
             status = (folder / key).stat()
             fields |= {"mtime_ns": status.st_mtime_ns, "ctime_ns": status.st_ctime_ns}
-        fields |= self.last or {}
+        fields |= {"etag": "etag", **(self.last or {})}  # in the order of the script
         return {**fields, "filepath": str(folder / fields["filepath"])}
 
 
