@@ -3285,7 +3285,7 @@ class March:
         etag = line[len(start) :].removesuffix(self._end_of_line)
         if self._listed(found.filename) != (found.size, etag):
             return False
-        found.uploaded, found.line = True, line
+        found.uploaded, found.etag, found.line = True, etag, line
         self._report.unchanged(found)
         return True
 
