@@ -1038,9 +1038,19 @@ def send_message(pipe: IO[bytes], message: Any) -> None:
 def messages_of(pipe: IO[bytes]) -> Iterator[Any]:
     """Yield the messages from a pipe until it closes; a torn last one is left out."""
     while len(head := pipe.read(8)) == 8:
-        data = pipe.read(size := int.from_bytes(head, "big"))
-        if len(data) == size:
-            yield marshal.loads(data)
+        size = int.from_bytes(head, "big")
+        # A module that Python imports at its start may have written there before.
+        data = pipe.read(size) if size < GIB else b""
+        if len(data) < size:
+            return
+        yield marshal.loads(data)
+
+
+def script_path() -> str:
+    """Return the path of this script, or an empty string if it was not read from a file."""
+    path = globals().get("__file__", "")
+    is_file = os.path.isfile(path) and sys.argv[0] != "-"
+    return os.path.realpath(path) if is_file else ""
 
 
 class Child:
@@ -1055,8 +1065,7 @@ class Child:
 
     def __init__(self, argument: str) -> None:
         """Start the process; raises OSError."""
-        script = os.path.realpath(globals().get("__file__", ""))
-        if not os.path.isfile(script):  # it was read from stdin
+        if not (script := script_path()):
             raise FileNotFoundError
         flags = {"isolated": "-I", "ignore_environment": "-E", "no_user_site": "-s"}
         flags |= {"safe_path": "-P", "utf8_mode": "-Xutf8"}
@@ -1477,7 +1486,11 @@ class StateFile:
                     yield recent[number].to_json()
                 elif line[0] == "{":
                     yield newest(number) or line.rstrip(",\n")
-            if line != "]\n":
+                elif line == "]\n":
+                    break
+                else:
+                    raise ValueError("one of its lines is not an entry")
+            if line != "]\n" or next(lines, ""):
                 raise ValueError("its last line is not ]")
 
     def sorted_lines(self) -> list[str]:
@@ -1692,28 +1705,30 @@ class EntryReader:
 
     def __init__(self, options: Options) -> None:
         self._bucket, self._shard = options.bucketname, options.shard
+        self._folder = os.path.join(options.backupfolder, "")
         folder, bucket, shard = (
-            re.escape(in_json(text or "")[1:-1])
-            for text in (os.path.join(options.backupfolder, ""), options.bucketname, options.shard)
+            re.escape(in_json(value or "")[1:-1])
+            for value in (self._folder, self._bucket, self._shard)
         )
         of_shard = f', "shard": "{shard}"' if shard else ""
+        text, number = r'([^"\\\x00-\x1f]+)', "(-?(?:0|[1-9][0-9]*))"
+        # Not a path in which a name is empty, "." or "..": it leads to another place.
         self.match = re.compile(
-            rf'\{{"filepath": "({folder}[^"\\]+)", "uploadedSuccess": ([01]), '
-            rf'"filename": "([^"\\]+)", "bucket": "{bucket}", '
-            rf'(?:"endpoint": "([^"\\]*)", )?"size": ([0-9]+), '
-            rf'"mtime_ns": (-?[0-9]+)(?:, "ctime_ns": ([0-9]+))?(?:, "etag": "([^"\\]+)")?'
-            rf"{of_shard}\}}"
+            rf'\{{"filepath": "{folder}(?!(?:[^"]*/)?\.{{0,2}}[/"]){text}", '
+            rf'"uploadedSuccess": ([01]), "filename": "{text}", '
+            rf'"bucket": "{bucket}", (?:"endpoint": "{text}", )?'
+            rf'"size": {number}, "mtime_ns": {number}(?:, "ctime_ns": {number})?'
+            rf'(?:, "etag": "{text}")?{of_shard}\}}'
         ).fullmatch
 
     def read(self, line: str) -> Entry:
         """Return the entry of a line; raises ValueError."""
         if plain := self.match(line):
-            path, is_sent, key, endpoint, size, mtime_ns, ctime_ns, etag = plain.groups()
-            if "/." not in path and "//" not in path:
-                return Entry(
-                    path, key, is_sent == "1", self._bucket, endpoint, int(size), int(mtime_ns),
-                    int(ctime_ns) if ctime_ns else None, etag, self._shard, line=line,
-                )  # fmt: skip
+            below, is_sent, key, endpoint, size, mtime_ns, ctime_ns, etag = plain.groups()
+            return Entry(
+                self._folder + below, key, is_sent == "1", self._bucket, endpoint, int(size),
+                int(mtime_ns), int(ctime_ns) if ctime_ns else None, etag, self._shard, line=line,
+            )  # fmt: skip
         fields = json.loads(line)
         if type(fields) is not dict:
             raise ValueError("one of its lines is not an entry")
@@ -3387,7 +3402,9 @@ class March:
         if error.trouble is not Trouble.REFUSAL and not cannot_list:
             where = f"cannot list the bucket {self._options.bucketname}"
             raise StopRun(f"{where}: {error}") from error
-        self._listing = None
+        if self._listing:
+            self._listing.close()
+            self._listing = None
         if message:
             self._report.error(message)
 
@@ -4546,7 +4563,7 @@ class Lanes(list[Lane]):
         wanted = config.signature_version, config.request_checksum_calculation
         if wanted != ("s3v4", "when_required") or config.s3["payload_signing_enabled"]:
             return "it does not know the signature or the digests of the configuration"
-        if not os.path.isfile(globals().get("__file__", "")):
+        if not script_path():
             return "its processes need the script as a file"
         return None
 

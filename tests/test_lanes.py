@@ -168,11 +168,15 @@ def run_from(
     )
 
 
-def test_the_script_from_standard_input_sends_all(job: Job) -> None:
+def test_the_script_from_standard_input_sends_all(job: Job, tmp_path: Path) -> None:
     job.write(small_files(MANY))
     script = SCRIPT_PATH.read_text(encoding="utf-8")
-    completed = run_from(job, "-", cwd=job.folder, stdin=script)
+    # A file of this name is not the script, whatever Python calls it.
+    planted = tmp_path / "<stdin>"
+    planted.write_text(f"open({str(tmp_path / 'was here')!r}, 'w')", encoding="utf-8")
+    completed = run_from(job, "-", cwd=tmp_path, stdin=script)
     assert (completed.returncode, completed.stderr) == (0, "")
+    assert not (tmp_path / "was here").exists()
     job.check_all_is_there()
     assert by_lanes(job) == []
 
@@ -581,6 +585,23 @@ def test_a_long_listing_is_parsed_beside_the_walk(
     assert job.sent(since) == []
     assert len(children) == 1
     assert not is_alive(children[0])
+
+
+@needs_cores
+def test_text_that_a_module_prints_at_the_start_ends_a_child_and_nothing_else(
+    job: Job, tmp_path: Path
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\nif len(sys.orig_argv) < 5: sys.stdout.write('some text'); sys.stdout.flush()\n"
+    )
+    names = [f"{number:02}" for number in range(30)]
+    job.back_up(*names)
+    lister = Lister(objects_of(job.server, job.bucket), page=1)
+    job.proxy.add_fault(Fault(lister, operation="ListObjectsV2"))
+    since = job.seen()
+    completed = job.run("--skip-unchanged", env={"PYTHONPATH": str(tmp_path)})
+    assert_clean(completed)
+    assert job.sent(since) == []
 
 
 @needs_cores

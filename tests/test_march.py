@@ -459,6 +459,14 @@ def in_several_lines(lines: list[dict[str, Any]]) -> str:
     return json.dumps(lines, indent=2)
 
 
+def in_several_lines_to_the_end(lines: list[dict[str, Any]]) -> str:
+    return json.dumps(lines, indent=2) + "\n"
+
+
+def with_one_line_indented(lines: list[dict[str, Any]]) -> str:
+    return state_of(*lines).replace('\n{"', '\n {"', 3).replace('\n {"', '\n{"', 1)
+
+
 def in_one_line(lines: list[dict[str, Any]]) -> str:
     return json.dumps(lines)
 
@@ -475,8 +483,9 @@ def without_a_line_feed_at_the_end(lines: list[dict[str, Any]]) -> str:
     return state_of(*lines).rstrip("\n")
 
 
-WRITTEN = (as_it_is, shuffled, backwards, by_walk, in_several_lines, in_one_line, with_a_bom,
-           with_crlf, without_a_line_feed_at_the_end)  # fmt: skip
+WRITTEN = (as_it_is, shuffled, backwards, by_walk, in_several_lines, in_several_lines_to_the_end,
+           with_one_line_indented, in_one_line, with_a_bom, with_crlf,
+           without_a_line_feed_at_the_end)  # fmt: skip
 NUMBERS: dict[str, Any] = {"size": 5, "mtime_ns": 1, "ctime_ns": 1, "etag": "md5"}
 
 

@@ -32,6 +32,7 @@ from support.systems import (
     needs_fifos,
     needs_limits,
     needs_limits_of_others,
+    needs_odd_names,
     needs_permissions,
     needs_proc,
     needs_replace_of_open_files,
@@ -1343,3 +1344,61 @@ def test_device_is_no_state_file(job: Job) -> None:
     os.mknod(job.state_path, 0o600 | stat.S_IFCHR, os.makedev(1, 3))
     assert_stopped(job.run(), "regular file")
     assert stat.S_ISCHR(job.state_path.stat().st_mode)
+
+
+# --- Paths that JSON escapes, and lines that somebody has edited ------------------------------
+
+
+@needs_odd_names
+@pytest.mark.parametrize("name", ["ba\\ck", 'ba"ck', "ba\tck", "ba\nck", ".hidden"])
+def test_a_folder_whose_name_json_escapes_is_sent_once(job: Job, name: str) -> None:
+    job.folder = job.folder / name
+    job.back_up("a.dat", ".b/c.dat", "d/e.dat")
+    since = job.seen()
+    assert_clean(job.run("--skip-unchanged"))
+    assert_clean(job.crash_run())
+    assert job.sent(since) == []
+    job.check_all_is_there()
+
+
+@pytest.mark.parametrize("path", ["../secret", "sub/../../secret", "/../../secret", "./../secret"])
+@pytest.mark.parametrize("arguments", [("--crashrun", "1"), ("--skip-unchanged",)], ids=" ".join)
+def test_an_uploaded_line_that_leads_out_of_the_folder_sends_nothing_from_there(
+    job: Job, path: str, arguments: tuple[str, ...]
+) -> None:
+    job.make("a.dat", "b.dat")
+    assert_clean(job.run())
+    (job.folder.parent / "secret").write_bytes(b"secret")
+    text = job.state_path.read_text(encoding="utf-8")
+    line = text.splitlines()[1].replace(f"{job.folder}/a.dat", f"{job.folder}/{path}")
+    job.state_path.write_text(f"[\n{line}\n{text.splitlines()[2]}\n]\n", encoding="utf-8")
+    job.delete("a.dat")
+    job.delete("b.dat")
+    job.run(*arguments)
+    assert digests({"": b"secret"})[""] not in job.in_bucket().values()
+
+
+@pytest.mark.parametrize(
+    "odd", ["# {}", "x{}", "{}x", ' "{}"'], ids=["comment", "x", "end", "text"]
+)
+def test_a_line_that_is_no_entry_is_damage(job: Job, odd: str) -> None:
+    job.make("a.dat", "b.dat")
+    assert_clean(job.run())
+    lines = job.state_path.read_text(encoding="utf-8").splitlines()
+    lines[1] = odd.format(lines[1])
+    job.state_path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    before = job.state_path.read_bytes()
+    for arguments in (("--crashrun", "1"), ("--skip-unchanged",), ("--verify",)):
+        assert_stopped(job.run(*arguments), "is damaged")
+        assert job.state_path.read_bytes() == before
+
+
+@pytest.mark.parametrize("odd", ["\0", "\t", "\x1f"], ids=["NUL", "tab", "control"])
+def test_a_raw_control_character_in_a_line_is_damage(job: Job, odd: str) -> None:
+    job.make("a.dat")
+    assert_clean(job.run())
+    text = job.state_path.read_text(encoding="utf-8").replace("a.dat", f"a{odd}.dat")
+    job.state_path.write_text(text, encoding="utf-8")
+    for arguments in (("--crashrun", "1"), ("--skip-unchanged",), ("--verify",)):
+        assert_stopped(job.run(*arguments), "is damaged")
+        assert job.state_path.read_text(encoding="utf-8") == text
