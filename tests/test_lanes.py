@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -176,6 +177,15 @@ def test_the_script_from_standard_input_sends_all(job: Job, tmp_path: Path) -> N
     planted.write_text(f"open({str(tmp_path / 'was here')!r}, 'w')", encoding="utf-8")
     completed = run_from(job, "-", cwd=tmp_path, stdin=script)
     assert (completed.returncode, completed.stderr) == (0, "")
+    assert not (tmp_path / "was here").exists()
+    completed = run_from(
+        replace(job, options=("--preferred-transfer-client", "crt")),
+        "-",
+        cwd=tmp_path,
+        stdin=script,
+    )
+    assert completed.returncode == 2
+    assert "its processes need the script as a file" in completed.stderr
     assert not (tmp_path / "was here").exists()
     job.check_all_is_there()
     assert by_lanes(job) == []

@@ -1351,9 +1351,10 @@ def test_device_is_no_state_file(job: Job) -> None:
 
 @needs_odd_names
 @pytest.mark.parametrize("name", ["ba\\ck", 'ba"ck', "ba\tck", "ba\nck", ".hidden"])
-def test_a_folder_whose_name_json_escapes_is_sent_once(job: Job, name: str) -> None:
+def test_a_folder_whose_name_json_escapes_is_sent_once(job: Job, tmp_path: Path, name: str) -> None:
     job.folder = job.folder / name
-    job.back_up("a.dat", ".b/c.dat", "d/e.dat")
+    job.make("a.dat", ".b/c.dat", "d/e.dat")
+    assert_clean(job.run(env=run_first(tmp_path / "later", clock())))
     since = job.seen()
     assert_clean(job.run("--skip-unchanged"))
     assert_clean(job.crash_run())
