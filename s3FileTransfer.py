@@ -2483,19 +2483,23 @@ class PageParser:
                 if self._count == self.PAGES_WITHOUT_CHILD and granted_cores() > 1:
                     self._child = Child(self.ARGUMENT)
                     self._pages = messages_of(self._child.output)
-                if self._child:
-                    send_message(self._child.input, body)
+                if child := self._child:
+                    send_message(child.input, body)
                     page = next(self._pages)
                     return page and Page(*page)
-            except (OSError, StopIteration):  # no more processes, or it was killed
+            # There are no more processes, it was killed, or what comes is not from it alone.
+            except (OSError, StopIteration, EOFError, TypeError, ValueError):
                 self.close()
         return None
 
     def close(self) -> None:
         """End the child process."""
-        if self._child:
-            self._child.kill()
+        if child := self._child:
             self._child = None
+            child.kill()
+            for pipe in (child.input, child.output):
+                with contextlib.suppress(OSError):  # the rest of a message cannot be sent
+                    pipe.close()
 
 
 class Bucket:
