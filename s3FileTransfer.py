@@ -2714,7 +2714,7 @@ class Listing:
                     previous = high
                 elif previous < high:
                     asked = self._ask(**asked_for)
-                yield page.objects, min(previous, high)
+                yield page.objects, previous
 
     def _list_whole(self) -> dict[str, Listed]:
         """Return all objects by key."""
