@@ -1712,14 +1712,18 @@ class EntryReader:
         )
         of_shard = f', "shard": "{shard}"' if shard else ""
         text, number = r'([^"\\\x00-\x1f]+)', "(-?(?:0|[1-9][0-9]*))"
-        # Not a path in which a name is empty, "." or "..": it leads to another place.
-        self.match = re.compile(
-            rf'\{{"filepath": "{folder}(?!(?:[^"]*/)?\.{{0,2}}[/"]){text}", '
+        self._match = re.compile(
+            rf'\{{"filepath": "{folder}{text}", '
             rf'"uploadedSuccess": ([01]), "filename": "{text}", '
             rf'"bucket": "{bucket}", (?:"endpoint": "{text}", )?'
             rf'"size": {number}, "mtime_ns": {number}(?:, "ctime_ns": {number})?'
             rf'(?:, "etag": "{text}")?{of_shard}\}}'
         ).fullmatch
+
+    def match(self, line: str) -> re.Match[str] | None:
+        """Return the fields of a line by the pattern, or None if it has to be parsed."""
+        # A path with "//", "/./" or "/../" leads to another place than it says.
+        return None if "/." in line or "//" in line else self._match(line)
 
     def read(self, line: str) -> Entry:
         """Return the entry of a line; raises ValueError."""
