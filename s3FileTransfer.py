@@ -1036,14 +1036,16 @@ def send_message(pipe: IO[bytes], message: Any) -> None:
 
 
 def messages_of(pipe: IO[bytes]) -> Iterator[Any]:
-    """Yield the messages from a pipe until it closes; a torn last one is left out."""
-    while len(head := pipe.read(8)) == 8:
-        size = int.from_bytes(head, "big")
-        # A module that Python imports at its start may have written there before.
-        data = pipe.read(size) if size < GIB else b""
-        if len(data) < size:
+    """Yield the messages from a pipe until it closes, or has what is not a message.
+
+    The last may be torn; and a module that Python imports at its start may print there.
+    """
+    while len(head := pipe.read(8)) == 8 and (size := int.from_bytes(head, "big")) < GIB:
+        try:
+            message = marshal.loads(pipe.read(size))
+        except (EOFError, TypeError, ValueError):
             return
-        yield marshal.loads(data)
+        yield message
 
 
 def script_path() -> str:
@@ -1713,8 +1715,7 @@ class EntryReader:
         of_shard = f', "shard": "{shard}"' if shard else ""
         text, number = r'([^"\\\x00-\x1f]+)', "(-?(?:0|[1-9][0-9]*))"
         self._match = re.compile(
-            rf'\{{"filepath": "{folder}{text}", '
-            rf'"uploadedSuccess": ([01]), "filename": "{text}", '
+            rf'\{{"filepath": "{folder}{text}", "uploadedSuccess": ([01]), "filename": "{text}", '
             rf'"bucket": "{bucket}", (?:"endpoint": "{text}", )?'
             rf'"size": {number}, "mtime_ns": {number}(?:, "ctime_ns": {number})?'
             rf'(?:, "etag": "{text}")?{of_shard}\}}'
@@ -2491,8 +2492,8 @@ class PageParser:
                     send_message(child.input, body)
                     page = next(self._pages)
                     return page and Page(*page)
-            # There are no more processes, it was killed, or what comes is not from it alone.
-            except (OSError, StopIteration, EOFError, TypeError, ValueError):
+            # There are no more processes, or it was killed or closed.
+            except (OSError, StopIteration, ValueError):
                 self.close()
         return None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -598,12 +599,20 @@ def test_a_long_listing_is_parsed_beside_the_walk(
 
 
 @needs_cores
+@pytest.mark.parametrize("text", ["some text", "\0" * 16, "\0" * 7 + "\3abc"])
 def test_text_that_a_module_prints_at_the_start_ends_a_child_and_nothing_else(
-    job: Job, tmp_path: Path
+    job: Job, tmp_path: Path, text: str
 ) -> None:
     (tmp_path / "sitecustomize.py").write_text(
-        "import sys\nif len(sys.orig_argv) < 5: sys.stdout.write('some text'); sys.stdout.flush()\n"
+        f"import sys\nif len(sys.orig_argv) < 5: sys.stdout.write({text!r}); sys.stdout.flush()\n"
     )
+    job.write(small_files(MANY))
+    completed = job.run(env={"PYTHONPATH": str(tmp_path)})
+    assert_clean(completed)
+    job.check_all_is_there()
+    shutil.rmtree(job.folder)
+    for key in small_files(MANY):
+        job.delete(key)
     names = [f"{number:02}" for number in range(30)]
     job.back_up(*names)
     lister = Lister(objects_of(job.server, job.bucket), page=1)
