@@ -4364,7 +4364,8 @@ class LaneSender:
     # runtime would send the file again; for an answer that trickles in it would wait forever.
     ANSWER_SECONDS = 25
     SLOW_READ_SECONDS, READERS = 0.002, 16
-    BATCH_SECONDS = 0.005  # each message wakes the main process
+    # A pause in which calls gather: to wake up for each one takes 5 % more CPU time.
+    GATHER_SECONDS = 0.001
 
     def __init__(self, messages: Iterator[Any], pipe: IO[bytes]) -> None:
         self._messages, self._pipe = messages, pipe
@@ -4407,14 +4408,15 @@ class LaneSender:
         """
         for work in (self._receive, self._cancel_late):
             threading.Thread(target=work, daemon=True).start()
-        reported_at = 0.0
         while True:
+            self._calls.get()()
             with contextlib.suppress(queue.Empty):
-                self._calls.get(timeout=self.BATCH_SECONDS if self._results else None)()
-            if self._results and time.monotonic() - reported_at > self.BATCH_SECONDS:
-                reported_at = time.monotonic()
+                while True:
+                    self._calls.get_nowait()()
+            if self._results:
                 send_message(self._pipe, [tuple(result) for result in self._results])
                 self._results = []
+            time.sleep(self.GATHER_SECONDS)
 
     def _receive(self) -> None:
         for credentials, tasks in self._messages:
