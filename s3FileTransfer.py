@@ -110,7 +110,7 @@ import zlib
 from argparse import ArgumentTypeError
 from array import array
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sized
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
 from decimal import Decimal
@@ -1231,6 +1231,14 @@ def crc32_of(handle: IO[bytes]) -> int:
     return crc32
 
 
+def fields_of(line: str | bytes) -> dict[str, Any]:
+    """Return the JSON object of a line; raise ValueError if it is not one."""
+    fields = json.loads(line)
+    if type(fields) is not dict:
+        raise ValueError("one of its lines is not an entry")
+    return fields
+
+
 class Journal:
     """What happened since the last save of the state: one entry a line.
 
@@ -1349,12 +1357,13 @@ class Journal:
             for line in lines:
                 if line.endswith(b"\n"):
                     with contextlib.suppress(ValueError, RecursionError):  # torn by a power cut
-                        self._note_line(json.loads(line), size, lines_max=lines_max)
+                        self._note_line(line, size, lines_max=lines_max)
                     size += len(line)
             self._size = size
 
-    def _note_line(self, fields: dict[str, Any], offset: int, *, lines_max: int) -> None:
+    def _note_line(self, line: bytes, offset: int, *, lines_max: int) -> None:
         """Record the offset of a line; raise ValueError if it is not one of a journal."""
+        fields = fields_of(line)
         entry, number = Entry.from_json(fields), fields.get("line")
         if number is None:
             self.unnumbered[entry.filepath, entry.filename] = entry
@@ -1464,7 +1473,7 @@ class StateFile:
         why = f"the lock {shown(self._lock_path)} was deleted, so another run may have begun"
         raise StopRun(f"{why}; when none is left, send the rest with --crashrun 1")
 
-    def lines(self, recent: Mapping[int, Entry] | None = None) -> Iterator[str]:
+    def lines(self, recent: Mapping[int, Entry] | None = None) -> Generator[str]:
         """Yield the state's entries as lines of JSON, without commas.
 
         An entry of `recent`, or else of the journal, replaces the line that has its number. Raises
@@ -1736,10 +1745,7 @@ class EntryReader:
                 self._folder + below, key, is_sent == "1", self._bucket, endpoint, int(size),
                 int(mtime_ns), int(ctime_ns) if ctime_ns else None, etag, self._shard, line=line,
             )  # fmt: skip
-        fields = json.loads(line)
-        if type(fields) is not dict:
-            raise ValueError("one of its lines is not an entry")
-        return Entry.from_json(fields, line)
+        return Entry.from_json(fields_of(line), line)
 
 
 class LastState:
@@ -2994,9 +3000,12 @@ class Walk:
         path_prefix, ancestors = os.path.join(folder.path, ""), (*folder.ancestors, identity)
         for name_in_key in names:
             name = name_in_key.removesuffix("/")
-            if name not in own_names and (
-                found := self.examine(path_prefix + name, folder.key_prefix + name, ancestors)
-            ):
+            if name in own_names:
+                continue
+            found = self.examine(path_prefix + name, folder.key_prefix + name, ancestors)
+            if isinstance(found, Entry) and found.error:
+                found.filename = folder.key_prefix + name_in_key  # that of a folder ends in "/"
+            if found:
                 yield found
 
     def _is_folder(self, child: os.DirEntry[str]) -> bool:
@@ -3330,7 +3339,8 @@ class March:
         if last and self._last and self._last.other_job and other_job(last, self._run):
             last = None
         old, is_unseen, in_bucket = last, False, None
-        if found and last and (found.filepath != last.filepath or self._replaces_all):
+        is_replaced = found and (self._replaces_all and not found.error)
+        if found and last and (found.filepath != last.filepath or is_replaced):
             last = None
         if last and found and not found.error:
             in_bucket = self._is_in_bucket(last)
@@ -3764,6 +3774,7 @@ class Uploader:
                 result.ctime_ns = source.ctime_ns  # only now: the bytes are compared
                 if etag == task.etag:
                     return Outcome.UNCHANGED
+                source.seek(0)
                 result.etag = result.part_size = None
             if self.options.is_multipart(source.size):
                 MultipartUpload(FileInParts(self, task, source, result)).send()
@@ -4736,16 +4747,21 @@ class Records:
         self._unwritten: dict[int, Entry] = {}
         # Set once saving was attempted: threads wait for it.
         self._awaited: list[threading.Event] = []
+        self._open: dict[Way, Generator[str]] = {}  # what `tasks` reads on
 
     def tasks(self, way: Way) -> Iterator[Task]:
         """Yield the files that the plan sends one way; raise StopRun if it cannot be read."""
         if way not in self._ways:
             return
+        number = 1  # of the line read last
         with self._state.unreadable_stops():
-            for number, line in enumerate(self._state.lines(), start=2):
-                if self._ways[number] == way:
-                    self._entries[number] = self._reader.read(line)
-                    yield self.task(number)
+            while number < len(self._ways) - 1:  # `save` may close the lines
+                lines = self._open[way] = self._state.lines()
+                for line in itertools.islice(lines, number - 1, None):
+                    number += 1
+                    if self._ways[number] == way:
+                        self._entries[number] = self._reader.read(line)
+                        yield self.task(number)
 
     def task(self, number: int) -> Task:
         """Return the task for an entry as it is now."""
@@ -4811,6 +4827,9 @@ class Records:
         # The journal first: it is small and quick, should the full save fail or be killed.
         with contextlib.suppress(OSError):
             self._write_journal()
+        if sys.platform == "win32":  # it replaces and deletes no open file
+            for lines in self._open.values():
+                lines.close()
         try:
             self._state.save(self._state.lines(self._unwritten))
             self._unwritten.clear()
@@ -5251,12 +5270,17 @@ class FolderCheck:
         self._read_bytes = 0
 
     def run(self, entries: Iterator[Entry], *, total: int) -> Iterator[tuple[Entry, str, str]]:
-        """Yield each entry, the verdict on its file ("" for a right one), and the reason."""
+        """Yield each entry, the verdict on its file ("" for a right one), and the reason.
+
+        `total` is only shown: there is no lock, so another run may have changed the state.
+        """
         pool = Threads(self.THREADS)
         under_way: deque[tuple[Entry, Future[tuple[str, str]]]] = deque()
-        for count in range(total):
+        for count in itertools.count():
             for entry in itertools.islice(entries, self.AHEAD - len(under_way)):
                 under_way.append((entry, pool.submit(self._compare, entry)))
+            if not under_way:
+                return
             entry, future = under_way.popleft()
             while not wait([future], timeout=StatusLine.DRAW_SECONDS).done:
                 self._draw(count, total)
@@ -5397,11 +5421,11 @@ def end_of_transfer(run: Run, transfer: Transfer) -> int:
     """Print how a transfer went and what to do next; return the exit code."""
     left = transfer.records.left_files
     run.report.summary(run.state.path, left=left)
+    if transfer.stop_message:
+        run.report.error(f"stopped: {transfer.stop_message}")
     if run.interruption.signum:
         run.report.interrupted(is_saved=run.state.is_saved)
         return run.interruption.exit_code
-    if transfer.stop_message:
-        run.report.error(f"stopped: {transfer.stop_message}")
     if transfer.stop_message or not run.state.is_saved:
         return 2
     if run.report.failed_files or left:
