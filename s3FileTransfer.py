@@ -306,11 +306,6 @@ class Entry:
         """Keep what is known about the object while the file is pending; `Known()` clears it."""
         self.known_etag, self.known_ctime_ns, self.known_part_size, self.known_sse = known
 
-    @property
-    def is_pending(self) -> bool:
-        """Whether the file is to be sent."""
-        return not (self.uploaded or self.error)
-
     @classmethod
     def from_json(cls, fields: dict[str, object], line: str | None = None) -> Entry:
         """Return the entry of a JSON object of the state file, or raise ValueError."""
@@ -618,8 +613,8 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def value_problem(options: Options) -> str | None:
-    """Return which option has a value that cannot be used, or None."""
+def options_problem(options: Options) -> str | None:
+    """Return what is wrong with the options and argparse does not notice, or None."""
     for name, value in vars(options).items():
         # An unset variable of a shell script, which may have been meant as a safeguard.
         if name != "prefix" and "" in (value if isinstance(value, list) else [value]):
@@ -630,13 +625,6 @@ def value_problem(options: Options) -> str | None:
     for name in ("sse_kms_key_id", "expected_bucket_owner"):
         if not re.fullmatch(r"[!-~]+", getattr(options, name) or "none"):
             return f"--{name.replace('_', '-')} has white space or other odd characters"
-    return None
-
-
-def options_problem(options: Options) -> str | None:
-    """Return what is wrong with the options and argparse does not notice, or None."""
-    if problem := value_problem(options):
-        return problem
     if options.sse_kms_key_id and not (options.sse or "").startswith("aws:kms"):
         return "--sse-kms-key-id needs --sse aws:kms"
     if options.verify and (options.crashrun or options.dryrun or options.skip_unchanged):
@@ -1222,15 +1210,6 @@ def check_links(path: str, what: str) -> None:
         path = os.path.join(os.path.dirname(path), os.readlink(path))
 
 
-def crc32_of(handle: IO[bytes]) -> int:
-    """Return the CRC32 of an open file."""
-    crc32 = 0
-    handle.seek(0)
-    while data := handle.read(MIB):
-        crc32 = zlib.crc32(data, crc32)
-    return crc32
-
-
 def fields_of(line: str | bytes) -> dict[str, Any]:
     """Return the JSON object of a line; raise ValueError if it is not one."""
     fields = json.loads(line)
@@ -1343,9 +1322,11 @@ class Journal:
         self._offsets[number] = offset
 
     def load(self, state: IO[bytes]) -> None:
-        """Find the entries that it has for this state file; raises OSError."""
+        """Find the entries that it has for this state file, just opened; raises OSError."""
         self._size, self._offsets, self.unnumbered = 0, array("q"), {}
-        self._state_crc32 = crc32_of(state)
+        self._state_crc32 = 0
+        while data := state.read(MIB):
+            self._state_crc32 = zlib.crc32(data, self._state_crc32)
         with (
             contextlib.suppress(FileNotFoundError),
             open(self.path, "rb", opener=open_own) as lines,
@@ -1444,8 +1425,7 @@ class StateFile:
                 handle.write(str(os.getpid()))
                 handle.flush()
         if has_own(self._temporary, "temporary file", rb'\[\n\{"filepath": .*'):
-            with contextlib.suppress(OSError):
-                os.unlink(self._temporary)  # a killed run has left it
+            self._drop_temporary()  # a killed run has left it
 
     def _check_writers(self) -> None:
         """Raise StopRun if root would trust files that another user owns or can write.
@@ -1562,17 +1542,15 @@ class StateFile:
 
     def write(self, lines: Iterable[str]) -> None:
         """Write lines of entries to the temporary file; raises what `save` raises."""
-        started, is_written = time.monotonic(), False
+        started = time.monotonic()
         self._check_lock()
         try:
             self._write(lines)
-            is_written = True
-        except OSError:
-            self.is_saved = False
+        except BaseException as error:
+            self._drop_temporary()
+            self.is_saved = self.is_saved and not isinstance(error, OSError)
             raise
         finally:
-            if not is_written:
-                self._drop_temporary()
             self._saved_at = time.monotonic()
             self._save_seconds = self._saved_at - started
 
@@ -1649,9 +1627,7 @@ class Run:
 
 def is_within(path: str, folder: str) -> bool:
     """Return whether `path` is `folder` or below it."""
-    if path == folder or not path.startswith(folder):
-        return path == folder
-    return folder.endswith(os.sep) or path[len(folder)] == os.sep
+    return path == folder or path.startswith(os.path.join(folder, ""))
 
 
 def other_job(entry: Entry, run: Run) -> str | None:
@@ -1812,10 +1788,6 @@ class LastState:
         if options.skip_unchanged or (options.crashrun and self.has_folder):
             return self.known_keys
         return self.pending_keys if options.crashrun else KeySample()
-
-    def unsent_entries(self) -> Iterator[Entry]:
-        """Yield the entries that are not uploaded."""
-        return (entry for entry in self.entries() if not entry.uploaded)
 
     def _look_through(self) -> None:
         self.files = self.uploaded_files = self.unsent_files = 0
@@ -2270,13 +2242,6 @@ def region_of(answer: Answer) -> str:
     return headers.get("x-amz-bucket-region", "")
 
 
-def meaning_of(code: str, status: str) -> tuple[Trouble, str]:
-    """Return the trouble and the advice for an error code, or else for the HTTP status."""
-    # An unknown code that comes with 403 is no refusal of all files.
-    known = code if code in MEANING_OF or status == "403" else status
-    return MEANING_OF.get(known, (Trouble.OF_FILE, ""))
-
-
 def error_of_answer(response: Answer) -> UploadError:
     """Return the meaning of an error answer of S3."""
     metadata, error = response.get("ResponseMetadata", {}), response.get("Error", {})
@@ -2291,7 +2256,9 @@ def error_of_answer(response: Answer) -> UploadError:
     text, message = f"S3 answered {code}", one_line((error.get("Message") or "").strip() or code)
     if message.replace(" ", "").lower() != code.lower():
         text += f" ({message})"
-    trouble, advice = meaning_of(code, status)
+    # The status counts if the code is unknown. With 403, that is no refusal of all files.
+    known_code = code if code in MEANING_OF or status == "403" else status
+    trouble, advice = MEANING_OF.get(known_code, (Trouble.OF_FILE, ""))
     return UploadError("; ".join(filter(None, (text, advice))), code=code, trouble=trouble)
 
 
@@ -2380,15 +2347,12 @@ class Retries:
                 break
             self.stop.wait(random.uniform(pause / 2, pause))
             pause = min(2 * pause, self.BACKOFF_MAX_SECONDS)
-        if may_stop_run and self._meets_every_file(error.trouble):
-            raise StopRun(str(error))
-        raise error
-
-    def _meets_every_file(self, trouble: Trouble) -> bool:
         # A server that has long been silent to all threads is gone.
         silent_seconds = time.monotonic() - self._alive_at
-        is_gone = trouble in SILENT and silent_seconds > self._patience_seconds / 2
-        return is_gone or trouble is Trouble.OF_ALL
+        is_gone = error.trouble in SILENT and silent_seconds > self._patience_seconds / 2
+        if may_stop_run and (is_gone or error.trouble is Trouble.OF_ALL):
+            raise StopRun(str(error))
+        raise error
 
 
 # --- bucket -----------------------------------------------------------------------
@@ -2885,14 +2849,10 @@ def identities_above(path: str) -> set[Identity]:
     return found
 
 
-def ctime_of(status: os.stat_result) -> int | None:
-    """Return the time of the last change of content or metadata; None on Windows."""
-    return None if sys.platform == "win32" else status.st_ctime_ns
-
-
 def stamp_of(status: os.stat_result) -> tuple[int, int, int | None]:
     """Return what changes with a file: its size in bytes, its mtime and its ctime."""
-    return status.st_size, status.st_mtime_ns, ctime_of(status)
+    ctime_ns = None if sys.platform == "win32" else status.st_ctime_ns  # there, when it was created
+    return status.st_size, status.st_mtime_ns, ctime_ns
 
 
 def new_entry(run: Run, path: str, key: str, *, error: str | None = None) -> Entry:
@@ -3152,21 +3112,6 @@ def planned(
     return found
 
 
-@dataclass(slots=True)
-class Pending:
-    """How much a plan has to send."""
-
-    files: int = 0
-    bytes: int = 0
-    lane_files: int = 0
-
-    def add(self, size_bytes: int, way: Way) -> None:
-        """Count a file."""
-        self.files += 1
-        self.bytes += size_bytes
-        self.lane_files += way is Way.LANE
-
-
 class March:
     """Makes the plan: walk, last state and the bucket's listing, merged in the order of keys.
 
@@ -3197,7 +3142,9 @@ class March:
         # How each file is sent, by the number of its line; the first entry is on line 2.
         self.ways = bytearray(2)
         self._lane_file_max = min(LANE_FILE_MAX_BYTES, run.options.piece_bytes)
-        self.pending, self.has_failures = Pending(), False
+        # How much there is to send.
+        self.pending_files = self.pending_bytes = self.lane_files = 0
+        self.has_failures = False
         # Entries whose multipart upload cannot be resumed.
         self.abandoned: list[Entry] = []
 
@@ -3220,14 +3167,17 @@ class March:
             way = self._way_of(entry)
             self.ways.append(way)
             if way:
-                self.pending.add(entry.size or 0, way)
-                if way is Way.LANE and not self._listing:  # with one, few files may be pending
-                    self._start_lanes(self.pending.lane_files)
+                self.pending_files += 1
+                self.pending_bytes += entry.size or 0
+            if way is Way.LANE:
+                self.lane_files += 1
+                if not self._listing:  # with one, few files may be pending
+                    self._start_lanes(self.lane_files)
             yield entry.to_json()
 
     def _way_of(self, entry: Entry) -> Way:
         size = entry.size or 0
-        if not entry.is_pending:
+        if entry.uploaded or entry.error:
             return Way.NONE
         if self._options.is_multipart(size):
             return Way.PARTS
@@ -3250,7 +3200,7 @@ class March:
         """Yield the files of this run in the order of keys; raise StopRun if all have vanished."""
         options, last, walk = self._options, self._last, self._walk
         if options.crashrun and last:
-            found = walk.again(last.unsent_entries())
+            found = walk.again(entry for entry in last.entries() if not entry.uploaded)
         else:
             found = walk.folder(Subfolder(options.backupfolder, options.prefix))
         count = 0
@@ -4740,7 +4690,7 @@ class Records:
         self._state, self._report, self._ways = run.state, run.report, plan.ways
         self._reader = EntryReader(run.options)
         self._encryption = run.options.encryption
-        self.left_files = plan.pending.files
+        self.left_files = plan.pending_files
         # By the number of the line: entries that were read and are not done, and entries that
         # have changed since they were written.
         self._entries: dict[int, Entry] = {}
@@ -4946,8 +4896,7 @@ class Transfer:
 
         After a stop, what is under way has a few seconds to end.
         """
-        pending = self._plan.pending
-        self._report.begin_sending(pending.files, pending.bytes)
+        self._report.begin_sending(self._plan.pending_files, self._plan.pending_bytes)
         stop_at = math.inf
         while time.monotonic() < stop_at and not self._is_done():
             if self._is_stopping():
@@ -5308,21 +5257,17 @@ class FolderCheck:
         try:
             links = self._options.no_links_below
             with SourceFile(path, no_links_below=links, on_read=self._note_read) as source:
-                return self._compare_open(entry, source)
+                if entry.size not in (None, source.size):
+                    return "different", f"it has {source.size:,} bytes and not {entry.size:,}"
+                part_size, etag = entry.part_size or self._options.multipart_chunksize, None
+                # Some servers make up such an ETag for objects that were sent in one part, too.
+                is_made_up = not entry.part_size and (entry.etag or "").endswith("-1")
+                if entry.etag and not (entry.sse or is_made_up):
+                    etag = source.etag_like(entry.etag, part_size)
         except NOT_THERE:
             return "missing", ""
         except (OSError, UploadError) as error:
             return "unproven", f"cannot read it: {reason(error)}"
-
-    def _compare_open(self, entry: Entry, source: SourceFile) -> tuple[str, str]:
-        if entry.size not in (None, source.size):
-            return "different", f"it has {source.size:,} bytes and not {entry.size:,}"
-        part_size = entry.part_size or self._options.multipart_chunksize
-        etag = None
-        # Some servers make up such an ETag for objects that were sent in one part, too.
-        is_made_up = not entry.part_size and (entry.etag or "").endswith("-1")
-        if entry.etag and not (entry.sse or is_made_up):
-            etag = source.etag_like(entry.etag, part_size)
         if etag is None:
             return "size", ""
         if etag != entry.etag:
@@ -5331,11 +5276,9 @@ class FolderCheck:
         return "", ""
 
 
-def find_wrong_files(run: Run, last: LastState) -> None:
-    """Compare the files of the folder with the uploaded entries, and name what is wrong.
-
-    Raises StopRun if the entries have another --prefix.
-    """
+def verify_folder(run: Run) -> int:
+    """Compare a folder with the state, name what is wrong, and return the exit code."""
+    last = LastState.read_needed(run)
     for key in (*last.known_keys.keys[:1], last.known_keys.last):
         if not key.startswith(run.options.prefix):
             why = f"the state has the key {shown(key)}, which lacks that --prefix"
@@ -5348,12 +5291,6 @@ def find_wrong_files(run: Run, last: LastState) -> None:
         else:
             path, key = shown(check.path_of(entry)), shown(entry.filename)
             run.report.wrong(kind, f"{path} (of {key})", why)
-
-
-def verify_folder(run: Run) -> int:
-    """Compare a folder with the state, name what is wrong, and return the exit code."""
-    last = LastState.read_needed(run)
-    find_wrong_files(run, last)
     run.report.verified(shown(run.options.backupfolder), run.state.path, left=last.unsent_files)
     if run.report.failed_files and not run.report.files:
         run.report.error("no file is as the state has it; check --backupfolder and --prefix")
@@ -5476,7 +5413,7 @@ def back_up(run: Run) -> int:
         if plan is None:
             run.report.summary(run.state.path)
             return 0
-        lanes.start_for(plan.pending.lane_files)
+        lanes.start_for(plan.lane_files)
         # So that no collection looks at what is there by now: a first night of 10,000 files of
         # 1 kB would take 2.44 s of CPU time instead of 2.35 s.
         gc.freeze()

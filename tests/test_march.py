@@ -132,7 +132,7 @@ def test_what_becomes_of_a_key(case: Case) -> None:
             case.decision == "UNCHANGED" or (case.decision == "KEEP" and was_sent)
         )
         assert (plan.etag is None) == (not plan.uploaded and case.decision != "COMPARE")
-        assert plan.is_pending == (case.decision in ("SEND", "COMPARE"))
+        assert (not (plan.uploaded or plan.error)) == (case.decision in ("SEND", "COMPARE"))
         # One that cannot be read is known again, when it can, by the size that it had.
         assert plan.size == (None if case == CASES["unreadable and new"] else 5)
 
