@@ -17,13 +17,15 @@ from support.faults import Fault, after_forward, delay, stall
 from support.files import IN_PARTS, LARGE_BYTES, MIB, small_files, some_bytes
 from support.job import Job, kill, with_state
 from support.kills import kill_in_walk, killed_in_parts, killing_call
-from support.script import wait_until
+from support.script import journal_of, wait_until
 from support.systems import needs_proc, needs_signals
 
 ROUNDS, LONG_ROUNDS = 10, 60
 # Of the bucket that is deleted or made anew, with two kills in each.
 BUCKET_ROUNDS, LONG_BUCKET_ROUNDS = 3, 100
 SMALL_FILES = 100
+# In walk, merge and save.
+OWN_ROUNDS, LONG_OWN_ROUNDS = 5, 140
 # HeadBucket, the small files, and the start, parts and end of one multipart upload.
 REQUESTS = 1 + SMALL_FILES + 1 + 3 + 1
 
@@ -38,10 +40,11 @@ def job(moto_job: Job) -> Job:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    rounds, bucket_rounds = ROUNDS, BUCKET_ROUNDS
+    rounds = {"seed": ROUNDS, "bucket_seed": BUCKET_ROUNDS, "own_seed": OWN_ROUNDS}
     if metafunc.config.getoption("--long"):
-        rounds, bucket_rounds = LONG_ROUNDS, LONG_BUCKET_ROUNDS
-    for name, count in (("seed", rounds), ("bucket_seed", bucket_rounds)):
+        rounds = {"seed": LONG_ROUNDS, "bucket_seed": LONG_BUCKET_ROUNDS}
+        rounds["own_seed"] = LONG_OWN_ROUNDS
+    for name, count in rounds.items():
         if name in metafunc.fixturenames:
             metafunc.parametrize(name, range(count))
 
@@ -82,6 +85,55 @@ def kill_at_random(
             f"request {count}",
         )
     kill(process)
+
+
+# Functions of `os` that walk, merge and save call, and how often at most (in the folder, if
+# Python's own imports call them, too).
+OWN_CALLS = {"scandir": 8, "stat": 100, "fchmod": 3, "fsync": 8, "replace": 3, "unlink": 3}
+
+
+@needs_signals
+def test_what_was_killed_in_walk_merge_or_save_is_finished_by_one_run(
+    rclone_job: Job, tmp_path: Path, own_seed: int
+) -> None:
+    job, rng = rclone_job, random.Random(own_seed)
+    job.write(small_files(60, own_seed))
+    options: tuple[str, ...] = ()
+    if rng.random() < 0.7:  # a later night, on which some files are new, changed or gone
+        assert_clean(job.run())
+        job.write(small_files(20, own_seed + 1) | {"a/new": b"new", "d9/new": b"new"})
+        for key in rng.sample(sorted(job.in_folder()), 5):
+            job.path(key).unlink()
+            job.delete(key)  # so that folder and bucket can be compared
+        options = rng.choice([(), ("--skip-unchanged",)])
+    before = saved_bytes(job)
+    name = rng.choice(list(OWN_CALLS))
+    is_here = f"os.fspath(args[0]).startswith({str(job.folder)!r})"
+    env = killing_call(
+        tmp_path / "killer",
+        name,
+        count=rng.randrange(1, OWN_CALLS[name] + 1),
+        before=rng.random() < 0.5,
+        condition=is_here if name in ("scandir", "stat") else "True",
+    )
+    assert job.start(*options, env=env).wait(60) in (-signal.SIGKILL, 0)
+    entries, bucket = job.entries() if job.state_path.exists() else [], job.in_bucket()
+    for entry in entries:
+        if entry["uploadedSuccess"] and entry["filename"] in job.in_folder():
+            assert bucket[entry["filename"]] == entry["etag"]
+    # A run that was killed before it wrote anything is none.
+    has_begun = saved_bytes(job) != before
+    assert_clean(job.run(*(("--crashrun", "1") if has_begun else options)))
+    job.check_all_is_there()
+    job.check_no_leftovers()
+    for key in job.in_folder():  # or the server would hold those of all rounds
+        job.delete(key)
+
+
+def saved_bytes(job: Job) -> list[bytes]:
+    """What is in the state and in its journal."""
+    paths = job.state_path, journal_of(job.state_path)
+    return [path.read_bytes() if path.exists() else b"" for path in paths]
 
 
 def remove_bucket(job: Job) -> None:
