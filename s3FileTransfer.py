@@ -199,7 +199,7 @@ class Options:
 
     @property
     def piece_bytes(self) -> int:
-        """Bytes to send at once: what the bandwidth allows in 0.1 s, lest a connection idle long."""
+        """How much to send at once: 0.1 s at --max-bandwidth, so that no connection idles long."""
         return min(LARGE_READ_BYTES, max(KIB, (self.max_bandwidth or TIB) // 10))
 
     @property
@@ -1820,7 +1820,7 @@ class LastState:
         self.lists_uploaded = self.lists_pending = False
         self.other_job: str | None = None
         self._buried_job: str | None = None  # another job whose failures would be overwritten
-        # Keys of objects that the bucket should have; and of those among them whose file is pending.
+        # Keys of the objects that the bucket should have, and of those whose file is pending.
         self.known_keys, self.pending_keys = KeySample(), KeySample()
         # Each endpoint, and whether files are still to be sent there.
         self._endpoints: dict[str | None, bool] = {}
@@ -4084,7 +4084,7 @@ class PartsClient:
             return self._client.complete_multipart_upload(**parameters)
 
         try:
-            # A silent server may still be joining the parts, so silence must not stop the run.
+            # The server may still be joining the parts, so its silence must not stop the run.
             answer = self._retries.run(complete, may_stop_run=False)
         except UploadError as error:
             self._prove_despite(error, tries=tries)
@@ -4905,7 +4905,7 @@ class Transfer:
             Way.SAMPLE: Threads(3),
         }
         for pool in self._pools.values():
-            pool.submit(int)  # does nothing: each pool starts a thread before one pool uses up the limit
+            pool.submit(int)  # int() does nothing: one thread a pool, before one uses up the limit
         # What threads and lanes report: calls for the main thread.
         self._news: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self.records = Records(run, plan)

@@ -119,8 +119,8 @@ def refused_job(job: Job) -> Job:
             for value in NO_RATES
         ],
         *[([f"--shard={value}"], ["--shard", "I/N"]) for value in NO_SHARDS],
-        *[(["--sse=aws:kms", option, ""], [f"{option} is empty (an unset variable?); give it a value"]) for option in NEVER_EMPTY],
-        (["--exclude", "*.tmp", "--exclude", ""], ["--exclude is empty (an unset variable?); give it a value"]),
+        *[(["--sse=aws:kms", option, ""], [f"{option} is empty"]) for option in NEVER_EMPTY],
+        (["--exclude", "*.tmp", "--exclude", ""], ["--exclude is empty (an", "give it a value"]),
     ],
     ids=" ".join,
 )
