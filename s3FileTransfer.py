@@ -194,12 +194,12 @@ class Options:
 
     @property
     def encryption(self) -> str | None:
-        """The encryption asked for; recorded since S3 does not report that of an open upload."""
+        """The encryption asked for; recorded because S3 does not report it for an open upload."""
         return " ".join(filter(None, (self.sse, self.sse_kms_key_id))) or None
 
     @property
     def piece_bytes(self) -> int:
-        """How much to send at once: 0.1 s of the bandwidth, so that no connection idles long."""
+        """How much to send at once: 0.1 s at --max-bandwidth, so that no connection idles long."""
         return min(LARGE_READ_BYTES, max(KIB, (self.max_bandwidth or TIB) // 10))
 
     @property
@@ -224,8 +224,8 @@ class Options:
 def part_size_for(size: int, wanted: int) -> int:
     """Return the part size for a file, in bytes: `wanted`, adjusted to S3's limits.
 
-    For the same arguments it never changes: an upload is resumed, and its object compared, with
-    parts of that size.
+    Never change what it returns: uploads are resumed, and objects compared, with parts of that
+    size.
     """
     needed = -(-size // PARTS_MAX)
     return min(max(wanted, PART_MIN_BYTES, -(-needed // MIB) * MIB), PART_MAX_BYTES)
@@ -272,12 +272,14 @@ class Entry:
     filepath: str
     filename: str
     uploaded: bool = False
+    # The order of these fields is that of the state file.
     bucket: str | None = None
     endpoint: str | None = None  # see `endpoint_of`
     size: int | None = None
     mtime_ns: int | None = None
-    ctime_ns: int | None = None  # 0 if it proves nothing, since the file had just been written
-    etag: str | None = None  # if the file is pending: of the object to compare it with
+    # 0 if the file was so new that a later change could get the same ctime, or is not compared yet.
+    ctime_ns: int | None = None
+    etag: str | None = None  # of a pending file: that of the object to compare it with
     shard: str | None = None
     error: str | None = None
     upload_id: str | None = None
@@ -369,7 +371,7 @@ class Task(NamedTuple):
     etag: str | None = None  # of the object in the bucket, which may have the same bytes
     tries: int = 1  # to send the whole file, this one included
     was_in_lane: bool = False
-    # MD5 and ETag of a put by a lane that S3 accepted, but whose ETag does not prove it.
+    # If S3 accepted a lane's put but its ETag proves nothing: the MD5 sent, and that ETag.
     unproven_put: tuple[str | None, str | None] = (None, None)
 
 
@@ -409,10 +411,10 @@ class Result:
 class Trouble(enum.Enum):
     """Which files an error affects, and whether trying again may help."""
 
-    NO_ANSWER = "passing: the server cannot be reached"
-    UNAVAILABLE = "passing: the server is overloaded"
-    SERVER_ERROR = "passing, or of this key alone: the server fails"
-    DAMAGED = "passing, if it is rare: the bytes arrived damaged"
+    NO_ANSWER = "temporary: the server cannot be reached"
+    UNAVAILABLE = "temporary: the server is overloaded"
+    SERVER_ERROR = "temporary, or of this key alone: the server fails"
+    DAMAGED = "temporary, if it is rare: the bytes arrived damaged"
     OF_FILE = "of this file"
     REFUSAL = "of all files, unless S3 accepts others"
     OF_ALL = "of all files"
@@ -455,7 +457,7 @@ READ_ADVICE = {
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
     errno.ENFILE: "raise the limit of open files (ulimit -n)",
     errno.ENAMETOOLONG: "shorten its path",
-    errno.ELOOP: "mend its link",
+    errno.ELOOP: "fix its link",
     errno.EAGAIN: "close it in the program that has a lease on it",
 }
 
@@ -475,7 +477,7 @@ TEXT_MAX = 1000  # characters of a text from elsewhere
 
 
 def shown(text: str) -> str:
-    """Return `text` with all characters escaped that are not printable, line feeds included."""
+    """Return `text` with unprintable characters escaped, line feeds included."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
@@ -616,9 +618,10 @@ def build_parser() -> argparse.ArgumentParser:
 def options_problem(options: Options) -> str | None:
     """Return what is wrong with the options and argparse does not notice, or None."""
     for name, value in vars(options).items():
-        # An unset variable of a shell script, which may have been meant as a safeguard.
+        # Probably an unset shell variable, perhaps of an option meant as a safeguard.
         if name != "prefix" and "" in (value if isinstance(value, list) else [value]):
-            return f"--{name.replace('_', '-')} is empty"
+            what = f"--{name.replace('_', '-')} is empty (an unset variable?)"
+            return f"{what}; give it a value or leave it out"
     storage_class = options.storage_class or "STANDARD"
     if not re.fullmatch(r"[A-Za-z0-9_-]+", storage_class):
         return f"--storage-class {shown(storage_class)} is not the name of a class"
@@ -643,7 +646,7 @@ def parse_arguments(argv: list[str] | None) -> Options:
     try:
         folder, statefile = map(os.path.abspath, (options.backupfolder, options.statefile))
     except FileNotFoundError:
-        parser.error("the current directory does not exist any more; change to another")
+        parser.error("the current directory no longer exists; change to another")
     if not os.path.isdir(folder):
         there = os.path.lexists(folder)
         what = "is not a folder" if there else "does not exist (is its disk mounted?)"
@@ -833,14 +836,14 @@ class Report:
         self._stdout_error = ""  # the first
         self._notices: Counter[str] = Counter()
         self._reasons: Counter[str] = Counter()
-        # What was sent, or is as the state has it; and what failed, or differs from the state.
+        # Sent, or matching the state (--verify); failed, or differing from it.
         self.files = self.bytes = self.failed_files = 0
         self._unchanged_files = self._gone_files = 0
         self.unproven_files = self._files_by_size = 0
         # What is to be sent, and how much of it has failed.
         self._total_files = self._total_bytes = self._failed_bytes = 0
-        # By the number of its line: how many bytes of a large file have been sent, and how many
-        # of them by an earlier run. The threads that send write here.
+        # Keyed by line number: bytes of a large file sent so far, and those of them sent by an
+        # earlier run. Written by the sending threads.
         self._moving: dict[int, tuple[int, int]] = {}
         self._sent_earlier = 0  # bytes of files that are no longer being sent
 
@@ -941,7 +944,7 @@ class Report:
     def draw_progress(self, *, is_stopping: bool) -> None:
         """Show how many files and bytes have been sent, and how many files failed."""
         if is_stopping:
-            self._line.draw("stopping", f"what is under way has {SIGNAL_GRACE_SECONDS} seconds")
+            self._line.draw("stopping", f"requests in flight have {SIGNAL_GRACE_SECONDS} seconds")
             return
         moving = list(self._moving.values())
         size = self.bytes + sum(size for size, _ in moving)
@@ -1007,7 +1010,7 @@ class Report:
     def interrupted(self, *, is_saved: bool) -> None:
         """Print that a signal has ended the run, and how to send the rest."""
         saved = "the state is saved" if is_saved else "the state could not be saved"
-        self.error(f"interrupted; {saved}, send the rest with --crashrun 1")
+        self.error(f"interrupted; {saved}; send the rest with --crashrun 1")
 
     def check_list(self) -> None:
         """Raise StopRun if the list on stdout could not be written."""
@@ -1026,9 +1029,9 @@ def send_message(pipe: IO[bytes], message: Any) -> None:
 
 
 def messages_of(pipe: IO[bytes]) -> Iterator[Any]:
-    """Yield the messages from a pipe until it closes, or has what is not a message.
+    """Yield the messages from a pipe until it closes or something else arrives.
 
-    The last may be torn; and a module that Python imports at its start may print there.
+    That is a torn last message, or what a module printed when Python imported it at its start.
     """
     while len(head := pipe.read(8)) == 8 and (size := int.from_bytes(head, "big")) < GIB:
         try:
@@ -1062,7 +1065,7 @@ class Child:
         flags = {"isolated": "-I", "ignore_environment": "-E", "no_user_site": "-s"}
         flags |= {"safe_path": "-P", "utf8_mode": "-Xutf8"}
         like_this = [flag for name, flag in flags.items() if getattr(sys.flags, name, False)]
-        # A session of its own would need no mask, but Linux then takes 10 % more CPU time.
+        # start_new_session=True would do without a mask, but costs 10 % more CPU time on Linux.
         with contextlib.ExitStack() as held_back:
             if sys.platform != "win32":  # no signal may end the child before it ignores them
                 before = signal.pthread_sigmask(signal.SIG_BLOCK, Interruption.SIGNALS)
@@ -1176,7 +1179,7 @@ def fsync_folder_of(path: str) -> None:
 
 
 def check_regular(path: str, what: str) -> None:
-    """Raise StopRun unless there is a regular file, or nothing: a link could lead anywhere."""
+    """Raise StopRun if there is anything but a regular file: a link could lead anywhere."""
     with contextlib.suppress(OSError):
         if not stat.S_ISREG(os.lstat(path).st_mode):
             why = f"the {what} {shown(path)} is not a regular file"
@@ -1184,15 +1187,15 @@ def check_regular(path: str, what: str) -> None:
 
 
 def has_own(path: str, what: str, pattern: bytes) -> bool:
-    """Return whether the program's own file is there; raise StopRun if it is another program's.
+    """Return whether a file is at `path`; raise StopRun if another program wrote it.
 
-    Its first bytes tell. After a power cut, its own file may be empty or hold nothing but zeros.
+    Its first bytes show that. After a power cut, the program's own may be empty or hold only zeros.
     """
     check_regular(path, what)
     try:
         with open(path, "rb", opener=open_own) as handle:
             head = handle.read(100).strip(b"\0")
-    except OSError:  # usually it does not exist; any other error is met when it is used
+    except OSError:  # usually it does not exist; any other error shows up when it is used
         return False
     if head and not re.fullmatch(pattern, head, re.DOTALL):
         why = f"{shown(path)} is not a {what} of this program, and is left as it is"
@@ -1243,7 +1246,7 @@ class Journal:
     def begin(self, state_crc32: int) -> None:
         """Begin anew, after a save: the state file with this CRC32 has everything."""
         self._state_crc32 = state_crc32
-        with contextlib.suppress(OSError):  # it is ignored: it has the CRC32 of another state
+        with contextlib.suppress(OSError):  # if it stays, it is ignored: its CRC32 is outdated
             self.remove()
 
     def remove(self) -> None:
@@ -1374,7 +1377,7 @@ class Journal:
 class StateFile:
     """The JSON state file: read, replaced atomically, and locked for one run at a time."""
 
-    # How often it is saved, and the most of the run's time that this takes.
+    # Seconds between saves, at least; and the largest share of the run's time that they may take.
     SAVE_INTERVAL_SECONDS = 10
     SAVE_SHARE = 0.03
 
@@ -1419,7 +1422,7 @@ class StateFile:
             why = f"another run (process {shown(handle.read(20))}) uses {shown(self.path)}"
             raise StopRun(f"{why}; wait for it, or give this job its own --statefile") from error
         self._lock = handle
-        with contextlib.suppress(OSError):  # a full disk is met when the state is saved
+        with contextlib.suppress(OSError):  # a full disk shows up when the state is saved
             if os.fstat(handle.fileno()).st_nlink <= 1:  # else it may be another user's file, too
                 handle.truncate(0)
                 handle.write(str(os.getpid()))
@@ -1430,11 +1433,11 @@ class StateFile:
     def _check_writers(self) -> None:
         """Raise StopRun if root would trust files that another user owns or can write.
 
-        Some file systems give all files the same owner and mode: those of a new file tell.
+        Some file systems give all files one owner and mode, so compare with a newly created file.
         """
         if not hasattr(os, "geteuid") or os.geteuid() != 0:
             return
-        with contextlib.suppress(OSError):  # no state yet; a full disk is met when it is saved
+        with contextlib.suppress(OSError):  # no state yet; a full disk shows up when it is saved
             with open(self._temporary, "xb", opener=open_own) as handle:
                 new = os.fstat(handle.fileno())
             os.unlink(self._temporary)
@@ -1687,9 +1690,9 @@ NOTHING_TO_SEND = "there was nothing to send in it"
 
 
 class EntryReader:
-    """Reads lines of the state; those of most files, as this job writes them, by a pattern.
+    """Reads lines of the state: those of most files by a regular expression, others as JSON.
 
-    That takes a third of the time of parsing and checking JSON.
+    It matches what this job writes, in a third of the time of parsing and checking JSON.
     """
 
     def __init__(self, options: Options) -> None:
@@ -1758,7 +1761,7 @@ class LastState:
         if not run.state.load_journal():
             why = f"{option}{' 1' * run.options.crashrun} needs the state file of an earlier run"
             advice = f"run without {option}, or name it with --statefile"
-            raise StopRun(f"{why}, and there is none; {advice}")
+            raise StopRun(f"{why}, and {shown(run.state.path)} is missing or empty; {advice}")
         last = cls(run)
         if not last.files:
             why = f"the state file {shown(run.state.path)} lists nothing"
@@ -1795,7 +1798,7 @@ class LastState:
         self.lists_uploaded = self.lists_pending = False
         self.other_job: str | None = None
         self._buried_job: str | None = None  # another job whose failures would be overwritten
-        # The keys of the objects that the bucket should have; those of pending files among them.
+        # Keys of the objects that the bucket should have, and of those whose file is pending.
         self.known_keys, self.pending_keys = KeySample(), KeySample()
         # Each endpoint, and whether files are still to be sent there.
         self._endpoints: dict[str | None, bool] = {}
@@ -1889,7 +1892,7 @@ class ConnectionInTime(AWSHTTPConnection):
 
     STALL_SECONDS, PIECE_BYTES = 60, 256 * KIB  # of a send
     ANSWER_SECONDS = 120
-    # S3 may take minutes to put many parts together, and sends spaces meanwhile; others do not.
+    # S3 may take minutes to join many parts, and sends spaces meanwhile; other servers are silent.
     COMPLETE_SECONDS = 900
     _ends_at: ClassVar[dict[ConnectionInTime, float]] = {}
 
@@ -2076,7 +2079,7 @@ class CredentialSource:
         if not frozen:
             raise botocore.exceptions.NoCredentialsError
         found = [str(text or "") for text in (frozen.access_key, frozen.secret_key, frozen.token)]
-        # An error about a header that cannot be sent would show them.
+        # Checked here, because botocore's error about an invalid header would print the secret.
         if not re.fullmatch("([!-~]+ ){2}[!-~]*", " ".join(found)):
             why = "the credentials lack a key, or have white space or odd characters"
             raise StopRun(f"{why}; set them again")
@@ -2216,8 +2219,8 @@ MEANINGS = (
     (Trouble.OF_ALL, "leave out --storage-class, --sse and --expected-bucket-owner",
      "NotImplemented"),
     (Trouble.OF_ALL, "make room there", "QuotaExceeded XMinioStorageFull"),
-    (Trouble.REFUSAL, "check the policy (s3:PutObject; to list, s3:ListBucket) and whose bucket "
-     "it is", "AccessDenied Forbidden 403"),
+    (Trouble.REFUSAL, "check the policy (s3:PutObject; to list, s3:ListBucket) and who owns "
+     "the bucket", "AccessDenied Forbidden 403"),
     (Trouble.OF_FILE, "send it in parts by a lower --multipart-threshold, or raise the limit of "
      "the proxy", "413 EntityTooLarge RequestEntityTooLarge"),
     (Trouble.DAMAGED, "the network or the server damages data",
@@ -2280,7 +2283,7 @@ def error_of(error: Exception) -> UploadError:
         return UploadError(f"{what}; set AWS_CA_BUNDLE to its CA file", trouble=Trouble.OF_ALL)
     broken = exceptions.ConnectionError, exceptions.HTTPClientError
     if isinstance(error, (*broken, botocore.parsers.ResponseParserError)):
-        what = f"the server could not be reached or broke off ({text})"
+        what = f"the server could not be reached or did not answer in full ({text})"
         return UploadError(f"{what}; check network and endpoint", trouble=Trouble.NO_ANSWER)
     if isinstance(error, exceptions.ParamValidationError):
         return UploadError(text)
@@ -2293,7 +2296,7 @@ class Retries:
     `slots` bounds the requests under way at once.
     """
 
-    # How long requests are retried after the first failure, if the trouble is passing.
+    # How long requests are retried after the first failure, if the trouble is temporary.
     PATIENCE_SECONDS = 60
     FIRST_PATIENCE_SECONDS = 9
     BACKOFF_FIRST_SECONDS = 0.5
@@ -2321,7 +2324,7 @@ class Retries:
     def run(
         self, attempt: Callable[[], T], *, may_stop_run: bool = True, damaged_tries: int = 0
     ) -> T:
-        """Return what `attempt` returns, trying again while the trouble is passing.
+        """Return what `attempt` returns, trying again while the trouble is temporary.
 
         `damaged_tries` counts earlier tries whose bytes arrived damaged. Raises UploadError if
         this file cannot be sent, StopRun if no file can, and Stopped. With `may_stop_run` false,
@@ -2423,7 +2426,7 @@ def parse_pages(bodies: IO[bytes], pages: IO[bytes]) -> None:
 class PageParser:
     """Parses the pages of a listing in place of botocore.
 
-    botocore takes 54 ms for 1,000 objects, 14 with a faster parser of their dates, and this 3.
+    botocore takes 54 ms for 1,000 objects, 14 ms with a faster date parser; this class takes 3 ms.
     Where many pages come, a child process does it: with two cores, a night on which none of
     200,000 files has changed takes a fifth less time.
     """
@@ -2482,7 +2485,7 @@ class PageParser:
 class Bucket:
     """The bucket of a run; `client` is boto3's, for its region."""
 
-    # A name server or a black hole may hang far longer than any timeout of ours.
+    # A name lookup, or a firewall that drops packets, may hang far longer than any timeout of ours.
     FIRST_REQUEST_SECONDS = 18
     # A server that has other regions, or none, answers CreateBucket with one of these.
     LOCATION_CODES = frozenset(
@@ -2499,7 +2502,7 @@ class Bucket:
         """
         self._options, self._interruption = run.options, run.interruption
         self.name, self.page_parser = run.options.bucketname, PageParser()
-        # In a thread: credentials may come from another program, or a server that is down.
+        # In a thread: fetching credentials from another program or a server may hang.
         self.session = self._interruption.wait_for(lambda: Session(run.options))
         self.client, source = self.session.client(), self.session.source
         look = functools.partial(self._head, self.client, Retries(source, is_first_request=True))
@@ -2628,8 +2631,8 @@ class Listing:
         self._last_key, self._asked, self._is_whole = "", "", False
         self._count = self._misses = 0
         for operation in ("ListObjects", "ListObjectsV2"):
-            # Under this name it runs before botocore searches the body for an error: to parse it
-            # once more would take a third of the time of a listing.
+            # With this wildcard, it runs before botocore parses the body to find an error in it,
+            # which would take a third of the time of a listing.
             event = f"before-parse.*.{operation}"
             parse = bucket.page_parser.parse
             bucket.client.meta.events.register(event, parse, f"parse {operation}")
@@ -2656,8 +2659,8 @@ class Listing:
         if key in self._objects:
             return
         self._misses += 1
-        # A missing key may merely be listed out of order: look up the first ones by themselves,
-        # then ever fewer.
+        # A missing key may merely be listed out of order: look up the first 10 individually, then
+        # only the 16th, 32nd, 64th and so on.
         is_looked_up = self._misses <= self.MISSES_LOOKED_UP or self._misses.bit_count() == 1
         if is_looked_up and self.has(key):
             raise InDisorder
@@ -2759,7 +2762,7 @@ class Excludes:
         """Return whether a folder, given with a slash at its end, need not be walked."""
         if not self._match_all_below(folder):
             return False
-        # Nobody looks there now: all globs count as used that may match a file there.
+        # The folder is not walked, so every glob that might match a file in it counts as used.
         heads = {glob: re.split(r"[*?[]", glob)[0] for glob in self.unused}
         self.unused = [
             glob
@@ -2994,13 +2997,13 @@ class Walk:
             return None
         entry = new_entry(self._run, path, key)
         try:
-            if options.crashrun:  # a walk has come through no links to what it looks at
+            if options.crashrun:  # straight to the path: no walk has checked the way to it
                 check_no_links(options.no_links_below, path)
             status = os.stat(path, follow_symlinks=options.follow_symlinks)
         except (OSError, UploadError) as error:
             entry.error = str(read_error(error))
             if isinstance(error, NOT_THERE) and os.path.islink(path):
-                what, advice = "its link is broken", "mend it, or leave it out with --exclude"
+                what, advice = "its link is broken", "fix it, or leave it out with --exclude"
                 entry.error = f"{what}: {reason(error)}; {advice}"
             return entry
         if not stat.S_ISREG(status.st_mode):
@@ -3066,7 +3069,7 @@ def decide(
     the bucket lists the object that `last` knows, with its size and ETag; None if that is unknown.
     """
     if found is None:
-        # Files that were never sent need no entry: that of their folder covers them.
+        # Files that were never sent need no entry: the entry of their folder covers them.
         if not (is_unseen and last and (last.uploaded or last.known.etag or last.upload_id)):
             return Decision.FORGET
         return Decision.SEND if in_bucket is False else Decision.KEEP
@@ -3115,7 +3118,7 @@ def planned(
 class March:
     """Makes the plan: walk, last state and the bucket's listing, merged in the order of keys.
 
-    They are streams: in memory are one byte per line, and what `__init__` names.
+    They are streams: only one byte per line, and the attributes set in `__init__`, are in memory.
     """
 
     def __init__(
@@ -3171,7 +3174,7 @@ class March:
                 self.pending_bytes += entry.size or 0
             if way is Way.LANE:
                 self.lane_files += 1
-                if not self._listing:  # with one, few files may be pending
+                if not self._listing:  # with one, most may be unchanged
                     self._start_lanes(self.lane_files)
             yield entry.to_json()
 
@@ -3189,7 +3192,7 @@ class March:
         yield from filter(None, self._settled())
         if self._listing:
             self._listing.close()
-        if self._lost_files:  # no notice: cron has to mail it
+        if self._lost_files:  # an error: --quiet would keep a notice from cron's mail
             what = f"the bucket {self._options.bucketname} has lost or replaced objects"
             again = f"{count_of_files(self._lost_files)} to send again"
             self._report.error(f"{what} (was it re-created?): {again}")
@@ -3344,7 +3347,7 @@ class March:
             return None
         if self._options.skip_unchanged and self._listing:
             return self._is_in_bucket(last)
-        # Where objects are missing and the listing fails half-way, so are all others.
+        # If objects are missing and the listing then fails, all others count as missing, too.
         return bool(self._is_in_bucket(last)) if self.lacks_objects else None
 
     @functools.cached_property
@@ -3442,7 +3445,7 @@ def proves(answer: Answer, md5: bytes) -> bool:
     return False
 
 
-# Called with a number of bytes: of the piece just read, or read so far.
+# Called with a number of bytes: of the piece just read (SourceFile), or read so far (LargeReads).
 OnRead = Callable[[int], object]
 
 
@@ -3578,7 +3581,7 @@ class SourceFile:
             raise FileChanged
 
 
-# Looking up a type takes 8 µs, which a small file would notice.
+# Looking up a type takes 8 µs, which is noticeable for a small file.
 guess_type = functools.lru_cache(1024)(mimetypes.guess_type)
 
 
@@ -3757,7 +3760,7 @@ class Uploader:
         try:
             self.retries.run(put, damaged_tries=int(task.was_in_lane and not answers))
         except UploadError as error:
-            # S3 refuses a file that changes between hashing and sending as damaged.
+            # If a file changes between hashing and sending, S3 rejects it as damaged.
             source.check_unchanged({1: md5}, source.size)
             if error.trouble is Trouble.NO_ANSWER and body.tell():
                 why = f"{error}, or send it in parts by a lower --multipart-threshold"
@@ -4042,7 +4045,7 @@ class PartsClient:
             return self._client.complete_multipart_upload(**parameters)
 
         try:
-            # A server that gives no answer may be at work on the object: that stops no run.
+            # The server may still be joining the parts, so its silence must not stop the run.
             answer = self._retries.run(complete, may_stop_run=False)
         except UploadError as error:
             self._prove_despite(error, tries=tries)
@@ -4107,7 +4110,7 @@ class MultipartUpload:
             try:
                 self._transfer(PartsClient(file, on_s3))
             except UploadError:
-                # S3 refuses a part that changes between hashing and sending as damaged.
+                # If a part changes between hashing and sending, S3 rejects it as damaged.
                 file.check_unchanged()
                 raise
         result = self._result
@@ -4321,8 +4324,8 @@ class LaneSender:
     Several threads would mostly wait for the interpreter lock.
     """
 
-    # With as many others under way, a put takes about 10 seconds. After 30 without a byte the
-    # runtime would send the file again; for an answer that trickles in it would wait forever.
+    # `Room` keeps about 10 seconds' worth under way, so a put may take that long. After 30 without
+    # a byte the runtime would send the file again; for a trickling answer it would wait forever.
     ANSWER_SECONDS = 25
     SLOW_READ_SECONDS, READERS = 0.002, 16
     # A pause in which calls gather: to wake up for each one takes 5 % more CPU time.
@@ -4332,7 +4335,7 @@ class LaneSender:
         self._messages, self._pipe = messages, pipe
         self._template = PutTemplate(*next(messages))
         self._client, self._signing = self._make_client(), None
-        # Calls that this thread makes for the others, and for those of the runtime.
+        # Calls that other threads, the runtime's too, queue for this one.
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._results: list[LaneResult] = []
         self._under_way: dict[awscrt.s3.S3Request, float] = {}  # and when each began
@@ -4531,7 +4534,7 @@ class Lanes(list[Lane]):
     LANES_MAX = 8
 
     def __init__(self, bucket: Bucket) -> None:
-        """Find out how many there can be; raise StopRun if none, and the user wants them."""
+        """Find out how many can run; raise StopRun if none can although the user asked for them."""
         options = bucket.run.options
         wanted, problem = options.preferred_transfer_client, self._problem(bucket)
         self._is_asked_for = wanted == "crt"
@@ -4565,14 +4568,14 @@ class Lanes(list[Lane]):
         except ImportError:
             return INSTALL_RUNTIME
         if bucket.name.startswith("arn:"):
-            return "it does not know access points"
+            return "it does not support access points"
         url = bucket.client.meta.endpoint_url
         if urllib.parse.urlsplit(url).scheme in botocore.utils.get_environ_proxies(url):
-            return "it does not know the proxy of the environment"
+            return "it does not support the proxy set in the environment"
         config: Any = bucket.client.meta.config
         wanted = config.signature_version, config.request_checksum_calculation
         if wanted != ("s3v4", "when_required") or config.s3["payload_signing_enabled"]:
-            return "it does not know the signature or the digests of the configuration"
+            return "it does not support the configured signatures or checksums"
         if not script_path():
             return "its processes need the script as a file"
         return None
@@ -4785,7 +4788,8 @@ class Records:
             self._unwritten.clear()
         except OSError as error:
             if could_save:
-                self._report.error(f"cannot save {shown(self._state.path)}: {reason(error)}")
+                why = f"cannot save {shown(self._state.path)}: {reason(error)}"
+                self._report.error(f"{why}; the run tries again until it ends")
         except (StopRun, ValueError) as error:
             raise StopRun(f"cannot save the state: {error}") from error
 
@@ -4870,7 +4874,7 @@ class Transfer:
             Way.SAMPLE: Threads(3),
         }
         for pool in self._pools.values():
-            pool.submit(int)  # one thread for each pool, before one takes all there are
+            pool.submit(int)  # int() does nothing: one thread a pool, before one uses up the limit
         # What threads and lanes report: calls for the main thread.
         self._news: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self.records = Records(run, plan)
@@ -5069,7 +5073,7 @@ class Transfer:
         doubt, under_way = self._doubt, self._room.files
         if not doubt.message:
             return
-        # With no samples left, files that were sent before decide.
+        # If nothing is left to sample, earlier successes decide.
         if self._uploader.accepted.is_set() or (doubt.samples == 0 and self._report.files):
             for number, error in doubt.refused:
                 self.records.note_failed(number, error)
@@ -5293,11 +5297,11 @@ def verify_folder(run: Run) -> int:
             run.report.wrong(kind, f"{path} (of {key})", why)
     run.report.verified(shown(run.options.backupfolder), run.state.path, left=last.unsent_files)
     if run.report.failed_files and not run.report.files:
-        run.report.error("no file is as the state has it; check --backupfolder and --prefix")
+        run.report.error("no file matches the state; check --backupfolder and --prefix")
     elif run.report.failed_files:
-        run.report.error("some files are not as the state has them; restore them again")
+        run.report.error("some files do not match the state; restore them again")
     elif last.unsent_files:
-        run.report.error("some files are in no backup; send them with --crashrun 1")
+        run.report.error("some files are not backed up yet; send them with --crashrun 1")
     return 1 if run.report.failed_files or last.unsent_files else 0
 
 
@@ -5328,7 +5332,7 @@ def save_begin_of_walk(run: Run, last: LastState | None) -> None:
 
 
 def make_plan(bucket: Bucket, last: LastState | None, lanes: Lanes) -> March | None:
-    """Make the plan, save it, and report what cannot be sent; return None if nothing is to do."""
+    """Make and save the plan, report what cannot be sent; return None if there is nothing to do."""
     run = bucket.run
     march = March(run, last, bucket=bucket, start_lanes=lanes.start_for)
     is_done = run.options.crashrun and last and last.is_done and not run.state.has_journal()
@@ -5344,7 +5348,7 @@ def make_plan(bucket: Bucket, last: LastState | None, lanes: Lanes) -> March | N
         except StopRun:  # the state stays as it was
             run.state.journal.take_first_back()
             raise
-        # While the state still has them.
+        # Before the state is replaced: a kill in between would leave them open and unrecorded.
         abort_uploads(bucket, march.abandoned)
         run.report.doing("saving the state")
         run.state.put_in_place()
@@ -5366,7 +5370,7 @@ def end_of_transfer(run: Run, transfer: Transfer) -> int:
     if transfer.stop_message or not run.state.is_saved:
         return 2
     if run.report.failed_files or left:
-        what = "some files are not in the bucket; mend what is named above"
+        what = "some files are not in the bucket; fix what is named above"
         run.report.error(f"{what}, then use --crashrun 1")
         return 1
     return 0
@@ -5407,15 +5411,15 @@ def back_up(run: Run) -> int:
     if not bucket.exists:
         last = create_bucket(bucket, last)
     if last and last.other_job:
-        run.report.error(f"the state file was of another job, and is replaced: {last.other_job}")
+        run.report.error(f"the state file was another job's, and is replaced: {last.other_job}")
     with contextlib.closing(Lanes(bucket)) as lanes:
         plan = make_plan(bucket, last, lanes)
         if plan is None:
             run.report.summary(run.state.path)
             return 0
         lanes.start_for(plan.lane_files)
-        # So that no collection looks at what is there by now: a first night of 10,000 files of
-        # 1 kB would take 2.44 s of CPU time instead of 2.35 s.
+        # Exempt all present objects from garbage collection: without this, a first night of 10,000
+        # files of 1 kB takes 2.44 s of CPU time instead of 2.35 s.
         gc.freeze()
         gc.enable()
         transfer = Transfer(bucket, plan, lanes)
@@ -5483,6 +5487,8 @@ def guard() -> NoReturn:
         code = error.code if isinstance(error.code, int) else 2
     except BaseException:
         traceback.print_exc()
+        what = "this is a bug; what was sent is recorded, and --crashrun 1 sends what is missing"
+        print(f"s3FileTransfer: {what}", file=sys.stderr)
     finally:
         with contextlib.suppress(OSError, AttributeError):  # stdout is full, or closed
             sys.stdout.flush()

@@ -120,7 +120,7 @@ def refused_job(job: Job) -> Job:
         ],
         *[([f"--shard={value}"], ["--shard", "I/N"]) for value in NO_SHARDS],
         *[(["--sse=aws:kms", option, ""], [f"{option} is empty"]) for option in NEVER_EMPTY],
-        (["--exclude", "*.tmp", "--exclude", ""], ["--exclude is empty"]),
+        (["--exclude", "*.tmp", "--exclude", ""], ["--exclude is empty (an", "give it a value"]),
     ],
     ids=" ".join,
 )

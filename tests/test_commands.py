@@ -109,7 +109,7 @@ def assert_wrong(job: Job, completed: Completed, **said: str) -> None:
         assert words in line
         assert words in job.errors()[key]
     (sentence,) = completed.stderr.splitlines()
-    assert "; send them with --crashrun 1" in sentence  # nothing is to be mended first
+    assert "; send them with --crashrun 1" in sentence  # nothing is to be fixed first
     assert {key for key, uploaded in job.state().items() if not uploaded} == set(said)
 
 

@@ -337,7 +337,7 @@ def test_a_current_directory_that_is_gone_is_said_in_a_sentence(job: Job) -> Non
     names = ("--bucketname", job.bucket, "--backupfolder", job.folder)
     completed = job.run_plainly(*names, python_flags=gone)
     assert completed.returncode == 2
-    assert "the current directory does not exist any more" in completed.stderr
+    assert "the current directory no longer exists" in completed.stderr
     assert_clean(job.run(python_flags=gone))
     job.check_all_is_there()
 

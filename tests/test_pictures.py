@@ -22,7 +22,7 @@ SHOWN = [
     r"failed:FOLDER/report\.pdf:.+",
     rf"\d+/182files{SIZE}/{SIZE}\d+%{SIZE}/s\d+:\d+left1failed",
     rf"sent182files,{SIZE}tos3://my-backup/in[\d.]+s\({SIZE}/s\);1failed;state:PLACE/stateFile\.json",
-    r"s3FileTransfer:somefilesarenotinthebucket;mendwhatisnamedabove,thenuse--crashrun1",
+    r"s3FileTransfer:somefilesarenotinthebucket;fixwhatisnamedabove,thenuse--crashrun1",
     r"\$python3s3FileTransfer\.py--bucketnamemy-backup--backupfolderFOLDER--crashrun1",
     rf"sent1file,{SIZE}tos3://my-backup/in[\d.]+s\({SIZE}/s\);0failed;state:PLACE/stateFile\.json",
 ]

@@ -322,7 +322,7 @@ ADVICE = {
     "EIO": "check the disk",
     "ESTALE": "check the disk",
     "ENAMETOOLONG": "shorten its path",
-    "ELOOP": "mend its link",
+    "ELOOP": "fix its link",
 }
 
 

@@ -36,7 +36,7 @@ PROGRESS = re.compile(
 )
 PLANNING = re.compile(
     "looking for the bucket|saving the state|"
-    r"[\d,]+ files found|objects listed: [\d,]+|stopping(  what is under way has 3 seconds)?"
+    r"[\d,]+ files found|objects listed: [\d,]+|stopping(  requests in flight have 3 seconds)?"
 )
 UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -161,9 +161,9 @@ def failure(job: Job, key: str, why: str = ".+") -> str:
     return f"failed: {re.escape(str(job.folder / key))}: {why}"
 
 
-CRASH_RUN = "s3FileTransfer: some files are not in the bucket; mend what is named above, "
+CRASH_RUN = "s3FileTransfer: some files are not in the bucket; fix what is named above, "
 CRASH_RUN += "then use --crashrun 1"
-INTERRUPTED = "s3FileTransfer: interrupted; the state is saved, send the rest with --crashrun 1"
+INTERRUPTED = "s3FileTransfer: interrupted; the state is saved; send the rest with --crashrun 1"
 
 
 # --- The progress line -----------------------------------------------------------------------

@@ -558,7 +558,7 @@ def test_a_journal_without_a_state_is_no_state(job: Job) -> None:
     job.back_up("a.dat", "b.dat")
     job.write_journal(job.uploaded_entry("a.dat"))
     job.state_path.unlink()
-    assert_stopped(job.crash_run(), "--crashrun", "state")
+    assert_stopped(job.crash_run(), "--crashrun", f"{job.state_path} is missing or empty")
     assert not job.state_path.exists()
     assert_clean(job.run("--skip-unchanged"))
     assert job.sent() == ["a.dat", "b.dat"]
@@ -1056,7 +1056,7 @@ def test_crash_run_without_a_state_is_refused(job: Job, content: bytes | None) -
     job.make("a.dat")
     if content is not None:
         job.state_path.write_bytes(content)
-    assert_stopped(job.crash_run(), "--crashrun", "state")
+    assert_stopped(job.crash_run(), "--crashrun", f"{job.state_path} is missing or empty")
     assert job.proxy.requests == []
     assert content is None or job.state_path.read_bytes() == content
 

@@ -69,7 +69,7 @@ def test_reasons_are_counted_where_the_failures_do_not_fit_on_a_screen(
     completed = job.run(*options)
     assert len(lines_with(completed.stderr, "failed: ")) == 21
     (said,) = lines_with(completed.stderr, " of the ")  # one of a kind stands above
-    why = "its link is broken: no such file or directory; mend it, or leave it out with --exclude"
+    why = "its link is broken: no such file or directory; fix it, or leave it out with --exclude"
     assert said == f"20 of the 21 failures: {why}"
 
 

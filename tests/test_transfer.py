@@ -554,7 +554,8 @@ hashlib.md5 = md5
     process = job.start("--max-concurrency", "1", python_flags=prelude(broken))
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 2
-    assert "ZeroDivisionError" in stderr
+    assert "ZeroDivisionError" in stderr.splitlines()[-2]
+    assert "this is a bug" in stderr.splitlines()[-1]
     sent = {request.key for request in job.requests("PutObject") if request.status == 200}
     assert len(sent) > 5
     assert len(sent) - 1 <= len(job.uploaded()) <= len(sent)

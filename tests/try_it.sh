@@ -73,7 +73,7 @@ show python3 s3FileTransfer.py --bucketname my-backup --backupfolder backup
 say "The state file says what is missing, and why"
 show cat stateFile.json
 
-say "The link is mended; the crash run sends the rest"
+say "The link is fixed; the crash run sends the rest"
 mkdir disk2
 echo "the report" > disk2/report.pdf
 show ls -lL backup/report.pdf

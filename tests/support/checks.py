@@ -32,7 +32,7 @@ def assert_replaced(completed: Completed, job: str) -> None:
     assert completed.returncode == 0, completed
     (said,) = completed.stderr.splitlines()
     assert said.startswith(
-        f"s3FileTransfer: the state file was of another job, and is replaced: {job}"
+        f"s3FileTransfer: the state file was another job's, and is replaced: {job}"
     )
 
 
