@@ -24,8 +24,10 @@ from support.checks import (
 )
 from support.faults import Fault, answer, delay, drop, replace_in_answer, set_headers
 from support.files import (
+    IN_MEMORY_BYTES,
     IN_PARTS,
     LARGE_BYTES,
+    MIB,
     PART_BYTES,
     digests,
     make_files,
@@ -383,6 +385,28 @@ def test_a_large_file_rewritten_with_its_old_time_is_sent(moto_job: Job, tmp_pat
     assert_clean(job.run(*IN_PARTS, env=run_first(tmp_path / "later", clock())))
     rewritten(job.path("parts"))
     assert sent_by(job, *IN_PARTS) == ["parts"]
+    job.check_all_is_there()
+
+
+ONE_TRY = (("FILE_TRIES = 3", "1"),)
+
+
+@needs_permissions
+@pytest.mark.parametrize(
+    ("size", "limit"),
+    [(20, ()), (MIB, ("--max-bandwidth", "20MB/s")), (IN_MEMORY_BYTES + 1, ())],
+    ids=["memory", "pieces", "streamed"],
+)
+def test_a_file_that_is_compared_and_differs_is_sent_at_the_first_try(
+    job: Job, size: int, limit: tuple[str, ...]
+) -> None:
+    job.write({"a.dat": some_bytes(size)})
+    job.put("a.dat", some_bytes(size))
+    job.write_state(job.uploaded_entry("a.dat"))
+    rewritten(job.path("a.dat"))
+    completed = job.run(SKIP, *limit, constants=ONE_TRY)
+    assert_clean(completed)
+    assert job.sent() == ["a.dat"]
     job.check_all_is_there()
 
 
