@@ -263,6 +263,27 @@ def test_what_is_below_a_link_to_a_disk_that_is_away_stays_in_the_state(
     assert job.state() == dict.fromkeys(("a.dat", "link/b.dat", "link/deep/c.dat", "linked.dat"), 1)
 
 
+@pytest.mark.parametrize(
+    "options", [("--storage-class", "STANDARD_IA"), ("--sse", "AES256")], ids=["class", "sse"]
+)
+def test_what_is_known_of_a_file_behind_a_broken_link_stays_in_the_state(
+    moto_job: Job, tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    job, target = moto_job, tmp_path / "target.dat"
+    job.make("a.dat")
+    target.write_bytes(b"bytes of the target")
+    (job.folder / "link.dat").symlink_to(target)
+    assert_clean(job.run(*options, env=run_first(tmp_path / "later", clock())))
+    etag = job.entry("link.dat")["etag"]
+    target.rename(tmp_path / "away")
+    assert_failed(job.run(*options), [job.folder / "link.dat"])
+    assert job.entry("link.dat")["known_etag"] == etag
+    (tmp_path / "away").rename(target)
+    since = job.seen()
+    assert_clean(job.run(*options, "--skip-unchanged"))
+    assert job.sent(since) == []
+
+
 @needs_permissions
 def test_folder_that_may_be_listed_but_not_entered_fails(job: Job) -> None:
     job.make("a.dat", "secret/b.dat")
