@@ -43,7 +43,7 @@ from support.kills import killing_call
 from support.proxy import Action, Exchange, Request
 from support.script import Completed, finish, prelude, wait_until
 from support.servers import S3Server
-from support.systems import needs_permissions, needs_signals
+from support.systems import needs_permissions, needs_replace_of_open_files, needs_signals
 
 SKIP = "--skip-unchanged"
 
@@ -1618,6 +1618,44 @@ def test_of_an_etag_that_is_made_of_no_md5s_the_size_is_compared_in_a_copy(
     completed = verify_folder(job, copy)
     assert_clean(completed)
     assert "2 files right (1 of them by size alone), 28 B; 0 wrong" in completed.stdout
+
+
+# When the state has been looked through, and is opened once more to compare the files, a run has
+# saved another one.
+SAVED_MEANWHILE = """\
+import os
+real, opened = os.open, 0
+def counted(path, *args, **keywords):
+    global opened
+    if path == {state!r}:
+        opened += 1
+        if opened == 2:
+            os.replace({other!r}, path)
+    return real(path, *args, **keywords)
+os.open = counted
+"""
+
+
+@needs_replace_of_open_files
+@pytest.mark.parametrize("left", [["a.dat"], ["b.dat", "c.dat"], []], ids=" ".join)
+def test_a_state_that_a_run_makes_shorter_meanwhile_is_compared_as_it_is(
+    job: Job, copy: Path, left: list[str]
+) -> None:
+    job.back_up("a.dat", "b.dat", "c.dat")
+    other = job.state_path.with_name("other")
+    texts = {}
+    for path, keys in ((other, left), (job.state_path, ["a.dat", "b.dat", "c.dat"])):
+        lines = ",\n".join(json.dumps(job.uploaded_entry(key)) for key in keys)
+        texts[path] = f"[\n{lines}\n]\n" if keys else "[]\n"
+        path.write_text(texts[path], encoding="utf-8")
+    flags = prelude(SAVED_MEANWHILE.format(state=str(job.state_path), other=str(other)))
+    folder = ("--backupfolder", copied(job, copy))
+    completed = job.run(VERIFY, "folder", *folder, python_flags=flags)
+    assert not other.exists()
+    assert job.state_path.read_text(encoding="utf-8") == texts[other]
+    files = f"{len(left)} file{'s' * (len(left) != 1)}"
+    assert f"{files} right, {14 * len(left)} B; 0 wrong, " in completed.stdout
+    assert completed.returncode == 0
 
 
 def test_a_file_of_a_copy_that_cannot_be_read_is_unproven(job: Job, copy: Path) -> None:
