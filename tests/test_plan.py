@@ -293,6 +293,33 @@ def test_folder_that_may_be_listed_but_not_entered_fails(job: Job) -> None:
 
 
 @needs_permissions
+@pytest.mark.parametrize("again", [("--skip-unchanged",), ("--crashrun", "1"), ()], ids=" ".join)
+def test_what_is_below_a_folder_that_may_be_listed_but_not_entered_stays_in_the_state(
+    job: Job, again: tuple[str, ...]
+) -> None:
+    files = job.make("d/a.txt", "d/a/b.dat", "d/a/deep/c.dat", "z.dat")
+    assert_clean(job.run(user=NOBODY))
+    below = {key: job.entry(key) for key in files if key.startswith("d/a/")}
+    folder = job.folder / "d"
+    folder.chmod(0o444)
+    completed = job.run("--skip-unchanged", user=NOBODY)
+    for _ in range(2):  # once, and once more on what that has left
+        assert_failed(completed, [folder / "a.txt", folder / "a"])
+        assert "gone" not in completed.stdout
+        # In the order of keys, in which the name of a folder ends in "/".
+        keys = ["d/a.txt", "d/a/", "d/a/b.dat", "d/a/deep/c.dat", "z.dat"]
+        assert [entry["filename"] for entry in job.entries()] == keys
+        assert job.uploaded() == {*below, "z.dat"}
+        assert {key: job.entry(key) for key in below} == below
+        completed = job.run(*again, user=NOBODY)
+    folder.chmod(0o755)
+    since = job.seen()
+    assert_clean(job.run(*(again or ("--skip-unchanged",)), user=NOBODY))
+    assert job.sent(since) == []
+    job.check_all_is_there()
+
+
+@needs_permissions
 @pytest.mark.parametrize("prefix", ["", "daily-"])
 def test_unreadable_backup_folder_fails_and_the_crash_run_walks_it(job: Job, prefix: str) -> None:
     job.make("a.dat", "sub/b.dat")
