@@ -24,8 +24,10 @@ from support.checks import (
 )
 from support.faults import Fault, answer, delay, drop, replace_in_answer, set_headers
 from support.files import (
+    IN_MEMORY_BYTES,
     IN_PARTS,
     LARGE_BYTES,
+    MIB,
     PART_BYTES,
     digests,
     make_files,
@@ -41,7 +43,7 @@ from support.kills import killing_call
 from support.proxy import Action, Exchange, Request
 from support.script import Completed, finish, prelude, wait_until
 from support.servers import S3Server
-from support.systems import needs_permissions, needs_signals
+from support.systems import needs_permissions, needs_replace_of_open_files, needs_signals
 
 SKIP = "--skip-unchanged"
 
@@ -383,6 +385,28 @@ def test_a_large_file_rewritten_with_its_old_time_is_sent(moto_job: Job, tmp_pat
     assert_clean(job.run(*IN_PARTS, env=run_first(tmp_path / "later", clock())))
     rewritten(job.path("parts"))
     assert sent_by(job, *IN_PARTS) == ["parts"]
+    job.check_all_is_there()
+
+
+ONE_TRY = (("FILE_TRIES = 3", "1"),)
+
+
+@needs_permissions
+@pytest.mark.parametrize(
+    ("size", "limit"),
+    [(20, ()), (MIB, ("--max-bandwidth", "20MB/s")), (IN_MEMORY_BYTES + 1, ())],
+    ids=["memory", "pieces", "streamed"],
+)
+def test_a_file_that_is_compared_and_differs_is_sent_at_the_first_try(
+    job: Job, size: int, limit: tuple[str, ...]
+) -> None:
+    job.write({"a.dat": some_bytes(size)})
+    job.put("a.dat", some_bytes(size))
+    job.write_state(job.uploaded_entry("a.dat"))
+    rewritten(job.path("a.dat"))
+    completed = job.run(SKIP, *limit, constants=ONE_TRY)
+    assert_clean(completed)
+    assert job.sent() == ["a.dat"]
     job.check_all_is_there()
 
 
@@ -1594,6 +1618,41 @@ def test_of_an_etag_that_is_made_of_no_md5s_the_size_is_compared_in_a_copy(
     completed = verify_folder(job, copy)
     assert_clean(completed)
     assert "2 files right (1 of them by size alone), 28 B; 0 wrong" in completed.stdout
+
+
+# When the state has been looked through, and is opened once more to compare the files, a run has
+# saved another one.
+SAVED_MEANWHILE = """\
+import os
+real, opened = os.open, 0
+def counted(path, *args, **keywords):
+    global opened
+    if path == {state!r}:
+        opened += 1
+        if opened == 2:
+            os.replace({other!r}, path)
+    return real(path, *args, **keywords)
+os.open = counted
+"""
+
+
+@needs_replace_of_open_files
+@pytest.mark.parametrize("left", [["a.dat"], ["b.dat", "c.dat"]], ids=" ".join)
+def test_a_state_that_a_run_makes_shorter_meanwhile_is_compared_as_it_is(
+    job: Job, copy: Path, left: list[str]
+) -> None:
+    job.back_up("a.dat", "b.dat", "c.dat")
+    other = job.state_path.with_name("other")
+    for path, keys in ((other, left), (job.state_path, ["a.dat", "b.dat", "c.dat"])):
+        lines = ",\n".join(json.dumps(job.uploaded_entry(key)) for key in keys)
+        path.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+    flags = prelude(SAVED_MEANWHILE.format(state=str(job.state_path), other=str(other)))
+    folder = copied(job, copy)
+    completed = job.run(VERIFY, "folder", "--backupfolder", folder, python_flags=flags)
+    assert set(job.state()) == set(left)
+    assert completed.returncode == 0
+    files = "1 file" if len(left) == 1 else "2 files"
+    assert f"{files} right, {14 * len(left)} B; 0 wrong, " in completed.stdout
 
 
 def test_a_file_of_a_copy_that_cannot_be_read_is_unproven(job: Job, copy: Path) -> None:

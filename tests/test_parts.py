@@ -28,11 +28,11 @@ from support.faults import (
     wrong_etag,
 )
 from support.files import IN_PARTS, LARGE_BYTES, PART_BYTES, md5, small_files, some_bytes
-from support.job import Job, kill
+from support.job import NOBODY, Job, kill
 from support.kills import killed_in_parts, killing_call, left_in_parts
 from support.proxy import Action, Answer, Exchange, Request, pass_on
 from support.script import prelude, program, wait_until
-from support.systems import needs_proc
+from support.systems import needs_permissions, needs_proc
 
 AGAIN = [pytest.param("1", id="crash-run"), pytest.param("0", id="normal-run")]
 FOREIGN_ETAG = '"0123456789abcdef0123456789abcdef"'
@@ -516,10 +516,10 @@ def test_a_link_that_is_turned_between_two_runs_gives_an_object_of_one_file(
 # --- A multipart upload that was cut off -----------------------------------------------------
 
 
-def check_finished_by(job: Job, *options: str, parts: list[int]) -> None:
+def check_finished_by(job: Job, *options: str, parts: list[int], user: int | None = None) -> None:
     """Run again: it must send these parts, and leave nothing open."""
     since = job.seen()
-    assert_clean(job.run(*IN_PARTS, *options))
+    assert_clean(job.run(*IN_PARTS, *options, user=user))
     assert job.sent_parts(since) == parts
     job.check_all_is_there()
     assert job.open_uploads() == []
@@ -661,6 +661,8 @@ def test_a_refusal_of_one_key_beside_accepted_parts_is_of_that_key(job: Job) -> 
 
 
 OBJECT = ("--storage-class", "STANDARD_IA", "--sse", "AES256")
+# moto lists the parts of every upload as STANDARD.
+LISTED_AS_IA = replace_in_answer(lambda page: page.replace(b">STANDARD<", b">STANDARD_IA<"))
 
 
 @pytest.mark.parametrize(
@@ -669,10 +671,8 @@ OBJECT = ("--storage-class", "STANDARD_IA", "--sse", "AES256")
 def test_a_resumed_upload_has_the_storage_class_and_sse_it_began_with(
     job: Job, again: tuple[str, ...]
 ) -> None:
-    # moto lists the parts of every upload as STANDARD.
-    listed = replace_in_answer(lambda page: page.replace(b">STANDARD<", b">STANDARD_IA<"))
     killed_in_parts(job, *OBJECT, kept=[1, 3])
-    job.proxy.add_fault(Fault(listed, operation="ListParts"))
+    job.proxy.add_fault(Fault(LISTED_AS_IA, operation="ListParts"))
     check_finished_by(job, *OBJECT, *again, parts=[2])
     head = job.head("large")
     assert (head["StorageClass"], head["ServerSideEncryption"]) == ("STANDARD_IA", "AES256")
@@ -838,6 +838,46 @@ def test_a_half_sent_file_on_a_disk_that_is_away_for_a_night_keeps_its_parts(
     assert job.run(*options).returncode == 0
     assert job.sent_parts(since) == [2]
     assert job.in_bucket() == {"disk/large": md5(some_bytes(LARGE_BYTES))}
+
+
+@needs_permissions
+@pytest.mark.parametrize(
+    "options", [("--storage-class", "STANDARD_IA"), ("--sse", "AES256")], ids=["class", "sse"]
+)
+def test_a_half_sent_file_that_cannot_be_looked_at_for_a_night_keeps_its_parts(
+    job: Job, options: tuple[str, ...]
+) -> None:
+    upload_id = killed_in_parts(job, *options, kept=[1, 3], user=NOBODY)
+    if "--storage-class" in options:
+        job.proxy.add_fault(Fault(LISTED_AS_IA, operation="ListParts"))
+    job.folder.chmod(0o644)
+    completed = job.run(*IN_PARTS, *options, user=NOBODY)
+    job.check_failed(completed, "large", said="permission denied")
+    assert job.requests("AbortMultipartUpload") == []
+    assert job.open_uploads() == [("large", upload_id, 2)]
+    assert job.entry("large")["upload_id"] == upload_id
+    job.folder.chmod(0o755)
+    check_finished_by(job, *options, parts=[2], user=NOBODY)
+    assert job.proxy.count("CreateMultipartUpload") == 1
+
+
+def test_a_half_sent_file_whose_link_is_broken_for_a_night_keeps_its_parts_and_class(
+    job: Job, tmp_path: Path
+) -> None:
+    options = ("--storage-class", "STANDARD_IA")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    job.folder.mkdir()
+    job.path("large").symlink_to(disk / "large")
+    upload_id = killed_in_parts(job, *options, kept=[1, 3])
+    job.proxy.add_fault(Fault(LISTED_AS_IA, operation="ListParts"))
+    disk.rename(tmp_path / "away")
+    job.check_failed(job.run(*IN_PARTS, *options), "large", said="its link is broken")
+    assert job.open_uploads() == [("large", upload_id, 2)]
+    assert job.entry("large")["upload_id"] == upload_id
+    (tmp_path / "away").rename(disk)
+    check_finished_by(job, *options, parts=[2])
+    assert job.head("large")["StorageClass"] == "STANDARD_IA"
 
 
 @pytest.mark.parametrize("crashrun", AGAIN)

@@ -263,12 +263,60 @@ def test_what_is_below_a_link_to_a_disk_that_is_away_stays_in_the_state(
     assert job.state() == dict.fromkeys(("a.dat", "link/b.dat", "link/deep/c.dat", "linked.dat"), 1)
 
 
+@pytest.mark.parametrize(
+    "options", [("--storage-class", "STANDARD_IA"), ("--sse", "AES256")], ids=["class", "sse"]
+)
+def test_what_is_known_of_a_file_behind_a_broken_link_stays_in_the_state(
+    moto_job: Job, tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    job, target = moto_job, tmp_path / "target.dat"
+    job.make("a.dat")
+    target.write_bytes(b"bytes of the target")
+    (job.folder / "link.dat").symlink_to(target)
+    assert_clean(job.run(*options, env=run_first(tmp_path / "later", clock())))
+    etag = job.entry("link.dat")["etag"]
+    target.rename(tmp_path / "away")
+    assert_failed(job.run(*options), [job.folder / "link.dat"])
+    assert job.entry("link.dat")["known_etag"] == etag
+    (tmp_path / "away").rename(target)
+    since = job.seen()
+    assert_clean(job.run(*options, "--skip-unchanged"))
+    assert job.sent(since) == []
+
+
 @needs_permissions
 def test_folder_that_may_be_listed_but_not_entered_fails(job: Job) -> None:
     job.make("a.dat", "secret/b.dat")
     (job.folder / "secret").chmod(0o644)
     assert_failed(job.run(user=NOBODY), [job.folder / "secret/b.dat"])
     assert job.state() == {"a.dat": 1, "secret/b.dat": 0}
+
+
+@needs_permissions
+@pytest.mark.parametrize("again", [("--skip-unchanged",), ("--crashrun", "1"), ()], ids=" ".join)
+def test_what_is_below_a_folder_that_may_be_listed_but_not_entered_stays_in_the_state(
+    job: Job, again: tuple[str, ...]
+) -> None:
+    files = job.make("d/a.txt", "d/a/b.dat", "d/a/deep/c.dat", "z.dat")
+    assert_clean(job.run(user=NOBODY))
+    below = {key: job.entry(key) for key in files if key.startswith("d/a/")}
+    folder = job.folder / "d"
+    folder.chmod(0o444)
+    completed = job.run("--skip-unchanged", user=NOBODY)
+    for _ in range(2):  # once, and once more on what that has left
+        assert_failed(completed, [folder / "a.txt", folder / "a"])
+        assert "gone" not in completed.stdout
+        # In the order of keys, in which the name of a folder ends in "/".
+        keys = ["d/a.txt", "d/a/", "d/a/b.dat", "d/a/deep/c.dat", "z.dat"]
+        assert [entry["filename"] for entry in job.entries()] == keys
+        assert job.uploaded() == {*below, "z.dat"}
+        assert {key: job.entry(key) for key in below} == below
+        completed = job.run(*again, user=NOBODY)
+    folder.chmod(0o755)
+    since = job.seen()
+    assert_clean(job.run(*(again or ("--skip-unchanged",)), user=NOBODY))
+    assert job.sent(since) == []
+    job.check_all_is_there()
 
 
 @needs_permissions

@@ -464,6 +464,21 @@ def test_a_journal_is_read_over_the_state(job: Job, again: tuple[str, ...], torn
     job.check_no_leftovers()
 
 
+@pytest.mark.parametrize("odd", [1, "x", None, []], ids=json.dumps)
+def test_a_line_of_the_journal_that_is_no_entry_is_ignored_as_if_torn(
+    job: Job, odd: object
+) -> None:
+    keys = ["a.dat", "b.dat", "c.dat"]
+    job.back_up(*keys)
+    job.write_state(*map(job.pending_entry, keys))
+    before, after = job.uploaded_entry("a.dat"), job.uploaded_entry("c.dat")
+    job.write_journal({"line": 2, **before}, odd, {"line": 4, **after})
+    assert_clean(job.crash_run())
+    assert job.sent() == ["b.dat"]
+    job.check_all_is_there()
+    job.check_no_leftovers()
+
+
 def test_a_torn_line_that_lacks_no_more_than_its_line_feed_is_not_believed_or_right(
     job: Job,
 ) -> None:

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 from conftest import NewJob
-from support.checks import assert_clean
+from support.checks import assert_clean, lines_with
 from support.faults import Fault, answer, call, delay, slow, stall
 from support.files import IN_PARTS, LARGE_BYTES, MIB, PART_BYTES, md5, small_files, some_bytes
 from support.job import Job
 from support.proxy import Exchange, Request, pass_on
-from support.script import Completed, finish, prelude, program, wait_until
+from support.script import Completed, finish, journal_of, prelude, program, wait_until
 from support.servers import S3Server
 from support.systems import needs_limits
 
@@ -327,6 +327,42 @@ def test_the_state_says_what_was_sent_when_the_run_stops(small_job: Job) -> None
     assert answered <= job.uploaded() <= answered | {"large"}
     assert f"{len(job.uploaded())} file" in completed.stdout
     job.check_state_is_true()
+
+
+# So that what happens is in the journal first, and the last answer comes before the end.
+SLOW_TO_END = (("SAVE_INTERVAL_SECONDS = 2", "60"), ("SIGNAL_GRACE_SECONDS = 3", "30"))
+
+
+def test_a_run_that_stops_by_itself_says_why_despite_a_signal(job: Job) -> None:
+    job.make("gone.dat", "held.dat")
+    leave = threading.Event()
+
+    def hold(exchange: Exchange) -> None:
+        leave.wait(60)
+        pass_on(exchange)
+
+    job.proxy.add_fault(Fault(hold, operation="PutObject", key="held.dat"))
+    gone = answer(404, "NoSuchBucket")
+    job.proxy.add_fault(Fault(gone, operation="PutObject", key="gone.dat"))
+    process = job.start("--preferred-transfer-client", "classic", constants=SLOW_TO_END)
+    job.wait_for("PutObject", 2)
+    journal = journal_of(job.state_path)
+    wait_until(
+        lambda: journal.exists() and "gone.dat" in journal.read_text(encoding="utf-8"),
+        60,
+        "the end of the upload that stops the run",
+    )
+    process.send_signal(signal.SIGINT)
+    leave.set()
+    completed = finish(process, timeout=ENDS_WITHIN_SECONDS)
+    assert completed.returncode == 130
+    assert len(completed.stderr.splitlines()) == 2
+    (stopped,) = lines_with(completed.stderr, "s3FileTransfer: stopped: ")
+    assert "NoSuchBucket" in stopped
+    (interrupted,) = lines_with(completed.stderr, "s3FileTransfer: interrupted; ")
+    assert "the state is saved" in interrupted
+    job.check_state_is_true()
+    job.check_no_leftovers()
 
 
 def most_at_once(job: Job, operation: str, pause_seconds: float = 0.2) -> list[int]:

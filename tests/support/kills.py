@@ -61,12 +61,14 @@ def kill_in_walk(job: Job, folder: Path, name: str, *options: str) -> None:
     assert job.start(*options, env=env).wait(60) == -signal.SIGKILL
 
 
-def killed_in_parts(job: Job, *options: str, kept: list[int], size: int = LARGE_BYTES) -> str:
+def killed_in_parts(
+    job: Job, *options: str, kept: list[int], size: int = LARGE_BYTES, user: int | None = None
+) -> str:
     """Kill a run when the server has just these parts of `large`; return its upload's id."""
     count = -(-size // PART_BYTES)
     job.write({"large": some_bytes(size)})
     job.proxy.add_fault(Fault(stall(600), part_number=lambda number: 0 < number not in kept))
-    process = job.start(*IN_PARTS, *options)
+    process = job.start(*IN_PARTS, *options, user=user)
     job.wait_for("UploadPart", count)
     job.wait_for("UploadPart", len(kept), answered=True)
     kill(process)
