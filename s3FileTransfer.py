@@ -347,6 +347,7 @@ OPTIONAL_FIELDS = {
     for field in dataclasses.fields(Entry)[3:-1]
 }
 optional_values = operator.attrgetter(*OPTIONAL_FIELDS)
+is_uploaded = operator.attrgetter("uploaded")
 
 
 class Way(enum.IntEnum):
@@ -615,8 +616,8 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def options_problem(options: Options) -> str | None:
-    """Return what is wrong with the options and argparse does not notice, or None."""
+def value_problem(options: Options) -> str | None:
+    """Return which option has a value that cannot be used, or None."""
     for name, value in vars(options).items():
         # Probably an unset shell variable, perhaps of an option meant as a safeguard.
         if name != "prefix" and "" in (value if isinstance(value, list) else [value]):
@@ -628,6 +629,13 @@ def options_problem(options: Options) -> str | None:
     for name in ("sse_kms_key_id", "expected_bucket_owner"):
         if not re.fullmatch(r"[!-~]+", getattr(options, name) or "none"):
             return f"--{name.replace('_', '-')} has white space or other odd characters"
+    return None
+
+
+def options_problem(options: Options) -> str | None:
+    """Return what is wrong with the options and argparse does not notice, or None."""
+    if problem := value_problem(options):
+        return problem
     if options.sse_kms_key_id and not (options.sse or "").startswith("aws:kms"):
         return "--sse-kms-key-id needs --sse aws:kms"
     if options.verify and (options.crashrun or options.dryrun or options.skip_unchanged):
@@ -2245,6 +2253,13 @@ def region_of(answer: Answer) -> str:
     return headers.get("x-amz-bucket-region", "")
 
 
+def meaning_of(code: str, status: str) -> tuple[Trouble, str]:
+    """Return the trouble and the advice for an error code, or if it is unknown, for the status."""
+    # An unknown code that comes with 403 is no refusal of all files.
+    known_code = code if code in MEANING_OF or status == "403" else status
+    return MEANING_OF.get(known_code, (Trouble.OF_FILE, ""))
+
+
 def error_of_answer(response: Answer) -> UploadError:
     """Return the meaning of an error answer of S3."""
     metadata, error = response.get("ResponseMetadata", {}), response.get("Error", {})
@@ -2259,9 +2274,7 @@ def error_of_answer(response: Answer) -> UploadError:
     text, message = f"S3 answered {code}", one_line((error.get("Message") or "").strip() or code)
     if message.replace(" ", "").lower() != code.lower():
         text += f" ({message})"
-    # The status counts if the code is unknown. With 403, that is no refusal of all files.
-    known_code = code if code in MEANING_OF or status == "403" else status
-    trouble, advice = MEANING_OF.get(known_code, (Trouble.OF_FILE, ""))
+    trouble, advice = meaning_of(code, status)
     return UploadError("; ".join(filter(None, (text, advice))), code=code, trouble=trouble)
 
 
@@ -2350,12 +2363,15 @@ class Retries:
                 break
             self.stop.wait(random.uniform(pause / 2, pause))
             pause = min(2 * pause, self.BACKOFF_MAX_SECONDS)
-        # A server that has long been silent to all threads is gone.
-        silent_seconds = time.monotonic() - self._alive_at
-        is_gone = error.trouble in SILENT and silent_seconds > self._patience_seconds / 2
-        if may_stop_run and (is_gone or error.trouble is Trouble.OF_ALL):
+        if may_stop_run and self._meets_every_file(error.trouble):
             raise StopRun(str(error))
         raise error
+
+    def _meets_every_file(self, trouble: Trouble) -> bool:
+        # A server that has long been silent to all threads is gone.
+        silent_seconds = time.monotonic() - self._alive_at
+        is_gone = trouble in SILENT and silent_seconds > self._patience_seconds / 2
+        return is_gone or trouble is Trouble.OF_ALL
 
 
 # --- bucket -----------------------------------------------------------------------
@@ -2962,13 +2978,9 @@ class Walk:
         own_names = self._own_files.get(identity, ())
         path_prefix, ancestors = os.path.join(folder.path, ""), (*folder.ancestors, identity)
         for name_in_key in names:
-            name = name_in_key.removesuffix("/")
-            if name in own_names:
-                continue
-            found = self.examine(path_prefix + name, folder.key_prefix + name, ancestors)
-            if isinstance(found, Entry) and found.error:
-                found.filename = folder.key_prefix + name_in_key  # that of a folder ends in "/"
-            if found:
+            name, slash, _ = name_in_key.partition("/")
+            path, key = path_prefix + name, folder.key_prefix + name
+            if name not in own_names and (found := self.examine(path, key, ancestors, slash=slash)):
                 yield found
 
     def _is_folder(self, child: os.DirEntry[str]) -> bool:
@@ -2988,9 +3000,12 @@ class Walk:
         return path[len(os.path.join(self._root, "")) :].replace(os.sep, "/")
 
     def examine(
-        self, path: str, key: str, ancestors: tuple[Identity, ...] = ()
+        self, path: str, key: str, ancestors: tuple[Identity, ...] = (), *, slash: str = ""
     ) -> Entry | Subfolder | None:
-        """Return the file or folder at a path; None if it is excluded, or skipped with a notice."""
+        """Return the file or folder at a path; None if it is excluded, or skipped with a notice.
+
+        `slash`, of what is known to be a folder, ends its key if it cannot be examined.
+        """
         options = self._options
         self._interruption.check()  # to look at many files on a network disk takes long
         if options.exclude and self._excludes_file(path):
@@ -3001,7 +3016,7 @@ class Walk:
                 check_no_links(options.no_links_below, path)
             status = os.stat(path, follow_symlinks=options.follow_symlinks)
         except (OSError, UploadError) as error:
-            entry.error = str(read_error(error))
+            entry.filename, entry.error = key + slash, str(read_error(error))
             if isinstance(error, NOT_THERE) and os.path.islink(path):
                 what, advice = "its link is broken", "fix it, or leave it out with --exclude"
                 entry.error = f"{what}: {reason(error)}; {advice}"
@@ -3203,7 +3218,7 @@ class March:
         """Yield the files of this run in the order of keys; raise StopRun if all have vanished."""
         options, last, walk = self._options, self._last, self._walk
         if options.crashrun and last:
-            found = walk.again(entry for entry in last.entries() if not entry.uploaded)
+            found = walk.again(itertools.filterfalse(is_uploaded, last.entries()))
         else:
             found = walk.folder(Subfolder(options.backupfolder, options.prefix))
         count = 0
@@ -3292,8 +3307,9 @@ class March:
         if last and self._last and self._last.other_job and other_job(last, self._run):
             last = None
         old, is_unseen, in_bucket = last, False, None
-        is_replaced = found and (self._replaces_all and not found.error)
-        if found and last and (found.filepath != last.filepath or is_replaced):
+        if found and last and found.filepath != last.filepath:
+            last = None
+        if self._replaces_all and found and not found.error:
             last = None
         if last and found and not found.error:
             in_bucket = self._is_in_bucket(last)
@@ -5261,17 +5277,20 @@ class FolderCheck:
         try:
             links = self._options.no_links_below
             with SourceFile(path, no_links_below=links, on_read=self._note_read) as source:
-                if entry.size not in (None, source.size):
-                    return "different", f"it has {source.size:,} bytes and not {entry.size:,}"
-                part_size, etag = entry.part_size or self._options.multipart_chunksize, None
-                # Some servers make up such an ETag for objects that were sent in one part, too.
-                is_made_up = not entry.part_size and (entry.etag or "").endswith("-1")
-                if entry.etag and not (entry.sse or is_made_up):
-                    etag = source.etag_like(entry.etag, part_size)
+                return self._verdict(entry, source)
         except NOT_THERE:
             return "missing", ""
         except (OSError, UploadError) as error:
             return "unproven", f"cannot read it: {reason(error)}"
+
+    def _verdict(self, entry: Entry, source: SourceFile) -> tuple[str, str]:
+        if entry.size not in (None, source.size):
+            return "different", f"it has {source.size:,} bytes and not {entry.size:,}"
+        part_size, etag = entry.part_size or self._options.multipart_chunksize, None
+        # Some servers make up such an ETag for objects that were sent in one part, too.
+        is_made_up = not entry.part_size and (entry.etag or "").endswith("-1")
+        if entry.etag and not (entry.sse or is_made_up):
+            etag = source.etag_like(entry.etag, part_size)
         if etag is None:
             return "size", ""
         if etag != entry.etag:
@@ -5280,9 +5299,11 @@ class FolderCheck:
         return "", ""
 
 
-def verify_folder(run: Run) -> int:
-    """Compare a folder with the state, name what is wrong, and return the exit code."""
-    last = LastState.read_needed(run)
+def find_wrong_files(run: Run, last: LastState) -> None:
+    """Compare the files of the folder with the uploaded entries, and name what is wrong.
+
+    Raises StopRun if the entries have another --prefix.
+    """
     for key in (*last.known_keys.keys[:1], last.known_keys.last):
         if not key.startswith(run.options.prefix):
             why = f"the state has the key {shown(key)}, which lacks that --prefix"
@@ -5295,6 +5316,12 @@ def verify_folder(run: Run) -> int:
         else:
             path, key = shown(check.path_of(entry)), shown(entry.filename)
             run.report.wrong(kind, f"{path} (of {key})", why)
+
+
+def verify_folder(run: Run) -> int:
+    """Compare a folder with the state, name what is wrong, and return the exit code."""
+    last = LastState.read_needed(run)
+    find_wrong_files(run, last)
     run.report.verified(shown(run.options.backupfolder), run.state.path, left=last.unsent_files)
     if run.report.failed_files and not run.report.files:
         run.report.error("no file matches the state; check --backupfolder and --prefix")
