@@ -800,13 +800,12 @@ OFTEN = (("SAVE_INTERVAL_SECONDS = 2", "0.01"),)
 
 
 @needs_proc
-@as_on_windows
 def test_saves_in_mid_run_where_open_files_cannot_be_replaced(
     job: Job, each_client: tuple[str, ...]
 ) -> None:
     job.write(small_files(200) | {"parts": some_bytes(LARGE_BYTES)})
     job.proxy.add_fault(Fault(delay(0.05), operation="PutObject"))
-    flags = prelude(OPEN_FILES_STAY)
+    flags = prelude(WINDOWS + OPEN_FILES_STAY)
     few = ("--max-concurrency", "4")
     process = job.start(*IN_PARTS, *few, *each_client, python_flags=flags, constants=OFTEN)
     saved: set[int] = set()
@@ -831,13 +830,12 @@ def test_saves_in_mid_run_where_open_files_cannot_be_replaced(
 
 
 @needs_proc
-@as_on_windows
 def test_a_run_is_interrupted_where_open_files_cannot_be_replaced(
     job: Job, each_client: tuple[str, ...]
 ) -> None:
     job.write(small_files(200) | {"parts": some_bytes(LARGE_BYTES)})
     job.proxy.add_fault(Fault(delay(0.05), operation="PutObject"))
-    flags = prelude(OPEN_FILES_STAY)
+    flags = prelude(WINDOWS + OPEN_FILES_STAY)
     process = job.start(*IN_PARTS, "--max-concurrency", "4", *each_client, python_flags=flags)
     job.wait_for("PutObject", 40)
     process.send_signal(signal.SIGINT)
