@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import shutil
 import signal
@@ -770,3 +771,83 @@ def test_lock_as_on_windows(job: Job) -> None:
     job.proxy.clear_faults()
     assert_clean(job.crash_run(python_flags=prelude(WINDOWS)))
     job.check_all_is_there()
+
+
+# A file that this process has open can be neither replaced nor deleted, as on Windows.
+OPEN_FILES_STAY = """
+import errno, os
+
+def is_open(path):
+    for descriptor in os.listdir("/proc/self/fd"):
+        try:
+            if os.path.samestat(os.stat(f"/proc/self/fd/{descriptor}"), os.lstat(path)):
+                return True
+        except OSError:
+            pass
+    return False
+
+def unless_open(real):
+    def call(*paths, **keywords):
+        if any(map(is_open, paths)):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), *paths[:1])
+        return real(*paths, **keywords)
+    return call
+
+os.replace, os.rename = unless_open(os.replace), unless_open(os.rename)
+os.unlink, os.remove = unless_open(os.unlink), unless_open(os.remove)
+"""
+OFTEN = (("SAVE_INTERVAL_SECONDS = 2", "0.01"),)
+
+
+@needs_proc
+def test_saves_in_mid_run_where_open_files_cannot_be_replaced(
+    job: Job, each_client: tuple[str, ...]
+) -> None:
+    job.write(small_files(200) | {"parts": some_bytes(LARGE_BYTES)})
+    job.proxy.add_fault(Fault(delay(0.05), operation="PutObject"))
+    flags = prelude(WINDOWS + OPEN_FILES_STAY)
+    few = ("--max-concurrency", "4")
+    process = job.start(*IN_PARTS, *few, *each_client, python_flags=flags, constants=OFTEN)
+    saved: set[int] = set()
+
+    def look() -> bool:
+        if job.state_path.exists():  # the state alone, without its journal
+            entries = json.loads(job.state_path.read_bytes())
+            saved.add(sum(entry["uploadedSuccess"] for entry in entries))
+        return process.poll() is not None
+
+    wait_until(look, 60, "the end of the run")
+    assert_clean(finish(process))
+    assert len(saved & set(range(1, 201))) > 1
+    job.check_all_is_there()
+    job.check_no_leftovers()
+    # With an old state, too, and where there is nothing to send.
+    job.make("new")
+    for again in ("--skip-unchanged", "--verify"):
+        assert_clean(job.run(*IN_PARTS, again, python_flags=flags, constants=OFTEN))
+        job.check_no_leftovers()
+    job.check_all_is_there()
+
+
+@needs_proc
+def test_a_run_is_interrupted_where_open_files_cannot_be_replaced(
+    job: Job, each_client: tuple[str, ...]
+) -> None:
+    job.write(small_files(200) | {"parts": some_bytes(LARGE_BYTES)})
+    job.proxy.add_fault(Fault(delay(0.05), operation="PutObject"))
+    flags = prelude(WINDOWS + OPEN_FILES_STAY)
+    process = job.start(*IN_PARTS, "--max-concurrency", "4", *each_client, python_flags=flags)
+    job.wait_for("PutObject", 40)
+    process.send_signal(signal.SIGINT)
+    completed = finish(process, timeout=30)
+    assert completed.returncode == 130
+    (said,) = completed.stderr.splitlines()
+    assert "interrupted; the state is saved, " in said
+    assert 0 < len(job.uploaded()) < 201
+    job.check_state_is_true()
+    job.check_no_leftovers()
+    since, missing = job.seen(), sorted(set(job.in_folder()) - job.uploaded() - {"parts"})
+    assert_clean(job.crash_run(*IN_PARTS, *each_client, python_flags=flags))
+    assert sorted(set(job.puts(since))) == missing
+    job.check_all_is_there()
+    job.check_no_leftovers()
