@@ -1320,7 +1320,7 @@ def test_an_interrupted_run_does_not_say_that_it_saved_what_it_could_not(job: Jo
     assert completed.returncode == 143
     assert "the state is saved" not in completed.stderr
     (sentence,) = lines_with(completed.stderr, "interrupted; ")
-    assert "interrupted; the state could not be saved, " in sentence
+    assert "interrupted; the state could not be saved; " in sentence
     job.check_state_is_true()
     assert_clean(job.crash_run())
     assert job.in_bucket() == digests(files)
