@@ -842,7 +842,7 @@ def test_a_run_is_interrupted_where_open_files_cannot_be_replaced(
     completed = finish(process, timeout=30)
     assert completed.returncode == 130
     (said,) = completed.stderr.splitlines()
-    assert "interrupted; the state is saved, " in said
+    assert "interrupted; the state is saved; " in said
     assert 0 < len(job.uploaded()) < 201
     job.check_state_is_true()
     job.check_no_leftovers()
