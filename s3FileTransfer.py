@@ -2870,7 +2870,8 @@ def identities_above(path: str) -> set[Identity]:
 
 def stamp_of(status: os.stat_result) -> tuple[int, int, int | None]:
     """Return what changes with a file: its size in bytes, its mtime and its ctime."""
-    ctime_ns = None if sys.platform == "win32" else status.st_ctime_ns  # there, when it was created
+    # On Windows it would be the time at which the file was created.
+    ctime_ns = None if sys.platform == "win32" else status.st_ctime_ns
     return status.st_size, status.st_mtime_ns, ctime_ns
 
 
@@ -3499,15 +3500,17 @@ class SourceFile:
     def __init__(
         self, path: str, *, no_links_below: str | None, on_read: OnRead | None = None
     ) -> None:
-        descriptor = open_below(no_links_below, path, os.O_RDONLY | OPEN_FLAGS)
-        self.status = os.fstat(descriptor)
-        if not stat.S_ISREG(self.status.st_mode):
-            os.close(descriptor)
-            raise UploadError("it is no longer a regular file")
-        if sys.platform != "win32":
-            os.set_blocking(descriptor, True)
-        self._descriptor, self._on_read = descriptor, on_read
-        self._stamp = stamp_of(self.status)
+        self._descriptor = open_below(no_links_below, path, os.O_RDONLY | OPEN_FLAGS)
+        try:
+            self.status = os.fstat(self._descriptor)
+            if not stat.S_ISREG(self.status.st_mode):
+                raise UploadError("it is no longer a regular file")
+            if sys.platform != "win32":
+                os.set_blocking(self._descriptor, True)
+        except (OSError, UploadError):
+            self.close()
+            raise
+        self._stamp, self._on_read = stamp_of(self.status), on_read
         self.size, _mtime_ns, self.ctime_ns = self._stamp
         if self.ctime_ns is not None and time.time_ns() - self.ctime_ns < self.YOUNG_NS:
             self.ctime_ns = 0
