@@ -577,7 +577,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--skip-unchanged", action="store_true",
         help="skip files that the state and the bucket's listing show as already uploaded")
     add = parser.add_argument_group("where to").add_argument
-    add("--prefix", default="", help="put in front of every key, unchanged")
+    add("--prefix", default="", help="text in front of every key; no slash is added")
     add("--region", help=f"where a missing bucket is created (default: {DEFAULT_REGION})")
     add("--profile", help="profile of ~/.aws")
     add("--endpoint-url", metavar="URL", help="server other than AWS, e.g. https://s3.example:8333")
@@ -591,7 +591,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--statefile", metavar="PATH", default="stateFile.json",
         help="where the state is kept (default: ./stateFile.json)")
     add("--dryrun", action="store_true",
-        help="show what would be sent; touch neither bucket nor state")
+        help="show what would be sent; change neither bucket nor state")
     add("--verify", nargs="?", const="bucket", choices=["bucket", "folder"],
         help="send nothing; compare the bucket, or a restored folder, with the state file")
     add("--max-bandwidth", metavar="RATE", type=rate, help="e.g. 10MB/s, over all uploads")

@@ -470,12 +470,17 @@ def request_of(words: list[str]) -> tuple[str, str, dict[str, Any]]:
     shape = shape_of(service, operation)
     members = {f"--{xform_name(name, '-')}": name for name in shape.members}
     parameters: dict[str, Any] = {}
-    for option, value in zip(words[2::2], words[3::2], strict=True):
+    rest = iter(words[2:])
+    for option in rest:
         if option == "--cli-input-yaml":
-            parameters["cli_input_yaml"] = value
+            parameters["cli_input_yaml"] = next(rest)
+        elif option == "--region":
+            assert next(rest) == "eu-west-1"
         else:
             name = members[option]
-            parameters[name] = value_of(value, shape.members[name])
+            member = shape.members[name]
+            is_flag = member.type_name == "boolean"
+            parameters[name] = True if is_flag else value_of(next(rest), member)
     return service, operation, parameters
 
 
@@ -490,8 +495,11 @@ def value_of(text: str, shape: Any) -> Any:
 
 
 @needs_shell
-def test_what_is_locked_stays_and_what_is_old_goes(moto_job: Job, tmp_path: Path) -> None:
-    job, machine = moto_job, Machine(moto_job, tmp_path)
+def test_what_is_locked_stays_and_what_is_old_goes(
+    new_job: NewJob, moto_server: S3Server, tmp_path: Path
+) -> None:
+    job = new_job(moto_server, has_bucket=False)
+    machine = Machine(job, tmp_path)
     machine.note("aws")
     assert machine.run(["sh", "-ec", *blocks(LOCKED, "sh")]) == (0, "", "")
     client: Any = job.server.client()
