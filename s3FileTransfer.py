@@ -148,7 +148,7 @@ DEFAULT_THRESHOLD_BYTES = 10**9
 DEFAULT_PART_BYTES = 16 * MIB
 
 THREADS_MAX = 64  # more would only wait for the interpreter lock
-LANE_FILE_MAX_BYTES = 256 * KIB  # awscrt copies larger files, and is no faster with them
+LANE_FILE_MAX_BYTES = 256 * KIB  # awscrt gains nothing on larger files: it copies them
 LARGE_READ_BYTES = 256 * KIB  # one read of a body that is not in memory
 # How long the requests in flight may go on after the run was told to stop.
 SIGNAL_GRACE_SECONDS = 8
@@ -267,7 +267,19 @@ def path_in_state(path: str) -> str:
 
 @dataclass(slots=True)
 class Entry:
-    """One line of the state file: a file (or a folder that cannot be read) and its object."""
+    """One line of the state file: a file (or a folder that cannot be read) and its object.
+
+    Size, mtime and ctime are those of the file: when it was sent, or when this run found it.
+
+      uploaded  etag, part_size: of the object; sse: if its ETag is no MD5, what S3 reported;
+                upload_id: of an upload to abort
+      pending   etag, part_size: of an object that may have the same bytes; or
+                upload_id, part_size, sse: of an upload to resume, sse as it was asked for
+      failed    the same, and an error
+
+    known_* are what the last state knew about the object (see `Known`) of a file with this size
+    and mtime. They are kept while the file is pending, until its object is replaced.
+    """
 
     filepath: str
     filename: str
@@ -277,18 +289,14 @@ class Entry:
     endpoint: str | None = None  # see `endpoint_of`
     size: int | None = None
     mtime_ns: int | None = None
-    # 0 if the file was so new that a later change could get the same ctime, or is not compared yet.
+    # 0 has the next run compare bytes: the ctime was too fresh to trust, or they still have to be.
     ctime_ns: int | None = None
-    etag: str | None = None  # of a pending file: that of the object to compare it with
+    etag: str | None = None
     shard: str | None = None
     error: str | None = None
     upload_id: str | None = None
     part_size: int | None = None
-    # For an open upload, the encryption asked for; for an object whose ETag is not an MD5, the
-    # one that S3 reports.
     sse: str | None = None
-    # What the last state knew about the object (see `Known`) of a file with this size and mtime.
-    # Kept while the file is pending, until the object is replaced.
     known_etag: str | None = None
     known_ctime_ns: int | None = None
     known_part_size: int | None = None
@@ -299,7 +307,7 @@ class Entry:
     @property
     def known(self) -> Known:
         """What the state knows about the object."""
-        # Version 1.1 recorded only the ETag for a pending file, and 0 as its ctime.
+        # In version 1.1, a pending entry had its object's ETag in `etag`, and a ctime of 0.
         if self.uploaded or (self.ctime_ns == 0 and not self.known_etag):
             return Known(self.etag, self.ctime_ns, self.part_size, self.sse)
         return Known(self.known_etag, self.known_ctime_ns, self.known_part_size, self.known_sse)
@@ -372,7 +380,7 @@ class Task(NamedTuple):
     etag: str | None = None  # of the object in the bucket, which may have the same bytes
     tries: int = 1  # to send the whole file, this one included
     was_in_lane: bool = False
-    # If S3 accepted a lane's put but its ETag proves nothing: the MD5 sent, and that ETag.
+    # If S3 accepted a lane's put without proof: the MD5 that was sent, and the ETag answered.
     unproven_put: tuple[str | None, str | None] = (None, None)
 
 
@@ -1037,9 +1045,9 @@ def send_message(pipe: IO[bytes], message: Any) -> None:
 
 
 def messages_of(pipe: IO[bytes]) -> Iterator[Any]:
-    """Yield the messages from a pipe until it closes or something else arrives.
+    """Yield the messages from a pipe up to its end, or to the first bytes that are no message.
 
-    That is a torn last message, or what a module printed when Python imported it at its start.
+    Those are a torn message, or what a module printed when Python imported it at its start.
     """
     while len(head := pipe.read(8)) == 8 and (size := int.from_bytes(head, "big")) < GIB:
         try:
@@ -1233,9 +1241,9 @@ class Journal:
     """What happened since the last save of the state: one entry a line.
 
     Each entry has the number of the line of the state that it replaces; if several have the same
-    number, the last one counts. Number 1, the opening bracket's, is for an entry before all others.
-    The first line of the journal has the CRC32 of the state file that it continues; beside any
-    other state file the journal is ignored.
+    number, the last one counts. Number 1, the line of the opening bracket, puts an entry before
+    all others. The first line of the journal has the CRC32 of the state file that it continues;
+    beside any other state file the journal is ignored.
     """
 
     HEAD = rb'\{"(crc32|line|filepath)": .*'  # the last two if a power cut has cost the first line
@@ -1246,7 +1254,7 @@ class Journal:
         self._handle: IO[bytes] | None = None
         self._state_crc32 = self._size = 0
         self._tried_at = -math.inf
-        # By the number of a line of the state: the offset of its newest entry here, or 0.
+        # At [n]: the offset here of the newest entry for line n of the state, or 0.
         self._offsets = array("q")
         # Version 1.1 wrote no numbers.
         self.unnumbered: dict[tuple[str, str], Entry] = {}
@@ -1570,10 +1578,9 @@ class StateFile:
         self.is_saved = False
         self._check_lock()
         try:
-            # Until os.replace, the old state and its journal are in place; from then on, the new
-            # state alone, since the journal has another CRC32. If both states have the same CRC32,
-            # the journal has to go first: they are the same (or, once in four billion saves, the
-            # old one lags behind).
+            # Before os.replace, the old state and its journal count; after it, the new state alone,
+            # as the CRC32 in the journal is another. If it is not, the states are the same (or,
+            # once in four billion saves, the old one lags behind), and the journal goes first.
             if self.journal.is_of(self._crc32):
                 self.journal.remove()
             identity = self._identity_of(os.lstat(self._temporary))
@@ -1662,7 +1669,7 @@ def other_job(entry: Entry, run: Run) -> str | None:
 class KeySample:
     """A sample of the keys of the last state, with which the listing is divided into ranges.
 
-    A range is then one page of the listing, and several pages can be requested at once.
+    Each range fills about one page, so several pages can be requested at once.
     """
 
     # A page has 1,000 objects: this leaves room for some that the state does not know.
@@ -1693,14 +1700,14 @@ class KeySample:
             yield from itertools.pairwise(bounds)
 
 
-# In the entry of a folder in which there was nothing: a crash run looks again.
+# The error in the entry of an empty backup folder: a crash run looks again.
 NOTHING_TO_SEND = "there was nothing to send in it"
 
 
 class EntryReader:
     """Reads lines of the state: those of most files by a regular expression, others as JSON.
 
-    It matches what this job writes, in a third of the time of parsing and checking JSON.
+    The expression matches what `Entry.to_json` writes for this job, in a third of JSON's time.
     """
 
     def __init__(self, options: Options) -> None:
@@ -1817,8 +1824,7 @@ class LastState:
                 self.uploaded_files += 1
                 self.lists_uploaded = True
                 self.known_keys.add(key)
-                if endpoint not in self._endpoints:
-                    self._endpoints[endpoint] = False
+                self._endpoints.setdefault(endpoint, False)
             else:
                 key = self._look_at(self._reader.read(line))
             if key < previous:
@@ -2255,7 +2261,7 @@ def region_of(answer: Answer) -> str:
 
 def meaning_of(code: str, status: str) -> tuple[Trouble, str]:
     """Return the trouble and the advice for an error code, or if it is unknown, for the status."""
-    # An unknown code that comes with 403 is no refusal of all files.
+    # An unknown code with status 403 concerns one file.
     known_code = code if code in MEANING_OF or status == "403" else status
     return MEANING_OF.get(known_code, (Trouble.OF_FILE, ""))
 
@@ -2930,7 +2936,7 @@ class Walk:
         If the path of an entry is a folder (it was unreadable, or it is the whole backup folder
         after a kill during the walk), it is walked, and what is found replaces the entries below.
         """
-        # By their keys, since others may stand between "folder" and "folder/file".
+        # Sorted by key: "folder.txt" stands between "folder" and "folder/file".
         folders: list[Subfolder] = []
         for entry in last:
             while folders and folders[0].key_prefix <= entry.filename:
@@ -3005,7 +3011,7 @@ class Walk:
     ) -> Entry | Subfolder | None:
         """Return the file or folder at a path; None if it is excluded, or skipped with a notice.
 
-        `slash`, of what is known to be a folder, ends its key if it cannot be examined.
+        `slash` is "/" for a known folder: if it cannot be examined, its key ends so.
         """
         options = self._options
         self._interruption.check()  # to look at many files on a network disk takes long
@@ -3081,11 +3087,14 @@ def decide(
     """Decide what becomes of a key.
 
     `found` is the file as it is now; None if there is none, or if this run has not looked for it
-    (`is_unseen`). `last` is the entry of the same file in the last state. `in_bucket` is whether
-    the bucket lists the object that `last` knows, with its size and ETag; None if that is unknown.
+    (`is_unseen`: its folder is unreadable, or a crash run trusts what was uploaded). `last` is the
+    entry of the same file in the last state. `in_bucket` is whether the bucket lists the object
+    that `last` knows, with its size and ETag; None if that is unknown: a normal run without
+    --skip-unchanged lists nothing, and a crash run looks up three keys (see `lacks_objects`). For
+    a half-sent upload, see `March._settle_upload`.
     """
     if found is None:
-        # Files that were never sent need no entry: the entry of their folder covers them.
+        # A file that was never sent needs no entry: that of its unreadable folder covers it.
         if not (is_unseen and last and (last.uploaded or last.known.etag or last.upload_id)):
             return Decision.FORGET
         return Decision.SEND if in_bucket is False else Decision.KEEP
@@ -3238,10 +3247,8 @@ class March:
     def _check_emptiness(self) -> None:
         """Report an empty folder; raise StopRun if it had files: is its disk unmounted?"""
         where, last = shown(self._options.backupfolder), self._last
-        has_others = (
-            last and last.known_keys.last and not self._walk.has_walked(last.known_keys.last)
-        )
-        if self._options.crashrun and has_others:
+        last_key = last.known_keys.last if last else ""
+        if self._options.crashrun and last_key and not self._walk.has_walked(last_key):
             return  # uploaded files, which a crash run does not look for
         # A crash run may find nothing left to send.
         is_missed = last and last.lists_pending and not self._options.crashrun
@@ -3354,7 +3361,7 @@ class March:
         try:
             return self._listing.find(key) if self._listing else None
         except UploadError as error:
-            what = "cannot list the bucket, so all files are sent again"
+            what = "cannot list the bucket, so nothing is known to be there and all files are sent"
             self._give_up_listing(error, f"{what}: {error}")
             return None
 
@@ -3490,7 +3497,7 @@ class SourceFile:
     `on_read` is called with the size of each piece that is hashed. Raises OSError;
     UploadError if there is no regular file (a FIFO never hangs), or if the path leads through a
     symbolic link below `no_links_below`; and FileChanged if the file has become shorter.
-    Python's own file objects look at each file once more: a lane then takes 6 % more CPU time.
+    It is no file object of Python's: they stat each file again, 6 % more CPU time in a lane.
     """
 
     # File systems update their clock so seldom that a later change may get the same time.
@@ -3686,8 +3693,8 @@ SaveUpload = Callable[[int, Result], None]
 class Uploader:
     """The reliable way: sends one file per calling thread, and proves that S3 has its bytes."""
 
-    # These pass: other processes have too many files open, or one of them (Samba, nfsd) has a
-    # lease on this file, which the kernel has asked it to give up.
+    # These pass: too many files are open, or another process (Samba, nfsd) has a lease on this
+    # file, which the kernel has asked it to give up.
     CANNOT_OPEN_NOW = (errno.EMFILE, errno.ENFILE, errno.EAGAIN)
 
     def __init__(
@@ -4343,8 +4350,8 @@ class LaneSender:
     Several threads would mostly wait for the interpreter lock.
     """
 
-    # `Room` keeps about 10 seconds' worth under way, so a put may take that long. After 30 without
-    # a byte the runtime would send the file again; for a trickling answer it would wait forever.
+    # `Room` lets a put take about 10 seconds. After 30 without a byte the runtime would send it
+    # again; for an answer that trickles in it would wait forever.
     ANSWER_SECONDS = 25
     SLOW_READ_SECONDS, READERS = 0.002, 16
     # A pause in which calls gather: to wake up for each one takes 5 % more CPU time.
@@ -4756,7 +4763,7 @@ class Records:
         is_other = before != (entry.size, entry.mtime_ns, entry.etag)
         if entry.known_etag and (entry.uploaded or is_other):
             entry.keep(Known())
-        # For a file that was sent, an `upload_id` is only there to be aborted later.
+        # A file that was sent keeps an `upload_id` only so that a later run aborts it.
         is_to_be_resumed = result.upload_id and result.outcome is not Outcome.UPLOADED
         entry.sse = self._encryption if is_to_be_resumed else result.sse
         if entry.uploaded:
@@ -5146,7 +5153,7 @@ class BucketCheck:
         state, lines = self._run.state, self._lines()
         for count, line in enumerate(lines):
             if self._has_wrong:
-                # The right ones before the first wrong one are read again, and not kept in memory.
+                # The lines before the first wrong one are read again: they are not in memory.
                 before = itertools.islice(self._last.lines(), count)
                 with state.failing_stops():
                     state.save(itertools.chain(before, [line], lines))
@@ -5307,7 +5314,7 @@ def find_wrong_files(run: Run, last: LastState) -> None:
 
     Raises StopRun if the entries have another --prefix.
     """
-    for key in (*last.known_keys.keys[:1], last.known_keys.last):
+    for key in filter(None, (*last.known_keys.keys[:1], last.known_keys.last)):
         if not key.startswith(run.options.prefix):
             why = f"the state has the key {shown(key)}, which lacks that --prefix"
             raise StopRun(f"{why}; give the --prefix of the run that sent it")
@@ -5376,7 +5383,8 @@ def make_plan(bucket: Bucket, last: LastState | None, lanes: Lanes) -> March | N
             first = next(lines := march.lines(), nothing)
             run.state.write(itertools.chain([first], lines))
         except StopRun:  # the state stays as it was
-            run.state.journal.take_first_back()
+            with contextlib.suppress(OSError):
+                run.state.journal.take_first_back()
             raise
         # Before the state is replaced: a kill in between would leave them open and unrecorded.
         abort_uploads(bucket, march.abandoned)
@@ -5411,7 +5419,7 @@ def unsent_lines(run: Run, last: LastState) -> Iterator[str]:
     bucket, endpoint = (None, run.options.bucketname), (None, run.endpoint)
     for entry in last.entries():
         if entry.uploaded and entry.bucket in bucket and entry.endpoint in endpoint:
-            entry.keep(entry.known)  # creating the bucket may fail: perhaps it comes back
+            entry.keep(entry.known)  # if creation fails, the old bucket may come back
             entry.uploaded = False
         yield entry.to_json()
 
