@@ -1588,6 +1588,17 @@ def test_what_was_not_sent_is_counted_in_a_copy(job: Job, copy: Path) -> None:
     assert len(completed.stderr.splitlines()) == 1
 
 
+def test_a_copy_of_what_was_never_sent_has_no_wrong_prefix(job: Job, copy: Path) -> None:
+    job.make("b.dat")
+    job.write_state(job.pending_entry("b.dat"))
+    completed = verify_folder(job, copied(job, copy), "--prefix", "daily/")
+    assert completed.returncode == 1
+    assert completed.stdout == folder_summary(
+        job, copy, "0 files right, 0 B; 0 wrong, 1 not yet sent"
+    )
+    assert "send them with --crashrun 1" in completed.stderr
+
+
 def test_what_can_be_compared_by_size_alone_is_counted_in_a_copy(job: Job, copy: Path) -> None:
     job.back_up("a.dat", "kms", "foreign", "no-etag")
     etag = "0123456789abcdef" * 2
