@@ -316,6 +316,12 @@ class Entry:
         """Keep what is known about the object while the file is pending; `Known()` clears it."""
         self.known_etag, self.known_ctime_ns, self.known_part_size, self.known_sse = known
 
+    def without_object(self) -> Entry:
+        """Return a copy that knows nothing about the object, but of an upload to resume."""
+        copy = replace(self, uploaded=False, etag=None, ctime_ns=None, line=None)
+        copy.keep(Known())
+        return copy
+
     @classmethod
     def from_json(cls, fields: dict[str, object], line: str | None = None) -> Entry:
         """Return the entry of a JSON object of the state file, or raise ValueError."""
@@ -1367,7 +1373,7 @@ class Journal:
         entry, number = Entry.from_json(fields), fields.get("line")
         if number is None:
             self.unnumbered[entry.filepath, entry.filename] = entry
-        elif type(number) is int and 0 < number < lines_max:
+        elif type(number) is int and 0 < number < lines_max and line.startswith(b'{"line": '):
             self._note(number, offset)
 
     def newest(self) -> Callable[[int], str | None]:
@@ -1481,11 +1487,10 @@ class StateFile:
         """
         if self.journal.unnumbered:
             raise ValueError("its journal has no numbers")
-        newest = self.journal.newest()
+        self._check_identity(os.stat(self.path))
+        newest = self.journal.newest()  # before the state: a save replaces the state first
         with open(self.path, encoding="utf-8", newline="\n", opener=open_own) as lines:
-            if self._identity not in (None, self._identity_of(os.fstat(lines.fileno()))):
-                why = f"another program has changed the state file {shown(self.path)}"
-                raise StopRun(f"{why}, which is left as it is; look at it, then run again")
+            self._check_identity(os.fstat(lines.fileno()))
             line = next(lines, "")
             if first := newest(1):
                 yield first
@@ -1504,6 +1509,12 @@ class StateFile:
                     raise ValueError("one of its lines is not an entry")
             if line != "]\n" or next(lines, ""):
                 raise ValueError("its last line is not ]")
+
+    def _check_identity(self, status: os.stat_result) -> None:
+        """Raise StopRun if the state is another file than before: its journal, too, is another."""
+        if self._identity not in (None, self._identity_of(status)):
+            why = f"another program has changed the state file {shown(self.path)}"
+            raise StopRun(f"{why}, which is left as it is; look at it, then run again")
 
     def sorted_lines(self) -> list[str]:
         """Return the lines, sorted, of a state that another program or version has written.
@@ -1532,8 +1543,7 @@ class StateFile:
             self._check_writers()
         not_there = contextlib.suppress(FileNotFoundError)
         with self.unreadable_stops(), not_there, open(self.path, "rb") as handle:
-            if self._lock:  # without it, another run may be saving the state
-                self._identity = self._identity_of(os.fstat(handle.fileno()))
+            self._identity = self._identity_of(os.fstat(handle.fileno()))
             self.journal.load(handle)
             return handle.seek(0, os.SEEK_END) > 0
         return False
@@ -2998,10 +3008,15 @@ class Walk:
 
     def _excludes_file(self, path: str) -> bool:
         relative = self._relative(path)
-        if not self.excludes.match(relative) or os.path.isdir(path):
+        if not self.excludes.match(relative):
             return False
-        self.excludes.note_file(relative)
-        return True
+        try:
+            may_be_folder = stat.S_ISDIR(os.stat(path).st_mode)
+        except OSError as error:  # no glob may hide that a folder cannot be read
+            may_be_folder = not (isinstance(error, NOT_THERE) or error.errno == errno.ELOOP)
+        if not may_be_folder:
+            self.excludes.note_file(relative)
+        return not may_be_folder
 
     def _relative(self, path: str) -> str:
         return path[len(os.path.join(self._root, "")) :].replace(os.sep, "/")
@@ -3317,8 +3332,8 @@ class March:
         old, is_unseen, in_bucket = last, False, None
         if found and last and found.filepath != last.filepath:
             last = None
-        if self._replaces_all and found and not found.error:
-            last = None
+        if last and found and self._replaces_all:  # what cannot be read now, by a later run
+            last = last.without_object() if found.error else None
         if last and found and not found.error:
             in_bucket = self._is_in_bucket(last)
         elif last and not found and self._is_unseen(last):
@@ -3343,7 +3358,11 @@ class March:
             entry.upload_id, entry.part_size = old.upload_id, part_size
             return entry
         self.abandoned.append(old)
-        return replace(old, upload_id=None, line=None) if entry is old else entry
+        if entry and entry.upload_id:  # it is kept as it was
+            entry = replace(entry, upload_id=None, line=None)
+            if not entry.uploaded:  # else these are of the object
+                entry.part_size = entry.sse = None
+        return entry
 
     def _is_in_bucket(self, last: Entry) -> bool | None:
         """Return whether the bucket lists the object that is known; None without a listing."""
@@ -5251,7 +5270,7 @@ class FolderCheck:
     def run(self, entries: Iterator[Entry], *, total: int) -> Iterator[tuple[Entry, str, str]]:
         """Yield each entry, the verdict on its file ("" for a right one), and the reason.
 
-        `total` is only shown: there is no lock, so another run may have changed the state.
+        `total` is only shown.
         """
         pool = Threads(self.THREADS)
         under_way: deque[tuple[Entry, Future[tuple[str, str]]]] = deque()

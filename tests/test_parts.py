@@ -861,6 +861,20 @@ def test_a_half_sent_file_that_cannot_be_looked_at_for_a_night_keeps_its_parts(
     assert job.proxy.count("CreateMultipartUpload") == 1
 
 
+@needs_permissions
+def test_an_upload_below_an_unreadable_folder_is_aborted_once(job: Job) -> None:
+    killed_in_parts(job, kept=[1, 3], user=NOBODY)
+    job.folder.chmod(0)
+    options = (*IN_PARTS, "--sse", "AES256")
+    for _ in range(2):
+        assert job.run(*options, "--skip-unchanged", user=NOBODY).returncode == 1
+        assert len(job.requests("AbortMultipartUpload")) == 1
+    job.folder.chmod(0o755)
+    assert_clean(job.crash_run(*options, user=NOBODY))
+    assert job.open_uploads() == []
+    job.check_all_is_there()
+
+
 def test_a_half_sent_file_whose_link_is_broken_for_a_night_keeps_its_parts_and_class(
     job: Job, tmp_path: Path
 ) -> None:

@@ -263,25 +263,41 @@ def test_what_is_below_a_link_to_a_disk_that_is_away_stays_in_the_state(
     assert job.state() == dict.fromkeys(("a.dat", "link/b.dat", "link/deep/c.dat", "linked.dat"), 1)
 
 
+@needs_permissions
 @pytest.mark.parametrize(
     "options", [("--storage-class", "STANDARD_IA"), ("--sse", "AES256")], ids=["class", "sse"]
 )
-def test_what_is_known_of_a_file_behind_a_broken_link_stays_in_the_state(
-    moto_job: Job, tmp_path: Path, options: tuple[str, ...]
+def test_what_could_not_be_looked_at_gets_its_storage_class_later(
+    moto_job: Job, options: tuple[str, ...]
 ) -> None:
-    job, target = moto_job, tmp_path / "target.dat"
-    job.make("a.dat")
-    target.write_bytes(b"bytes of the target")
-    (job.folder / "link.dat").symlink_to(target)
-    assert_clean(job.run(*options, env=run_first(tmp_path / "later", clock())))
-    etag = job.entry("link.dat")["etag"]
-    target.rename(tmp_path / "away")
-    assert_failed(job.run(*options), [job.folder / "link.dat"])
-    assert job.entry("link.dat")["known_etag"] == etag
-    (tmp_path / "away").rename(target)
+    job = moto_job
+    job.make("d/a", "b")
+    assert_clean(job.run(user=NOBODY))
+    job.path("d").chmod(0o444)
+    assert_failed(job.run(*options, user=NOBODY), [job.path("d/a")])
+    job.path("d").chmod(0o755)
     since = job.seen()
-    assert_clean(job.run(*options, "--skip-unchanged"))
-    assert job.sent(since) == []
+    assert_clean(job.crash_run(*options, user=NOBODY))
+    assert job.sent(since) == ["d/a"]
+
+
+@needs_permissions
+@pytest.mark.parametrize("was_sent", [True, False], ids=["sent", "never-sent"])
+def test_no_glob_hides_that_a_folder_cannot_be_looked_at(job: Job, was_sent: bool) -> None:
+    job.make("d/cache/a", "d/a-link", "b", "a-cache", "c-link")
+    options = ("--exclude", "*cache", "--exclude", "*-link", "--skip-unchanged")
+    if was_sent:
+        assert_clean(job.run(*options, user=NOBODY))
+        assert set(job.state()) == {"b", "d/cache/a"}
+    job.path("d").chmod(0o444)
+    completed = job.run(*options, user=NOBODY)
+    assert_failed(completed, [job.path("d/a-link"), job.path("d/cache")])
+    assert "gone" not in completed.stdout
+    assert job.crash_run(*options[:-1], user=NOBODY).returncode == 1
+    job.path("d").chmod(0o755)
+    since = job.seen()
+    assert_clean(job.crash_run(*options[:-1], user=NOBODY))
+    assert job.sent(since) == ([] if was_sent else ["d/cache/a"])
 
 
 @needs_permissions

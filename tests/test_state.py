@@ -464,7 +464,10 @@ def test_a_journal_is_read_over_the_state(job: Job, again: tuple[str, ...], torn
     job.check_no_leftovers()
 
 
-@pytest.mark.parametrize("odd", [1, "x", None, []], ids=json.dumps)
+OF_ANOTHER_ORDER = {"filepath": "/x", "uploadedSuccess": 1, "filename": "x", "line": 3}
+
+
+@pytest.mark.parametrize("odd", [1, "x", None, [], OF_ANOTHER_ORDER], ids=json.dumps)
 def test_a_line_of_the_journal_that_is_no_entry_is_ignored_as_if_torn(
     job: Job, odd: object
 ) -> None:
