@@ -1282,6 +1282,10 @@ class Journal:
             os.unlink(self.path)
             fsync_folder_of(self.path)
 
+    def has_lines(self) -> bool:
+        """Return whether this run has read or written any."""
+        return self._size > 0
+
     def is_of(self, state_crc32: int) -> bool:
         """Return whether it continues a state file with this CRC32; raises OSError."""
         with contextlib.suppress(FileNotFoundError), open(self.path, "rb", opener=open_own) as file:
@@ -1561,8 +1565,8 @@ class StateFile:
             raise StopRun(f"{why}; move it away, or choose another --statefile") from error
 
     def has_journal(self) -> bool:
-        """Return whether there is a journal file."""
-        return os.path.exists(self.journal.path)
+        """Return whether there is a journal, or was one that another program has removed."""
+        return self.journal.has_lines() or os.path.exists(self.journal.path)
 
     def save(self, lines: Iterable[str]) -> None:
         """Replace the state file atomically; raise OSError, or StopRun if the lock is gone."""

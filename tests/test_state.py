@@ -10,6 +10,7 @@ import signal
 import stat
 import sys
 import threading
+import time
 import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -745,7 +746,9 @@ def test_a_lock_that_has_another_name_is_not_written(job: Job, tmp_path: Path) -
     assert target.read_bytes() == b"123456789"
 
 
-def test_a_lock_that_is_deleted_in_mid_run_is_noticed(job: Job) -> None:
+# After more than a second, the last result goes to the journal, which the second run has deleted.
+@pytest.mark.parametrize("seconds", [0, 1.5], ids=["at-once", "with-a-journal"])
+def test_a_lock_that_is_deleted_in_mid_run_is_noticed(job: Job, seconds: float) -> None:
     files = job.make("a.dat", "b.dat")
     lock = job.state_path.with_name("state.json.lock")
     after: list[bytes] = []
@@ -754,9 +757,10 @@ def test_a_lock_that_is_deleted_in_mid_run_is_noticed(job: Job) -> None:
         lock.unlink()
         assert_clean(job.run())  # a second run, which nothing holds up now
         after.append(job.state_path.read_bytes())
+        time.sleep(seconds)
 
-    job.proxy.add_fault(Fault(call(meddle), operation="PutObject", times=1))
-    completed = job.run()
+    job.proxy.add_fault(Fault(call(meddle), operation="PutObject", key="b.dat", times=1))
+    completed = job.run("--max-concurrency", "1")  # so that a.dat is in the journal by then
     assert completed.returncode == 2
     (said,) = completed.stderr.splitlines()
     assert f"the lock {lock} was deleted" in said
