@@ -3100,6 +3100,23 @@ def is_same_file(found: Entry, last: Entry) -> bool:
     return (found.size, found.mtime_ns) == (last.size, last.mtime_ns)
 
 
+# found             last                               in_bucket  decision
+# ----------------  ---------------------------------  ---------  --------------------------------
+# unreadable        any                                any        FAIL
+# file              none, or of another size or mtime  any        SEND
+# file              of the same size and mtime         not True   SEND
+# file              the same, and its ctime            True       UNCHANGED
+# file              the same, with another ctime       True       COMPARE; SEND if ETags are no MD5
+# none, not sought  its object or upload is known      not False  KEEP
+# none, not sought  the same                           False      SEND
+# none              any other                          any        FORGET
+#
+# Thus a file below an unreadable folder keeps its entry, and the folder fails. A renamed file is
+# sent under its new key, and its old key is forgotten. If somebody has deleted an object, a run
+# with --skip-unchanged sends it again, while a crash run, which looks up three keys, may miss it.
+# A half-sent file is sent, too, and resumes its upload: see `March._settle_upload`.
+
+
 def decide(
     found: Entry | None, last: Entry | None, *, in_bucket: bool | None, is_unseen: bool = False
 ) -> Decision:
@@ -3109,8 +3126,7 @@ def decide(
     (`is_unseen`: its folder is unreadable, or a crash run trusts what was uploaded). `last` is the
     entry of the same file in the last state. `in_bucket` is whether the bucket lists the object
     that `last` knows, with its size and ETag; None if that is unknown: a normal run without
-    --skip-unchanged lists nothing, and a crash run looks up three keys (see `lacks_objects`). For
-    a half-sent upload, see `March._settle_upload`.
+    --skip-unchanged lists nothing.
     """
     if found is None:
         # A file that was never sent needs no entry: that of its unreadable folder covers it.
