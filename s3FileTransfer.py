@@ -316,6 +316,12 @@ class Entry:
         """Keep what is known about the object while the file is pending; `Known()` clears it."""
         self.known_etag, self.known_ctime_ns, self.known_part_size, self.known_sse = known
 
+    def without_upload(self) -> Entry:
+        """Return a copy that knows nothing about an upload."""
+        # Of a file that was sent, part_size and sse are those of the object.
+        part_size, sse = (self.part_size, self.sse) if self.uploaded else (None, None)
+        return replace(self, upload_id=None, part_size=part_size, sse=sse, line=None)
+
     def without_object(self) -> Entry:
         """Return a copy that knows nothing about the object, but of an upload to resume."""
         copy = replace(self, uploaded=False, etag=None, ctime_ns=None, line=None)
@@ -3100,21 +3106,23 @@ def is_same_file(found: Entry, last: Entry) -> bool:
     return (found.size, found.mtime_ns) == (last.size, last.mtime_ns)
 
 
-# found             last                               in_bucket  decision
-# ----------------  ---------------------------------  ---------  --------------------------------
-# unreadable        any                                any        FAIL
-# file              none, or of another size or mtime  any        SEND
-# file              of the same size and mtime         not True   SEND
-# file              the same, and its ctime            True       UNCHANGED
-# file              the same, with another ctime       True       COMPARE; SEND if ETags are no MD5
-# none, not sought  its object or upload is known      not False  KEEP
-# none, not sought  the same                           False      SEND
-# none              any other                          any        FORGET
+# found             last state                          in_bucket  decision
+# ----------------  ----------------------------------  ---------  -------------------------------
+# with an error     any                                 any        FAIL
+# file              none, or of another size or mtime   any        SEND
+# file              the same size and mtime             not True   SEND
+# file              the same, and the ctime             True       UNCHANGED
+# file              the same, with another ctime        True       COMPARE; SEND without an MD5
+# none, not sought  object or upload known              not False  KEEP
+# none, not sought  object known                        False      SEND
+# none, not sought  nothing known                       any        FORGET
+# none              any                                 any        FORGET
 #
-# Thus a file below an unreadable folder keeps its entry, and the folder fails. A renamed file is
-# sent under its new key, and its old key is forgotten. If somebody has deleted an object, a run
-# with --skip-unchanged sends it again, while a crash run, which looks up three keys, may miss it.
-# A half-sent file is sent, too, and resumes its upload: see `March._settle_upload`.
+# Thus a known file below an unreadable folder keeps its entry, and the folder fails. In a normal
+# run, a renamed file is sent under its new key, and its old key is forgotten; the old object
+# stays. A plain run lists nothing and sends all. A deleted object is sent again by a run with
+# --skip-unchanged; a crash run, which looks up three keys, may miss it. A half-sent file is sent,
+# too, and resumes its upload, unless the bucket still has its bytes: see `March._settle_upload`.
 
 
 def decide(
@@ -3378,11 +3386,7 @@ class March:
             entry.upload_id, entry.part_size = old.upload_id, part_size
             return entry
         self.abandoned.append(old)
-        if entry and entry.upload_id:  # it is kept as it was
-            entry = replace(entry, upload_id=None, line=None)
-            if not entry.uploaded:  # else these are of the object
-                entry.part_size = entry.sse = None
-        return entry
+        return entry.without_upload() if entry and entry.upload_id else entry
 
     def _is_in_bucket(self, last: Entry) -> bool | None:
         """Return whether the bucket lists the object that is known; None without a listing."""
