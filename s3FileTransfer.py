@@ -4552,7 +4552,6 @@ class Lane:
     def __init__(self) -> None:
         """Start the process; raises OSError."""
         self.tasks: dict[int, Task] = {}
-        self.files = 0
         self._heard_at = 0.0
         self._batch: list[Task] = []
         self._outbox: queue.SimpleQueue[list[Task]] = queue.SimpleQueue()
@@ -4564,7 +4563,6 @@ class Lane:
         if not self.tasks:
             self._heard_at = time.monotonic()
         self.tasks[task.line_number] = task
-        self.files += 1
         self._batch.append(task)
 
     def flush(self) -> None:
@@ -4908,9 +4906,6 @@ class Doubt:
         self.refused.clear()
 
 
-files_of = operator.attrgetter("files")
-
-
 class Transfer:
     """Sends the pending entries: hands them out, and acts on what becomes of them.
 
@@ -5029,7 +5024,7 @@ class Transfer:
     def _send(self, way: Way, task: Task) -> None:
         """Have a lane or a thread send a file."""
         if way is Way.LANE:
-            min(self._lanes, key=files_of).add(task)
+            min(self._lanes, key=lambda lane: len(lane.tasks)).add(task)
             return
         future = self._pools[way].submit(self._uploader.upload, task)
         # A bug in the thread is raised again in the main thread, by result().
@@ -5090,7 +5085,6 @@ class Transfer:
     def _take_results(self, lane: Lane, results: list[LaneResult]) -> None:
         if lane not in self._lanes:  # its files are with the reliable way already
             return
-        lane.files -= len(results)
         for number, size, mtime_ns, ctime_ns, etag, sse, md5 in results:
             task = lane.tasks.pop(number)
             if etag is None or md5:
