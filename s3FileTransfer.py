@@ -4441,6 +4441,7 @@ class LaneSender:
         """
         for work in (self._receive, self._cancel_late):
             threading.Thread(target=work, daemon=True).start()
+        send_message(self._pipe, [])  # it is ready
         while True:
             self._calls.get()()
             with contextlib.suppress(queue.Empty):
@@ -4552,7 +4553,8 @@ class Lane:
     def __init__(self) -> None:
         """Start the process; raises OSError."""
         self.tasks: dict[int, Task] = {}
-        self._heard_at = 0.0
+        self.is_ready = False  # to send what it gets at once
+        self._heard_at = math.inf
         self._batch: list[Task] = []
         self._outbox: queue.SimpleQueue[list[Task]] = queue.SimpleQueue()
         self._child = Child(self.ARGUMENT)
@@ -4576,6 +4578,7 @@ class Lane:
         known: Credentials | None = None
         # When the credentials or the lane fail, the pipe closes, which ends the lane.
         with contextlib.suppress(OSError, StopRun, *request_errors()), self._child.input as pipe:
+            self._heard_at = time.monotonic()
             send_message(pipe, tuple(template))
             while True:
                 tasks = [task[:3] for task in self._outbox.get()]  # line_number, filepath, key
@@ -4584,14 +4587,15 @@ class Lane:
                 known = credentials
 
     def results(self) -> Iterator[list[LaneResult]]:
-        """Yield its results, in lists, until it ends."""
+        """Yield its results, in lists, until it ends; the first list is empty."""
         for results in messages_of(self._child.output):
-            self._heard_at = time.monotonic()
+            self._heard_at, self.is_ready = time.monotonic(), True
             yield results
 
     def is_stuck(self) -> bool:
-        """Return whether a result is long overdue: a disk may hang (NFS)."""
-        return bool(self.tasks) and time.monotonic() - self._heard_at > self.STUCK_SECONDS
+        """Return whether a message is long overdue: a disk may hang (NFS)."""
+        is_awaited = self.tasks or not self.is_ready
+        return bool(is_awaited) and time.monotonic() - self._heard_at > self.STUCK_SECONDS
 
 
 class Lanes(list[Lane]):
@@ -4741,8 +4745,11 @@ class Room:
             files_max = min(files_max, self._requests // 2)
         if self.files[Way.LANE] >= files_max:
             return False
-        if self._bandwidth and self._bandwidth.seconds_until_free():
-            return False
+        if self._bandwidth:
+            # What a lane gets before it is ready would leave at once, however much that is.
+            are_ready = all(lane.is_ready for lane in self._lanes)
+            if not are_ready or self._bandwidth.seconds_until_free():
+                return False
         if self._slots and not self._slots.acquire(blocking=False):
             return False
         if self._bandwidth:
@@ -4939,8 +4946,9 @@ class Transfer:
         }
         for pool in self._pools.values():
             pool.submit(int)  # int() does nothing: one thread a pool, before one uses up the limit
-        # What threads and lanes report: calls for the main thread.
-        self._news: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        # What threads and lanes report: calls for the main thread. Not a SimpleQueue: before Python
+        # 3.13, its get() waits forever if a signal comes when the timeout is nearly over.
+        self._news: queue.Queue[Callable[[], None]] = queue.Queue()
         self.records = Records(run, plan)
         # The files that are still to be handed out, and the first of them, by way.
         ways = Way.LANE, Way.THREAD, Way.PARTS

@@ -177,6 +177,27 @@ def test_a_signal_while_a_request_is_tried_again_ends_the_run(job: Job) -> None:
     assert job.uploaded() == set()
 
 
+SLOW_HANDLERS = """
+import signal, time
+set_handler = signal.signal
+def slow(handler):
+    return lambda *caught: (time.sleep(0.3), handler(*caught))
+signal.signal = lambda signum, handler: set_handler(
+    signum, slow(handler) if callable(handler) else handler
+)
+"""
+
+
+def test_a_signal_that_is_handled_late_ends_the_run(job: Job) -> None:
+    # On a busy machine, what waits for news is waked after its time is over.
+    job.write({"f": b"f"})
+    job.proxy.add_fault(Fault(stall(600), operation="PutObject"))
+    process = job.start(python_flags=prelude(SLOW_HANDLERS))
+    job.wait_for("PutObject")
+    assert_interrupted(ended_by(process, signal.SIGTERM), 143)
+    job.check_state_is_true()
+
+
 def test_a_second_signal_ends_the_run_at_once(job: Job) -> None:
     job.write({"large": some_bytes(LARGE_BYTES)})
     job.proxy.add_fault(Fault(stall(600), operation="UploadPart"))
