@@ -139,6 +139,10 @@ def become(run: dict[str, Any], script: str, code: types.CodeType) -> types.Code
     sys.stdin = sys.__stdin__ = standard_stream(sys.stdin, 0)  # type: ignore[misc]
     sys.stdout = sys.__stdout__ = standard_stream(sys.stdout, 1)  # type: ignore[misc]
     sys.stderr = sys.__stderr__ = standard_stream(sys.stderr, 2)  # type: ignore[misc]
+    if site := run["env"].get("PYTHONPATH"):
+        sys.path.insert(1, site)
+        sys.modules.pop("sitecustomize", None)  # the one of the system
+        importlib.import_module("sitecustomize")
     exec(run["before"], {"__name__": "before"})
     # The module __main__ is the script's from here on.
     builtins = globals()["__builtins__"]

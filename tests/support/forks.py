@@ -30,6 +30,8 @@ TEXT_PIPES: dict[str, Any] = {
 }
 # What Python itself looks at when it starts.
 PYTHON_READS = ("PYTHON", "LC_", "LANG", "LD_", "TZ")
+# A module in PYTHONPATH that Python imports when it starts: a fork imports it, too.
+SITE_MODULE = "sitecustomize.py"
 
 Command = tuple[Path, Path]  # an interpreter and a script
 
@@ -41,9 +43,16 @@ def can_run(env: Mapping[str, str]) -> bool:
     """Whether a fork has all that a run in this environment inherits."""
     return (
         is_wanted
-        and not any(name.startswith(PYTHON_READS) for name in env)
+        and not any(name.startswith(PYTHON_READS) for name in env.keys() - _site_of(env))
         and signal.SIG_IGN not in map(signal.getsignal, (signal.SIGHUP, signal.SIGTERM))
     )
+
+
+def _site_of(env: Mapping[str, str]) -> set[str]:
+    """The variable that leads to a folder with nothing in it but the site module, if there is."""
+    folder = Path(env.get("PYTHONPATH", ""))
+    has_site = folder.is_absolute() and os.listdir(folder) == [SITE_MODULE]
+    return {"PYTHONPATH"} if has_site else set()
 
 
 @functools.cache
