@@ -2058,10 +2058,11 @@ class CredentialSource:
         "InvalidAccessKeyId InvalidClientTokenId".split()
     )
 
-    def __init__(self, profile: str | None) -> None:
+    def __init__(self, session: botocore.session.Session, profile: str | None) -> None:
         self._profile, self._lock = profile, threading.Lock()
-        self._session, self._given = self._ask()
+        self._loaded, self._given = self._ask(session)
         self._asked_about: Credentials | None = None
+        session.register_component("credential_provider", self)
 
     def load_credentials(self) -> CredentialSource:
         """Return the credentials, like botocore's providers."""
@@ -2072,7 +2073,7 @@ class CredentialSource:
 
     def get_frozen_credentials(self) -> Credentials:
         """Return the present credentials, like botocore's."""
-        return self._credentials_of(self._session)
+        return self._present(self._loaded)
 
     def renewing(self, attempt: Callable[[], T]) -> T:
         """Return what `attempt` returns, once repeated if expired credentials have been renewed."""
@@ -2089,27 +2090,20 @@ class CredentialSource:
         with self._lock:  # only the first of many threads asks
             if self._given is used and self._asked_about is not used:
                 self._asked_about = used
-                session, given = self._ask()
+                # A new session reads the user's files again.
+                loaded, given = self._ask(botocore.session.Session(profile=self._profile))
                 if given != used:
-                    self._session, self._given = session, given
+                    self._loaded, self._given = loaded, given
             return self._given is not used
 
-    def _ask(self) -> tuple[botocore.session.Session, Credentials]:
-        """Return a new session, which reads the user's files again, and its credentials."""
-        session = botocore.session.Session(profile=self._profile)
-        return session, self._credentials_of(session)
+    def _ask(self, session: botocore.session.Session) -> tuple[Any, Credentials]:
+        """Return botocore's credentials as a new session loads them, and what they are now."""
+        provider: Any = session.get_component("credential_provider")
+        loaded = self._call(provider.load_credentials)
+        return loaded, self._present(loaded)
 
-    @staticmethod
-    def _credentials_of(session: botocore.session.Session) -> Credentials:
-        try:
-            credentials = session.get_credentials()
-            frozen = credentials.get_frozen_credentials() if credentials else None
-        except (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError):
-            raise
-        except Exception as error:  # a source may make botocore raise any
-            raise botocore.exceptions.CredentialRetrievalError(
-                provider="their source", error_msg=one_line(error)
-            ) from error
+    def _present(self, loaded: Any) -> Credentials:
+        frozen = self._call(loaded.get_frozen_credentials) if loaded else None
         if not frozen:
             raise botocore.exceptions.NoCredentialsError
         found = [str(text or "") for text in (frozen.access_key, frozen.secret_key, frozen.token)]
@@ -2118,6 +2112,17 @@ class CredentialSource:
             why = "the credentials lack a key, or have white space or odd characters"
             raise StopRun(f"{why}; set them again")
         return Credentials(found[0], found[1], found[2] or None)
+
+    @staticmethod
+    def _call(load: Callable[[], Any]) -> Any:
+        try:
+            return load()
+        except (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError):
+            raise
+        except Exception as error:  # a source may make botocore raise any
+            raise botocore.exceptions.CredentialRetrievalError(
+                provider="their source", error_msg=one_line(error)
+            ) from error
 
 
 def check_address(address: str, what: str) -> None:
@@ -2168,9 +2173,8 @@ class Session:
         checksums = "request_checksum_calculation", "response_checksum_validation"
         defaults = {n: (n, f"AWS_{n.upper()}", "when_required", None) for n in checksums}
         try:
-            self.source = CredentialSource(options.profile)
             self._core = botocore.session.Session(profile=options.profile, session_vars=defaults)
-            self._core.register_component("credential_provider", self.source)
+            self.source = CredentialSource(self._core, options.profile)
             self._session = boto3.Session(botocore_session=self._core)
             configured = self._core.get_config_variable("ca_bundle")
             # With an empty one, boto3 would trust any certificate.
@@ -3750,6 +3754,9 @@ class Uploader:
         # Set when S3 has accepted something: a refusal is then not of all files.
         self.accepted = threading.Event()
         self._report = bucket.run.report
+        # The first look-up takes 5 ms, since it reads the system's table of types; without this,
+        # each thread would read that table.
+        content_type_of("")
 
     def upload(self, task: Task) -> Result:
         """Send one file; return the outcome, which is decided nowhere else."""

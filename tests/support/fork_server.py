@@ -14,6 +14,7 @@ from __future__ import annotations
 import array
 import contextlib
 import dis
+import functools
 import gc
 import importlib
 import io
@@ -52,6 +53,11 @@ def preload(code: types.CodeType) -> None:
     # Of the libraries' own files too, which do not change: each is read and parsed once.
     loaders.JSONFileLoader.load_file = once(loaders.JSONFileLoader.load_file)
     loaders.Loader.list_available_services = once(loaders.Loader.list_available_services)
+    # So are the answers of pure functions, and the system's table of media types.
+    hooks: Any = importlib.import_module("botocore.hooks")
+    hooks.accepts_kwargs = functools.cache(hooks.accepts_kwargs)
+    hooks.EventAliaser._alias_event_name = once(hooks.EventAliaser._alias_event_name)
+    importlib.import_module("mimetypes").init()
     boto3.Session("none", "none").client("s3", region_name="eu-west-1")
     gc.collect()
     gc.freeze()
