@@ -2,8 +2,9 @@
 
 Most tests run against `rclone serve s3`, those that need AWS's semantics against moto's server;
 both are started here. A test that asks for `each_server` runs against both, one that asks for
-`each_client` by both ways of sending small files; with --long all others do so too. With
-S3_TEST_ENDPOINT and the usual AWS_* variables, that endpoint is the server.
+`each_client` by both ways of sending small files; with --long all others do so too. Of the cases
+of a test that is marked `few`, only some run without --long. With S3_TEST_ENDPOINT and the usual
+AWS_* variables, that endpoint is the server.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "long: takes long; runs with --long only")
+    config.addinivalue_line("markers", "few(n): without --long, only n of its cases run")
     if config.getoption("--long"):
         forks.is_wanted = False
     # Another user, as whom root runs some tests, must get at their folders.
@@ -68,9 +70,23 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not config.getoption("--long"):
-        left_out = [item for item in items if item.get_closest_marker("long")]
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in left_out]
+        kept = _without_long_cases(items)
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = [item for item in items if item in kept]
+
+
+def _without_long_cases(items: list[pytest.Item]) -> set[pytest.Item]:
+    """Of the tests that are not long, all cases or those few, evenly spread, that are marked."""
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if not item.get_closest_marker("long"):
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    kept = set[pytest.Item]()
+    for of_one in cases.values():
+        few = of_one[0].get_closest_marker("few")
+        count = min(few.args[0] if few else len(of_one), len(of_one))
+        kept.update(of_one[number * len(of_one) // count] for number in range(count))
+    return kept
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -276,6 +276,7 @@ def test_a_locale_in_which_names_are_read_wrongly_is_refused(
     ],
     ids=str,
 )
+@pytest.mark.few(1)
 def test_unicode_names_where_the_terminal_knows_none(job: Job, env: dict[str, str]) -> None:
     files = job.make("ünïcode", "日本語 🎉")
     (job.folder / "zerbrochener Lünk").symlink_to("missing")

@@ -448,6 +448,7 @@ def test_a_write_only_credential_that_may_not_look_is_enough(job: Job) -> None:
 
 
 @pytest.mark.parametrize("exists", [True, False])
+@pytest.mark.few(2)
 def test_the_expected_owner_is_named_in_every_request_that_takes_it(
     job: Job, each_client: tuple[str, ...], exists: bool
 ) -> None:

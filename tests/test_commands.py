@@ -411,6 +411,7 @@ def test_a_file_that_is_compared_and_differs_is_sent_at_the_first_try(
 
 
 @needs_permissions
+@pytest.mark.few(1)
 def test_what_had_its_mode_changed_is_read_and_not_sent(each_job: Job, tmp_path: Path) -> None:
     job, record = each_job, tmp_path / "record"
     later = run_first(tmp_path / "later", clock(), recorder(job.folder, record))
@@ -456,6 +457,7 @@ os.open = counted
 
 @needs_signals
 @pytest.mark.parametrize("again", [("--crashrun", "1"), (SKIP,)], ids=" ".join)
+@pytest.mark.few(1)
 def test_what_a_signal_kept_from_being_read_is_read_and_not_sent(
     job: Job, again: tuple[str, ...]
 ) -> None:
@@ -839,6 +841,7 @@ def killed(job: Job, env: Mapping[str, str]) -> None:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else value.__name__,
 )
+@pytest.mark.few(2)
 def test_a_night_on_which_nothing_could_be_sent_forgets_nothing(
     moto_job: Job,
     tmp_path: Path,
@@ -1006,6 +1009,7 @@ def killed_in_the_walk(job: Job, tmp_path: Path, *arguments: str) -> None:
     ],
     ids=["normal", "crash", "skip", "crash-skip"],
 )
+@pytest.mark.few(2)
 def test_a_kill_during_the_walk_forgets_no_upload(
     job: Job, tmp_path: Path, arguments: tuple[str, ...], sent: list[str]
 ) -> None:
@@ -1130,6 +1134,7 @@ def test_a_crash_run_sends_what_is_missing_and_nothing_else(job: Job) -> None:
 # --- --verify: all is right ------------------------------------------------------------------
 
 
+@pytest.mark.few(1)
 def test_a_backup_is_right(each_job: Job) -> None:
     job = each_job
     names = odd_names(job.server.name)
@@ -1233,6 +1238,7 @@ def test_an_object_that_is_not_as_recorded_is_named_and_repaired(job: Job) -> No
     assert_right(job, files=5)
 
 
+@pytest.mark.few(1)
 def test_a_multipart_object_that_was_replaced_is_named(each_job: Job) -> None:
     job = each_job
     size = LARGE_BYTES
@@ -1839,6 +1845,7 @@ def test_a_file_excluded_now_leaves_the_state_and_stays_in_the_bucket(job: Job) 
 # --- Options together: a crash run -----------------------------------------------------------
 
 
+@pytest.mark.few(1)
 def test_storage_class_and_sse_apply_to_what_a_crash_run_sends(small_job: Job) -> None:
     job = small_job
     job.make(*TREE)

@@ -147,6 +147,7 @@ class Renewed:
 
 
 @pytest.mark.parametrize(("operation", "way"), [("PutObject", CLASSIC), ("UploadPart", ())])
+@pytest.mark.few(1)
 def test_a_token_that_another_program_renewed_is_taken(
     moto_job: Job, tmp_path: Path, operation: str, way: tuple[str, ...]
 ) -> None:
@@ -390,6 +391,7 @@ def test_bodies_are_signed_where_the_configuration_says_so(job: Job, tmp_path: P
 
 
 @pytest.mark.parametrize("place", ["configuration", "environment"])
+@pytest.mark.few(1)
 def test_checksums_are_sent_where_the_configuration_says_so(
     moto_job: Job, tmp_path: Path, place: str
 ) -> None:
@@ -419,6 +421,7 @@ def test_the_application_of_the_configuration_is_named(job: Job, tmp_path: Path)
 @pytest.mark.parametrize(
     ("name", "why"), [("missing", "no such file"), (".", "is a directory"), ("config", "no cert")]
 )
+@pytest.mark.few(2)
 def test_a_ca_bundle_that_is_none_is_said_at_once(
     tls_job: Job, tmp_path: Path, name: str, why: str
 ) -> None:

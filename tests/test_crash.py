@@ -20,12 +20,12 @@ from support.kills import kill_in_walk, killed_in_parts, killing_call
 from support.script import journal_of, wait_until
 from support.systems import needs_proc, needs_signals
 
-ROUNDS, LONG_ROUNDS = 10, 60
+ROUNDS, LONG_ROUNDS = 5, 60
 # Of the bucket that is deleted or made anew, with two kills in each.
-BUCKET_ROUNDS, LONG_BUCKET_ROUNDS = 3, 100
+BUCKET_ROUNDS, LONG_BUCKET_ROUNDS = 2, 100
 SMALL_FILES = 100
 # In walk, merge and save.
-OWN_ROUNDS, LONG_OWN_ROUNDS = 5, 140
+OWN_ROUNDS, LONG_OWN_ROUNDS = 3, 140
 # HeadBucket, the small files, and the start, parts and end of one multipart upload.
 REQUESTS = 1 + SMALL_FILES + 1 + 3 + 1
 
@@ -215,6 +215,7 @@ def test_nothing_goes_on_when_the_run_is_killed(job: Job) -> None:
         ("replace", 3, False),
     ],
 )
+@pytest.mark.few(2)
 def test_a_kill_while_the_state_is_saved(
     job: Job, tmp_path: Path, name: str, count: int, before: bool
 ) -> None:

@@ -219,6 +219,7 @@ def proof(job: Job, restored: Path) -> Completed:
     return job.run_plainly(*(here.get(word, word) for word in words), server=None)
 
 
+@pytest.mark.few(1)
 def test_a_restored_folder_is_proven_file_by_file(each_job: Job, restored: Path) -> None:
     job, count = each_job, len(TIMES)
     make_timed_files(job)

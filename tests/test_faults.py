@@ -146,6 +146,7 @@ def test_what_every_file_meets_from_some_moment_on_stops_the_run(small_job: Job)
 
 
 @pytest.mark.parametrize("others", [0, 40], ids=["alone", "among-others"])
+@pytest.mark.few(1)
 def test_one_key_at_which_the_server_always_fails_is_one_failure(job: Job, others: int) -> None:
     job.write({**small_files(others), "z-cursed": b"cursed"})
     job.proxy.add_fault(Fault(answer(500, "InternalError"), operation="PutObject", key="z-cursed"))
@@ -181,6 +182,7 @@ REFUSALS_OF_ALL = [
 
 
 @pytest.mark.parametrize(("action", "said"), REFUSALS_OF_ALL)
+@pytest.mark.few(1)
 def test_the_same_answer_to_every_file_stops_the_run(
     job: Job, client: tuple[str, ...], action: Action, said: str
 ) -> None:
@@ -205,6 +207,7 @@ def test_the_same_answer_to_every_file_stops_the_run(
         pytest.param("crt", 500, "InternalError", marks=pytest.mark.long),
     ],
 )
+@pytest.mark.few(2)
 def test_bad_keys_do_not_stop_the_good_ones(job: Job, way: str, status: int, code: str) -> None:
     bad = [f"aaa/{number:02}" for number in range(49)]
     good = [f"zzz/{number:03}" for number in range(100)]
@@ -243,6 +246,7 @@ def test_many_keys_at_which_the_server_fails_beside_others_that_it_takes_do_not_
 
 @pytest.mark.parametrize("code", ["InvalidAccessKeyId", "SignatureDoesNotMatch"])
 @pytest.mark.parametrize("after", [0, 30])
+@pytest.mark.few(3)
 def test_credentials_that_are_wrong_stop_every_run(small_job: Job, code: str, after: int) -> None:
     job = small_job
     job.write(small_files(80))
@@ -289,6 +293,7 @@ def test_a_fifth_refused_and_a_twentieth_dropped_loses_nothing(small_job: Job) -
         ),
     ],
 )
+@pytest.mark.few(3)
 def test_trouble_that_passes_is_ridden_out(
     job: Job, client: tuple[str, ...], action: Action
 ) -> None:

@@ -230,6 +230,7 @@ def test_what_is_flushed_to_the_disk_is_whole_and_waited_for(job: Job, tmp_path:
     ],
     ids=["another-key", "another-size", "another-number"],
 )
+@pytest.mark.few(2)
 def test_parts_that_are_not_those_of_the_file_are_sent_again(
     moto_job: Job, said: bytes, instead: bytes
 ) -> None:

@@ -242,6 +242,7 @@ MEMBERSHIP = "11:memory:/x\n3:cpu,cpuacct:/x/y\n0::/a/b\n"
 @needs_cores
 @needs_proc
 @pytest.mark.parametrize("name", QUOTAS)
+@pytest.mark.few(2)
 def test_the_quota_of_a_container_counts_as_its_cores(job: Job, tmp_path: Path, name: str) -> None:
     count, quotas = QUOTAS[name]
     files = {f"sys/fs/cgroup/{path}": f"{text}\n" for path, text in quotas.items()}
@@ -455,6 +456,7 @@ if {is_everywhere} or "be-a-lane" in sys.orig_argv:  # else in lanes alone
 
 @pytest.mark.parametrize(("call_that_fails", "code"), [("fstat", "ESTALE"), ("read", "EIO")])
 @pytest.mark.parametrize("is_everywhere", [False, True], ids=["in-lanes", "everywhere"])
+@pytest.mark.few(2)
 def test_a_disk_that_fails_after_the_put_of_a_lane_costs_that_file_alone(
     job: Job, tmp_path: Path, call_that_fails: str, code: str, is_everywhere: bool
 ) -> None:
@@ -518,6 +520,7 @@ def test_lanes_trust_the_authorities_of_the_environment(tls_job: Job) -> None:
 
 
 @pytest.mark.parametrize(("name", "by_lane"), [("auto", False), ("crt", True), ("classic", False)])
+@pytest.mark.few(2)
 def test_preferred_transfer_client(job: Job, name: str, by_lane: bool) -> None:
     job.write({"a.txt": b"bytes", "large": some_bytes(LARGE_BYTES)})
     assert_clean(job.run(CLIENT_OPTION, name, *IN_PARTS))
@@ -578,6 +581,7 @@ def test_a_lane_sends_the_request_that_boto3_sends(job: Job) -> None:
 @needs_proc
 @pytest.mark.parametrize("is_killed", [False, True], ids=["at work", "killed"])
 @pytest.mark.parametrize("arguments", [("--skip-unchanged",), ("--verify",)], ids=" ".join)
+@pytest.mark.few(2)
 def test_a_long_listing_is_parsed_beside_the_walk(
     job: Job, arguments: tuple[str, ...], is_killed: bool
 ) -> None:
@@ -604,6 +608,7 @@ def test_a_long_listing_is_parsed_beside_the_walk(
 
 @needs_cores
 @pytest.mark.parametrize("text", ["some text", "\0" * 16, "\0" * 7 + "\3abc"])
+@pytest.mark.few(1)
 def test_text_that_a_module_prints_at_the_start_ends_a_child_and_nothing_else(
     job: Job, tmp_path: Path, text: str
 ) -> None:
@@ -804,6 +809,7 @@ OFTEN = (("SAVE_INTERVAL_SECONDS = 2", "0.01"),)
 
 
 @needs_proc
+@pytest.mark.few(1)
 def test_saves_in_mid_run_where_open_files_cannot_be_replaced(
     job: Job, each_client: tuple[str, ...]
 ) -> None:
@@ -834,6 +840,7 @@ def test_saves_in_mid_run_where_open_files_cannot_be_replaced(
 
 
 @needs_proc
+@pytest.mark.few(1)
 def test_a_run_is_interrupted_where_open_files_cannot_be_replaced(
     job: Job, each_client: tuple[str, ...]
 ) -> None:

@@ -123,6 +123,7 @@ BOTH_SIZES = {"small": BODY, "streamed": some_bytes(IN_MEMORY_BYTES + 1)}
         pytest.param(flip_byte(), "BadDigest", id="flipped-byte"),
     ],
 )
+@pytest.mark.few(2)
 def test_what_is_damaged_again_and_again_is_tried_three_times_and_fails(
     small_job: Job, action: Action, said: str
 ) -> None:
@@ -145,6 +146,7 @@ def test_what_is_damaged_again_and_again_is_tried_three_times_and_fails(
         pytest.param(answer(400, "BadDigest"), id="refused"),
     ],
 )
+@pytest.mark.few(4)
 def test_a_fault_once_is_mended_by_sending_again(small_job: Job, action: Action) -> None:
     job = small_job
     job.write(BOTH_SIZES)
@@ -230,6 +232,7 @@ def test_an_etag_is_the_same_however_it_is_written(many_job: Job) -> None:
 
 
 @pytest.mark.parametrize("name", MADE_UP)
+@pytest.mark.few(2)
 def test_where_an_etag_is_no_md5_the_object_is_looked_at_and_nothing_is_sent_twice(
     many_job: Job, tmp_path: Path, name: str
 ) -> None:
@@ -283,6 +286,7 @@ def test_parts_whose_etags_are_no_md5s_are_accepted(moto_job: Job) -> None:
         pytest.param(answer(404, "NoSuchKey"), "is there", id="not-there"),
     ],
 )
+@pytest.mark.few(3)
 def test_an_object_that_does_not_prove_to_be_the_file_is_damage(
     small_job: Job, head: Action, said: str
 ) -> None:
@@ -297,6 +301,7 @@ def test_an_object_that_does_not_prove_to_be_the_file_is_damage(
 
 
 @pytest.mark.parametrize("etag", [MADE_UP["uuid"], ""], ids=["made-up", "none"])
+@pytest.mark.few(2)
 def test_where_the_object_may_not_be_looked_at_an_etag_at_least_is_asked_for(
     small_job: Job, etag: str
 ) -> None:
@@ -430,6 +435,7 @@ def test_a_file_whose_time_alone_changes_is_sent_once(job: Job) -> None:
         shrink,
     ],
 )
+@pytest.mark.few(3)
 def test_a_file_that_changes_once_is_sent_again(job: Job, change: Callable[[Path], None]) -> None:
     changing(job, change, times=1)
     assert_clean(job.run(*AS_WAYS))
@@ -437,6 +443,7 @@ def test_a_file_that_changes_once_is_sent_again(job: Job, change: Callable[[Path
 
 
 @pytest.mark.parametrize("change", [rewrite, shrink])
+@pytest.mark.few(1)
 def test_a_file_that_changes_all_the_time_is_tried_three_times(
     job: Job, change: Callable[[Path], None]
 ) -> None:
@@ -479,6 +486,7 @@ def link_after_plan(folder: Path, path: Path, target: Path, *codes: str) -> dict
 
 @pytest.mark.parametrize("follows", [False, True], ids=["no-follow", "follow"])
 @pytest.mark.parametrize("way", AS_LINKS)
+@pytest.mark.few(4)
 def test_a_file_that_becomes_a_link_after_the_walk_is_followed_only_where_links_are(
     job: Job, tmp_path: Path, way: str, follows: bool
 ) -> None:
@@ -502,6 +510,7 @@ LOOKED_AT = [pytest.param(way, WITHOUT_DIR_FD, id=f"{way}-looked-at") for way in
 
 
 @pytest.mark.parametrize(("way", "system"), [*BY_NAME, *LOOKED_AT])
+@pytest.mark.few(3)
 def test_a_folder_that_becomes_a_link_after_the_walk_is_not_followed(
     job: Job, tmp_path: Path, way: str, system: str
 ) -> None:
@@ -558,6 +567,7 @@ while True:
 
 @needs_leases
 @pytest.mark.parametrize("way", AS_LINKS)
+@pytest.mark.few(2)
 def test_a_file_with_a_lease_is_sent_once_the_lease_is_given_up(job: Job, way: str) -> None:
     size, options = AS_LINKS[way]
     job.write({"f": some_bytes(size), "good": b"good"})
@@ -646,6 +656,7 @@ BAD_WHEN = {
 
 @needs_proc
 @pytest.mark.parametrize("when", BAD_WHEN)
+@pytest.mark.few(2)
 def test_a_file_that_the_disk_cannot_read_fails_alone(job: Job, tmp_path: Path, when: str) -> None:
     condition, ways = BAD_WHEN[when]
     code = BAD_DISK.format(errno=errno.EIO, condition=condition)
@@ -695,6 +706,7 @@ def test_small_files_take_as_long_as_the_limit_says(small_job: Job) -> None:
 
 
 @pytest.mark.parametrize("way", ["memory", "streamed", "parts"])
+@pytest.mark.few(2)
 def test_a_large_file_takes_as_long_as_the_limit_says(job: Job, way: str) -> None:
     size = {"memory": 4 * MIB, "streamed": IN_MEMORY_BYTES + 1, "parts": LARGE_BYTES}[way]
     rate = ("--max-bandwidth", "5MB/s")
@@ -706,6 +718,7 @@ def test_a_large_file_takes_as_long_as_the_limit_says(job: Job, way: str) -> Non
 
 
 @pytest.mark.parametrize("rate", ["10kB/s", "1TB/s", " 0.7 mb/s "])
+@pytest.mark.few(2)
 def test_rates_are_written_like_sizes(job: Job, rate: str) -> None:
     job.make(*(f"{number:03}" for number in range(100)))
     assert_clean(job.run("--max-bandwidth", rate))
@@ -717,6 +730,7 @@ def test_rates_are_written_like_sizes(job: Job, rate: str) -> None:
     [answer(503, "SlowDown"), drop_mid_body(), flip_byte()],
     ids=["throttled", "cut-off", "damaged"],
 )
+@pytest.mark.few(2)
 def test_what_fails_once_is_sent_again_below_a_limit(job: Job, action: Action) -> None:
     job.write({key: some_bytes(size) for key, size in SIZES_OF_WAYS.items()})
     faults = [

@@ -112,6 +112,7 @@ SIZES_IN_PARTS = [PART_BYTES, 2 * PART_BYTES - 1, 2 * PART_BYTES, LARGE_BYTES]
 @pytest.mark.parametrize(
     ("name", "size"), [*(("moto", size) for size in SIZES_IN_PARTS), ("rclone", LARGE_BYTES)]
 )
+@pytest.mark.few(3)
 def test_a_file_in_parts_arrives_whole(
     request: pytest.FixtureRequest, name: str, size: int
 ) -> None:
@@ -318,6 +319,7 @@ def test_an_upload_that_may_be_completed_still_is_not_aborted(job: Job) -> None:
         pytest.param(drop_after_forward(), id="lost-answer"),
     ],
 )
+@pytest.mark.few(3)
 def test_a_part_that_fails_once_is_sent_again_alone(job: Job, action: Action) -> None:
     in_parts(job, Fault(action, part_number=2, times=1))
     assert_clean(job.run(*IN_PARTS))
@@ -529,6 +531,7 @@ def check_finished_by(job: Job, *options: str, parts: list[int], user: int | Non
 @pytest.mark.parametrize(
     ("kept", "crashrun"), [([], "1"), ([1], "0"), ([2, 4], "1"), ([1, 2, 3, 4], "0")], ids=str
 )
+@pytest.mark.few(2)
 def test_only_missing_parts_are_sent(job: Job, crashrun: str, kept: list[int]) -> None:
     leave = killed_in_parts if kept == [1] else left_in_parts
     leave(job, kept=kept, size=4 * PART_BYTES + 1)
@@ -668,6 +671,7 @@ LISTED_AS_IA = replace_in_answer(lambda page: page.replace(b">STANDARD<", b">STA
 @pytest.mark.parametrize(
     "again", [("--crashrun", "1"), (), ("--skip-unchanged",)], ids=["crash", "normal", "skip"]
 )
+@pytest.mark.few(2)
 def test_a_resumed_upload_has_the_storage_class_and_sse_it_began_with(
     job: Job, again: tuple[str, ...]
 ) -> None:
@@ -687,6 +691,7 @@ def test_a_resumed_upload_has_the_storage_class_and_sse_it_began_with(
     ],
     ids=["class", "kms", "both"],
 )
+@pytest.mark.few(2)
 def test_storage_class_and_sse_that_only_the_crash_run_asks_for_apply_to_the_whole(
     job: Job, options: tuple[str, ...], expected: tuple[str | None, str | None]
 ) -> None:
@@ -844,6 +849,7 @@ def test_a_half_sent_file_on_a_disk_that_is_away_for_a_night_keeps_its_parts(
 @pytest.mark.parametrize(
     "options", [("--storage-class", "STANDARD_IA"), ("--sse", "AES256")], ids=["class", "sse"]
 )
+@pytest.mark.few(1)
 def test_a_half_sent_file_that_cannot_be_looked_at_for_a_night_keeps_its_parts(
     job: Job, options: tuple[str, ...]
 ) -> None:

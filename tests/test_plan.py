@@ -310,6 +310,7 @@ def test_folder_that_may_be_listed_but_not_entered_fails(job: Job) -> None:
 
 @needs_permissions
 @pytest.mark.parametrize("again", [("--skip-unchanged",), ("--crashrun", "1"), ()], ids=" ".join)
+@pytest.mark.few(2)
 def test_what_is_below_a_folder_that_may_be_listed_but_not_entered_stays_in_the_state(
     job: Job, again: tuple[str, ...]
 ) -> None:
@@ -826,6 +827,7 @@ def test_exclude(job: Job, globs: list[str], left_out: set[str]) -> None:
     ],
     ids=" ".join,
 )
+@pytest.mark.few(4)
 def test_a_glob_that_matches_no_file_is_told(job: Job, globs: list[str], idle: list[str]) -> None:
     job.make("a.dat", "a.tmp", ".ssh/id", "sub/deep/c.dat")
     assert without_match(job.run("--dryrun", *excluding(*globs))) == idle
@@ -1020,6 +1022,7 @@ def folder_entry(job: Job, prefix: str = "") -> dict[str, object]:
 
 @pytest.mark.parametrize("why", ["empty", "excluded"])
 @pytest.mark.parametrize("skip", [(), ("--skip-unchanged",)], ids=["plain", "skip"])
+@pytest.mark.few(2)
 def test_a_run_with_nothing_to_send_leaves_an_entry_for_the_crash_run(
     job: Job, why: str, skip: tuple[str, ...]
 ) -> None:

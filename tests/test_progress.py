@@ -238,6 +238,7 @@ def test_what_a_run_does_before_it_sends_is_shown(job: Job, show: Show) -> None:
 
 
 @pytest.mark.parametrize("options", [IN_PARTS, ()], ids=["in-parts", "in-one-put"])
+@pytest.mark.few(1)
 def test_large_files_move_the_bytes_before_they_are_done(
     job: Job, show: Show, options: tuple[str, ...]
 ) -> None:
@@ -401,6 +402,7 @@ def test_ctrl_c_leaves_a_clean_screen(job: Job, show: Show) -> None:
 
 
 @pytest.mark.parametrize("spare", [1, 3])
+@pytest.mark.few(1)
 def test_ctrl_c_leaves_a_clean_screen_where_the_line_nearly_fills_it(
     job: Job, show: Show, spare: int
 ) -> None:
@@ -436,6 +438,7 @@ def check_interrupted(job: Job, terminal: Terminal, *, files: int) -> None:
     ],
     ids=["no-progress", "quiet", "dumb", "verbose", "dryrun"],
 )
+@pytest.mark.few(2)
 def test_no_progress_where_it_is_not_wanted(
     job: Job, show: Show, options: list[str], env: dict[str, str], is_quiet: bool
 ) -> None:

@@ -152,6 +152,7 @@ def test_a_text_with_a_stop_of_its_own_has_one_stop(job: Job) -> None:
     assert_stopped(completed, "doesn't match a supported format; check profile")
 
 
+@pytest.mark.few(1)
 def test_a_credential_process_runs_once_a_run(small_job: Job, tmp_path: Path) -> None:
     job, record = small_job, tmp_path / "record"
     said = {"Version": 1, "AccessKeyId": "key", "SecretAccessKey": SECRET}
@@ -185,6 +186,7 @@ def test_a_profile_is_used(rclone_job: Job, tmp_path: Path) -> None:
         ({"access_key": "unknown"}, "InvalidAccessKeyId"),
     ],
 )
+@pytest.mark.few(1)
 def test_wrong_credentials_are_said_once(
     rclone_job: Job, changes: dict[str, Any], code: str
 ) -> None:
@@ -287,6 +289,7 @@ def test_lanes_sign_with_credentials_as_they_are_renewed(moto_job: Job, tmp_path
     assert sum(age > 2 * under_way for age in ages) < len(ages) / 4
 
 
+@pytest.mark.few(1)
 def test_credentials_that_cannot_be_renewed_stop_the_run(small_job: Job, tmp_path: Path) -> None:
     job, path = small_job, tmp_path / "credentials.json"
     give_credentials(path, "only")
@@ -302,6 +305,7 @@ def test_credentials_that_cannot_be_renewed_stop_the_run(small_job: Job, tmp_pat
 
 
 @needs_cores
+@pytest.mark.few(1)
 def test_credentials_that_are_lost_before_the_lanes_begin_are_said_in_a_sentence(
     small_job: Job, tmp_path: Path
 ) -> None:
@@ -360,6 +364,7 @@ def test_an_endpoint_without_a_scheme_is_told_so(job: Job, url: str) -> None:
 
 @pytest.mark.parametrize("status", [301, 302, 307, 308])
 @pytest.mark.parametrize("operation", [None, "PutObject"], ids=["at-once", "in-mid-run"])
+@pytest.mark.few(4)
 def test_where_the_endpoint_redirects_to_is_said(
     job: Job, status: int, operation: str | None
 ) -> None:
@@ -391,6 +396,7 @@ URLS_WITH_PASSWORD = [
 
 @pytest.mark.parametrize("source", ["option", "environment"])
 @pytest.mark.parametrize("url", URLS_WITH_PASSWORD)
+@pytest.mark.few(8)
 def test_the_password_of_an_endpoint_is_never_shown(job: Job, url: str, source: str) -> None:
     job.make("a.dat")
     env = environment_without(job.endpoint, "AWS_ENDPOINT_URL") | NO_WAY_OUT
@@ -542,6 +548,7 @@ STOPPING = [
 
 
 @pytest.mark.parametrize(("status", "code", "advice"), STOPPING)
+@pytest.mark.few(7)
 def test_what_every_file_would_meet_stops_the_run_with_one_message(
     job: Job, client: tuple[str, ...], status: int, code: str, advice: str
 ) -> None:
@@ -566,6 +573,7 @@ def test_a_refusal_of_everything_is_said_once(small_job: Job) -> None:
 @pytest.mark.parametrize(
     ("denied", "code"), [("d0/0000.dat", "403"), ("d6/0020.dat", "AccessDenied")]
 )
+@pytest.mark.few(2)
 def test_a_key_that_is_denied_is_one_failure(small_job: Job, denied: str, code: str) -> None:
     job = small_job
     job.write(small_files(30))

@@ -455,6 +455,7 @@ UMLAUT = json.dumps({"filepath": "ü"}, ensure_ascii=False).encode()
 @pytest.mark.parametrize(
     "again", [("--crashrun", "1"), ("--skip-unchanged",)], ids=["crash", "skip"]
 )
+@pytest.mark.few(6)
 def test_a_journal_is_read_over_the_state(job: Job, again: tuple[str, ...], torn: bytes) -> None:
     job.back_up("a.dat", "b.dat")
     job.write_state(job.pending_entry("a.dat"), job.pending_entry("b.dat"))
@@ -779,6 +780,7 @@ CHANGES: dict[str, Callable[[bytes], bytes]] = {
 @needs_replace_of_open_files
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 @pytest.mark.parametrize("is_replaced", [False, True], ids=["written", "replaced"])
+@pytest.mark.few(3)
 def test_a_state_that_another_changes_in_mid_run_is_left_to_it(
     job: Job, change: Callable[[bytes], bytes], is_replaced: bool
 ) -> None:
@@ -854,6 +856,7 @@ OPEN_TO_OTHERS: dict[str, Callable[[Path], None]] = {
 @needs_root
 @pytest.mark.parametrize("how", OPEN_TO_OTHERS)
 @pytest.mark.parametrize("name", ["state.json", "state.json.journal"])
+@pytest.mark.few(3)
 def test_root_does_not_act_on_what_another_user_can_write(job: Job, name: str, how: str) -> None:
     job.back_up("a.dat", "b.dat")
     job.write_state(job.pending_entry("a.dat"), job.pending_entry("b.dat"))
@@ -956,6 +959,7 @@ OTHERS = [("--shard", "2/2"), ("--shard", "1/3"), ()]
 
 
 @pytest.mark.parametrize("other", OTHERS, ids=["other", "other-count", "whole"])
+@pytest.mark.few(2)
 def test_files_that_a_shard_has_yet_to_send_are_not_buried(
     job: Job, other: tuple[str, ...]
 ) -> None:
@@ -977,6 +981,7 @@ def test_files_that_a_whole_run_has_yet_to_send_are_not_buried_by_a_shard(job: J
 
 
 @pytest.mark.parametrize("other", OTHERS, ids=["other", "other-count", "whole"])
+@pytest.mark.few(2)
 def test_a_shard_that_is_done_may_be_replaced_but_not_gone_on_with(
     job: Job, other: tuple[str, ...]
 ) -> None:
@@ -1373,6 +1378,7 @@ def test_device_is_no_state_file(job: Job) -> None:
 
 @needs_odd_names
 @pytest.mark.parametrize("name", ["ba\\ck", 'ba"ck', "ba\tck", "ba\nck", ".hidden"])
+@pytest.mark.few(2)
 def test_a_folder_whose_name_json_escapes_is_sent_once(job: Job, tmp_path: Path, name: str) -> None:
     job.folder = job.folder / name
     job.make("a.dat", ".b/c.dat", "d/e.dat")
@@ -1386,6 +1392,7 @@ def test_a_folder_whose_name_json_escapes_is_sent_once(job: Job, tmp_path: Path,
 
 @pytest.mark.parametrize("path", ["../secret", "sub/../../secret", "/../../secret", "./../secret"])
 @pytest.mark.parametrize("arguments", [("--crashrun", "1"), ("--skip-unchanged",)], ids=" ".join)
+@pytest.mark.few(4)
 def test_an_uploaded_line_that_leads_out_of_the_folder_sends_nothing_from_there(
     job: Job, path: str, arguments: tuple[str, ...]
 ) -> None:

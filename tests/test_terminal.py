@@ -132,6 +132,7 @@ def test_control_characters_of_arguments_do_not_reach_the_terminal(job: Job) -> 
         "<&- >&- 2>&-",
     ],
 )
+@pytest.mark.few(2)
 def test_streams_that_cannot_be_written_do_not_matter(job: Job, redirection: str) -> None:
     make_mixed(job)
     completed = job.run("--verbose", python_flags=shell(redirection))

@@ -71,6 +71,7 @@ def assert_interrupted(completed: Completed, code: int) -> None:
         (*SIGNALS[2], "classic"),
     ],
 )
+@pytest.mark.few(2)
 def test_a_signal_among_small_files_leaves_what_was_answered(
     rclone_job: Job, signum: int, code: int, way: str
 ) -> None:
@@ -568,6 +569,7 @@ def test_a_file_that_has_grown_over_the_threshold_is_handed_out_once(
 
 
 @pytest.mark.parametrize("change", ["appended", "replaced"])
+@pytest.mark.few(2)
 def test_a_file_that_grows_over_the_threshold_while_it_is_sent(small_job: Job, change: str) -> None:
     job, first = small_job, b"bytes at first"
     job.write({"f": first, "g": b"another"})
