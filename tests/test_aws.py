@@ -256,6 +256,7 @@ def test_only_missing_parts_are_sent_and_all_are_listed_with_their_crc32(aws: Aw
 
 
 @pytest.mark.parametrize("is_kms", [False, True], ids=["plain", "kms"])
+@pytest.mark.few(1)
 def test_a_part_whose_crc32_is_another_is_sent_again(aws: Aws, is_kms: bool) -> None:
     job = aws.job
     aws.rules.is_kms = is_kms
@@ -298,6 +299,7 @@ def test_an_upload_that_was_begun_without_checksums_goes_on_without(aws: Aws) ->
 
 
 @pytest.mark.parametrize("is_kms", [False, True], ids=["plain", "kms"])
+@pytest.mark.few(1)
 def test_a_lost_answer_to_complete_costs_no_part(aws: Aws, is_kms: bool) -> None:
     job = aws.job
     aws.rules.is_kms = is_kms
@@ -310,6 +312,7 @@ def test_a_lost_answer_to_complete_costs_no_part(aws: Aws, is_kms: bool) -> None
 
 @needs_signals
 @pytest.mark.parametrize("is_kms", [False, True], ids=["plain", "kms"])
+@pytest.mark.few(1)
 def test_a_kill_after_complete_costs_no_part_there(aws: Aws, is_kms: bool) -> None:
     job = aws.job
     aws.rules.is_kms = is_kms

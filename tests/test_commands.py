@@ -142,6 +142,7 @@ def test_an_unchanged_folder_sends_nothing(job: Job) -> None:
     assert job.in_bucket() == digests(files)
 
 
+@pytest.mark.few(1)
 def test_a_multipart_object_that_is_unchanged_is_not_sent(each_job: Job, tmp_path: Path) -> None:
     job = each_job
     job.write({"parts.dat": some_bytes(LARGE_BYTES), "small.dat": b"small", "empty": b""})
@@ -153,6 +154,7 @@ def test_a_multipart_object_that_is_unchanged_is_not_sent(each_job: Job, tmp_pat
     assert job.entries() == before
 
 
+@pytest.mark.few(1)
 def test_odd_names_are_known_again(each_job: Job) -> None:
     job = each_job
     names = odd_names(job.server.name)
@@ -520,6 +522,7 @@ def test_under_kms_what_had_its_mode_changed_is_sent(moto_job: Job) -> None:
 
 
 @needs_permissions
+@pytest.mark.few(1)
 def test_a_file_that_was_young_when_it_was_read_is_looked_at_again(
     small_job: Job, tmp_path: Path
 ) -> None:
@@ -731,6 +734,7 @@ def test_what_is_no_listing_is_asked_for_again(job: Job) -> None:
     "kind", ["page", *(pytest.param(name, marks=pytest.mark.long) for name in ("empty", "cut"))]
 )
 @pytest.mark.parametrize("verifies", [False, True], ids=["skip", "verify"])
+@pytest.mark.few(1)
 def test_an_answer_that_is_no_listing_says_nothing_of_the_bucket(
     job: Job, kind: str, verifies: bool
 ) -> None:
@@ -743,6 +747,7 @@ def test_an_answer_that_is_no_listing_says_nothing_of_the_bucket(
 
 
 @pytest.mark.parametrize("action", [answer(503, "SlowDown"), drop()], ids=["busy", "away"])
+@pytest.mark.few(1)
 def test_a_server_that_is_away_while_it_lists_has_nothing_sent_again(
     job: Job, action: Action
 ) -> None:
@@ -1031,6 +1036,7 @@ def test_a_kill_during_the_walk_forgets_no_upload(
 
 @needs_signals
 @pytest.mark.parametrize("skip", [(), (SKIP,)], ids=["plain", "skip"])
+@pytest.mark.few(1)
 def test_a_kill_during_the_walk_of_a_run_for_another_bucket_leaves_a_state_for_that_one(
     job: Job, tmp_path: Path, skip: tuple[str, ...]
 ) -> None:
@@ -1524,6 +1530,7 @@ def test_what_is_added_to_a_copy_is_no_error(job: Job, copy: Path) -> None:
     assert "1 file right, 14 B; 0 wrong" in completed.stdout
 
 
+@pytest.mark.few(1)
 def test_what_is_missing_or_different_in_a_copy_is_named(each_job: Job, copy: Path) -> None:
     job = each_job
     job.write({"parts": some_bytes(LARGE_BYTES)})
@@ -1785,6 +1792,7 @@ def small_job(new_job: NewJob, server: S3Server, each_client: tuple[str, ...]) -
 # --- Options together: a normal run ----------------------------------------------------------
 
 
+@pytest.mark.few(1)
 def test_exclude_prefix_storage_class_and_sse(small_job: Job) -> None:
     job = small_job
     job.make(*TREE)

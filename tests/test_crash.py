@@ -20,7 +20,7 @@ from support.kills import kill_in_walk, killed_in_parts, killing_call
 from support.script import journal_of, wait_until
 from support.systems import needs_proc, needs_signals
 
-ROUNDS, LONG_ROUNDS = 5, 60
+ROUNDS, LONG_ROUNDS = 4, 60
 # Of the bucket that is deleted or made anew, with two kills in each.
 BUCKET_ROUNDS, LONG_BUCKET_ROUNDS = 2, 100
 SMALL_FILES = 100
@@ -235,6 +235,7 @@ def test_a_kill_while_the_state_is_saved(
 @needs_signals
 @needs_proc
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+@pytest.mark.few(1)
 def test_a_kill_while_the_journal_is_flushed(job: Job, tmp_path: Path, before: bool) -> None:
     job.write({**small_files(20), "large": some_bytes(LARGE_BYTES)})
     file = "f'/proc/self/fd/{args[0]}'"
@@ -302,6 +303,7 @@ def test_a_kill_during_the_walk_of_a_second_run_forgets_no_upload(job: Job, tmp_
 
 @needs_signals
 @pytest.mark.parametrize("crashrun", ["1", "0"], ids=["crash-run", "normal-run"])
+@pytest.mark.few(1)
 def test_a_kill_after_complete_costs_no_part(job: Job, crashrun: str) -> None:
     processes: list[subprocess.Popen[str]] = []
     job.write({"large": some_bytes(LARGE_BYTES)})

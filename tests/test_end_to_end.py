@@ -37,6 +37,7 @@ PARTS = ("--multipart-threshold", "10MiB", "--multipart-chunksize", "5MiB")
 # --- A folder --------------------------------------------------------------------------------
 
 
+@pytest.mark.few(1)
 def test_every_file_arrives_and_a_crash_run_sends_nothing(
     new_job: NewJob, each_server: S3Server, client: tuple[str, ...]
 ) -> None:
@@ -197,6 +198,7 @@ def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
     return {key: (path.read_bytes(), path.stat().st_mtime_ns) for key, path in paths.items()}
 
 
+@pytest.mark.few(1)
 def test_rclone_brings_back_bytes_and_modification_times(
     new_job: NewJob, each_server: S3Server, client: tuple[str, ...], tmp_path: Path
 ) -> None:

@@ -52,6 +52,7 @@ def say(body: bytes) -> Action:
     [(False, 4), pytest.param(True, 60, marks=pytest.mark.long)],
     ids=["hasty", "real"],
 )
+@pytest.mark.few(1)
 def test_an_endpoint_that_goes_away_for_good_stops_the_run_with_one_message(
     job: Job, way: str, real_time: bool, patience_seconds: float
 ) -> None:
@@ -129,6 +130,7 @@ def test_a_server_that_takes_its_time_to_read_gets_a_body_of_some_megabytes(job:
     job.check_all_is_there()
 
 
+@pytest.mark.few(1)
 def test_what_every_file_meets_from_some_moment_on_stops_the_run(small_job: Job) -> None:
     job, code = small_job, "ExpiredToken"
     job.write(small_files(100))
@@ -263,6 +265,7 @@ def test_credentials_that_are_wrong_stop_every_run(small_job: Job, code: str, af
 # --- Trouble that passes ---------------------------------------------------------------------
 
 
+@pytest.mark.few(1)
 def test_a_fifth_refused_and_a_twentieth_dropped_loses_nothing(small_job: Job) -> None:
     job = small_job
     job.write(small_files(200))
@@ -311,6 +314,7 @@ def test_trouble_that_passes_is_ridden_out(
     "action",
     [pytest.param(drop(), id="drop"), pytest.param(answer(503, "SlowDown"), id="SlowDown")],
 )
+@pytest.mark.few(1)
 def test_trouble_with_the_requests_around_is_ridden_out(job: Job, action: Action) -> None:
     job.write({"large": some_bytes(LARGE_BYTES)})
     faults = [

@@ -259,6 +259,7 @@ def lose(job: Job) -> None:
 
 
 @pytest.mark.parametrize("leave", [abort, lose])
+@pytest.mark.few(1)
 def test_an_older_object_is_not_taken_for_the_one_of_an_upload_that_is_gone(
     moto_job: Job, leave: Callable[[Job], None]
 ) -> None:

@@ -214,6 +214,7 @@ PLANTED = ("multiprocessing", "awscrt", "json", "signal", "subprocess")
 
 
 @pytest.mark.parametrize("flags", [[], ["-I"]], ids=["in-the-current-directory", "isolated"])
+@pytest.mark.few(1)
 def test_a_lane_trusts_the_modules_that_the_script_trusts(
     job: Job, tmp_path: Path, flags: list[str]
 ) -> None:
@@ -284,6 +285,7 @@ os.scandir = scandir
 @needs_cores
 @needs_proc
 @pytest.mark.parametrize("how", ["sent", "ended-in-walk", "lane-is-killed"])
+@pytest.mark.few(2)
 def test_a_run_leaves_no_process_behind(job: Job, tmp_path: Path, how: str) -> None:
     job.write(small_files(MANY) | {"zzz/last": b""})
     env = run_first(tmp_path / "first", ENDED_IN_WALK) if how == "ended-in-walk" else {}
@@ -317,6 +319,7 @@ def test_lanes_end_with_a_killed_run_and_do_not_keep_the_lock(job: Job) -> None:
 @needs_cores
 @needs_proc
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.few(1)
 def test_a_signal_to_the_whole_group_is_answered_once(job: Job, signum: int, code: int) -> None:
     process, lanes = start_with_lanes(job)
     os.killpg(process.pid, signum)
@@ -396,6 +399,7 @@ def test_a_put_that_is_answered_late_is_tried_once_by_a_lane(rclone_job: Job) ->
 
 @needs_cores
 @pytest.mark.parametrize("code", ["ExpiredToken", "AccessDenied"])
+@pytest.mark.few(1)
 def test_what_every_file_would_meet_is_said_once(job: Job, code: str) -> None:
     job.write(small_files(MANY))
     job.proxy.add_fault(Fault(answer(403, code), operation="PutObject"))
@@ -695,6 +699,7 @@ def make_mixed(job: Job, count: int) -> None:
 @pytest.mark.parametrize(
     "names", [("os.fchmod", "os.O_NONBLOCK"), ("os.sched_getaffinity", "signal.SIGHUP")], ids=str
 )
+@pytest.mark.few(1)
 def test_a_system_that_lacks(job: Job, tmp_path: Path, names: tuple[str, ...]) -> None:
     (tmp_path / "sitecustomize.py").write_text(TAKEN_AWAY.format(names=names))
     make_mixed(job, MANY)

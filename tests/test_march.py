@@ -710,6 +710,7 @@ def check_is_known(job: Job) -> None:
         for name, how in LISTERS.items()
     ],
 )
+@pytest.mark.few(3)
 def test_however_the_bucket_is_listed_what_has_changed_is_sent(
     rclone_job: Job, how: dict[str, Any]
 ) -> None:

@@ -524,6 +524,7 @@ def test_a_folder_that_becomes_a_link_after_the_walk_is_not_followed(
 
 
 @pytest.mark.parametrize("system", ["", WITHOUT_DIR_FD], ids=["by-name", "looked-at"])
+@pytest.mark.few(1)
 def test_without_links_what_is_deep_below_is_opened(job: Job, tmp_path: Path, system: str) -> None:
     job.write({"a/b/c/f": BODY, "a/b/d/large": some_bytes(LARGE_BYTES), "good": b"good"})
     env = run_first(tmp_path / "first", system)

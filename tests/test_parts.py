@@ -254,6 +254,7 @@ def kms_answer(encryption: str) -> Action:
     return act
 
 
+@pytest.mark.few(1)
 def test_a_lost_answer_to_complete_costs_no_part(job: Job) -> None:
     in_parts(job, Fault(drop_after_forward(), operation="CompleteMultipartUpload", times=1))
     assert_clean(job.run(*IN_PARTS))
@@ -275,6 +276,7 @@ def test_a_slow_complete_is_waited_for(job: Job) -> None:
     ("status", "code"),
     [(400, "InvalidPart"), (404, ""), pytest.param(504, "", marks=pytest.mark.long)],
 )
+@pytest.mark.few(1)
 def test_an_object_that_appears_after_a_lost_complete_is_waited_for(
     job: Job, status: int, code: str
 ) -> None:
@@ -344,6 +346,7 @@ def without_etag_of_part(headers: Mapping[str, str]) -> Action:
 
 
 @pytest.mark.parametrize("headers", [{}, KMS_HEADERS], ids=["plain", "kms"])
+@pytest.mark.few(1)
 def test_an_answer_to_a_part_without_its_etag_is_no_answer(
     job: Job, headers: dict[str, str]
 ) -> None:
@@ -355,6 +358,7 @@ def test_an_answer_to_a_part_without_its_etag_is_no_answer(
 
 
 @pytest.mark.parametrize("headers", [{}, KMS_HEADERS], ids=["plain", "kms"])
+@pytest.mark.few(1)
 def test_a_part_that_is_never_answered_with_its_etag_fails_after_three_tries(
     job: Job, headers: dict[str, str]
 ) -> None:
@@ -475,6 +479,7 @@ class Versions:
 
 
 @pytest.mark.parametrize("code", ["", ON_OTHER_DEVICES], ids=["one-device", "two-devices"])
+@pytest.mark.few(1)
 def test_all_parts_are_of_one_file_when_a_link_is_turned_between_them(
     job: Job, tmp_path: Path, code: str
 ) -> None:
@@ -560,6 +565,7 @@ def in_pages_of_two(exchange: Exchange) -> None:
 
 
 @pytest.mark.parametrize("damaged", [b"x" * PART_BYTES, b"x" * (PART_BYTES + 1)], ids=len)
+@pytest.mark.few(1)
 def test_a_part_damaged_on_the_server_is_sent_again(job: Job, damaged: bytes) -> None:
     upload_id = left_in_parts(job, kept=[1, 2])
     job.server.client().upload_part(
@@ -569,6 +575,7 @@ def test_a_part_damaged_on_the_server_is_sent_again(job: Job, damaged: bytes) ->
 
 
 @pytest.mark.parametrize("crashrun", AGAIN)
+@pytest.mark.few(1)
 def test_a_file_changed_since_is_sent_afresh(job: Job, crashrun: str) -> None:
     upload_id = left_in_parts(job, kept=[1, 2])
     job.write({"large": some_bytes(LARGE_BYTES + 1, seed=1)})
@@ -605,6 +612,7 @@ def test_an_upload_that_somebody_aborted_is_started_afresh(job: Job) -> None:
 
 
 @pytest.mark.parametrize(("status", "code"), [(403, "AccessDenied"), (501, "NotImplemented")])
+@pytest.mark.few(1)
 def test_an_upload_whose_parts_cannot_be_listed_is_started_afresh(
     job: Job, status: int, code: str
 ) -> None:
@@ -768,6 +776,7 @@ def test_a_normal_run_aborts_the_upload_of_a_file_that_is_gone(job: Job) -> None
 
 
 @pytest.mark.parametrize("again", [(), ("--skip-unchanged",)], ids=["normal", "skip"])
+@pytest.mark.few(1)
 def test_the_upload_of_another_bucket_is_not_looked_for_in_this_one(
     job: Job, tmp_path: Path, again: tuple[str, ...]
 ) -> None:
@@ -821,6 +830,7 @@ def test_a_file_that_is_gone_stays_missing_in_a_crash_run(job: Job) -> None:
 
 
 @pytest.mark.parametrize("again", ["--crashrun", "--skip-unchanged"])
+@pytest.mark.few(1)
 def test_a_half_sent_file_on_a_disk_that_is_away_for_a_night_keeps_its_parts(
     job: Job, tmp_path: Path, again: str
 ) -> None:
@@ -901,6 +911,7 @@ def test_a_half_sent_file_whose_link_is_broken_for_a_night_keeps_its_parts_and_c
 
 
 @pytest.mark.parametrize("crashrun", AGAIN)
+@pytest.mark.few(1)
 def test_uploads_that_no_state_recorded_are_never_touched(job: Job, crashrun: str) -> None:
     client, foreign = job.server.client(), {}
     for key in ("large", "elsewhere"):

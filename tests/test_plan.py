@@ -240,6 +240,7 @@ def test_what_is_below_an_unreadable_backup_folder_stays_in_the_state(job: Job, 
 
 
 @pytest.mark.parametrize("again", ["--skip-unchanged", "--crashrun"])
+@pytest.mark.few(1)
 def test_what_is_below_a_link_to_a_disk_that_is_away_stays_in_the_state(
     job: Job, tmp_path: Path, again: str
 ) -> None:
@@ -267,6 +268,7 @@ def test_what_is_below_a_link_to_a_disk_that_is_away_stays_in_the_state(
 @pytest.mark.parametrize(
     "options", [("--storage-class", "STANDARD_IA"), ("--sse", "AES256")], ids=["class", "sse"]
 )
+@pytest.mark.few(1)
 def test_what_could_not_be_looked_at_gets_its_storage_class_later(
     moto_job: Job, options: tuple[str, ...]
 ) -> None:

@@ -245,6 +245,7 @@ def environment_with_process(job: Job, path: Path) -> dict[str, str]:
     return {**env, "AWS_CONFIG_FILE": str(config)}
 
 
+@pytest.mark.few(1)
 def test_credentials_that_are_refreshed_in_the_middle_of_a_run_are_used(
     small_job: Job, tmp_path: Path
 ) -> None:
@@ -562,6 +563,7 @@ def test_what_every_file_would_meet_stops_the_run_with_one_message(
     assert len(set(job.puts())) < 20
 
 
+@pytest.mark.few(1)
 def test_a_refusal_of_everything_is_said_once(small_job: Job) -> None:
     files = small_files(120)
     small_job.write(files)

@@ -413,6 +413,7 @@ def test_the_temporary_file_is_for_its_owner_alone(job: Job, tmp_path: Path) -> 
 
 
 @needs_replace_of_open_files
+@pytest.mark.few(1)
 def test_between_two_saves_what_happens_is_in_the_journal(small_job: Job) -> None:
     job, files = small_job, small_files(40)
     job.write(files)
@@ -588,6 +589,7 @@ def test_a_journal_without_a_state_is_no_state(job: Job) -> None:
 
 @needs_signals
 @pytest.mark.parametrize("older", [False, True], ids=["last", "older"])
+@pytest.mark.few(1)
 def test_a_journal_is_not_read_over_a_later_save_that_holds_the_same(
     job: Job, tmp_path: Path, older: bool
 ) -> None:
@@ -1202,6 +1204,7 @@ def file_size_limit(size_bytes: int) -> list[str]:
 
 @needs_limits
 @pytest.mark.parametrize("size_bytes", [0, 100])  # no room for the lock's text, or for an entry
+@pytest.mark.few(1)
 def test_full_disk_keeps_the_old_state(job: Job, old_state: bytes, size_bytes: int) -> None:
     since = job.seen()
     completed = job.run(python_flags=file_size_limit(size_bytes))

@@ -110,6 +110,7 @@ def test_a_signal_among_small_files_leaves_what_was_answered(
 
 
 @pytest.mark.parametrize(("signum", "code"), SIGNALS[1:])
+@pytest.mark.few(1)
 def test_a_signal_during_a_multipart_upload_keeps_its_parts(
     job: Job, signum: int, code: int
 ) -> None:
@@ -415,6 +416,7 @@ def test_concurrency_reaches_the_parts_of_large_files(job: Job, asked: int) -> N
 
 
 @pytest.mark.parametrize("way", ["crt", "classic"])
+@pytest.mark.few(1)
 def test_few_bytes_are_under_way_until_the_line_has_shown_more(job: Job, way: str) -> None:
     size_bytes = 100_000
     at_first = MIB // size_bytes
@@ -535,6 +537,7 @@ os.open = growing_open
 
 
 @pytest.mark.parametrize("way", ["crt", "classic"])
+@pytest.mark.few(1)
 def test_a_file_that_has_grown_over_the_threshold_is_handed_out_once(
     job: Job, tmp_path: Path, way: str
 ) -> None:
@@ -591,6 +594,7 @@ def test_a_file_that_grows_over_the_threshold_while_it_is_sent(small_job: Job, c
 
 @needs_limits
 @pytest.mark.parametrize("way", ["crt", pytest.param("classic", marks=pytest.mark.long)])
+@pytest.mark.few(1)
 def test_few_open_files_mean_few_requests_at_a_time(rclone_job: Job, way: str) -> None:
     rclone_job.write(small_files(400))
     rclone_job.proxy.add_fault(Fault(delay(0.2), operation="PutObject"))
