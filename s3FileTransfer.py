@@ -2096,16 +2096,17 @@ class CredentialSource:
                     self._loaded, self._given = loaded, given
             return self._given is not used
 
-    def _ask(self, session: botocore.session.Session) -> tuple[Any, Credentials]:
-        """Return botocore's credentials as a new session loads them, and what they are now."""
-        provider: Any = session.get_component("credential_provider")
-        loaded = self._call(provider.load_credentials)
+    def _ask(
+        self, session: botocore.session.Session
+    ) -> tuple[botocore.credentials.Credentials, Credentials]:
+        """Return the credentials that a new session loads, and what they are at present."""
+        loaded = self._call(session.get_component("credential_provider").load_credentials)
+        if not loaded:
+            raise botocore.exceptions.NoCredentialsError
         return loaded, self._present(loaded)
 
-    def _present(self, loaded: Any) -> Credentials:
-        frozen = self._call(loaded.get_frozen_credentials) if loaded else None
-        if not frozen:
-            raise botocore.exceptions.NoCredentialsError
+    def _present(self, loaded: botocore.credentials.Credentials) -> Credentials:
+        frozen = self._call(loaded.get_frozen_credentials)
         found = [str(text or "") for text in (frozen.access_key, frozen.secret_key, frozen.token)]
         # Checked here, because botocore's error about an invalid header would print the secret.
         if not re.fullmatch("([!-~]+ ){2}[!-~]*", " ".join(found)):
@@ -2114,9 +2115,9 @@ class CredentialSource:
         return Credentials(found[0], found[1], found[2] or None)
 
     @staticmethod
-    def _call(load: Callable[[], Any]) -> Any:
+    def _call(method: Callable[[], T]) -> T:
         try:
-            return load()
+            return method()
         except (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError):
             raise
         except Exception as error:  # a source may make botocore raise any
@@ -4560,7 +4561,7 @@ class Lane:
     def __init__(self) -> None:
         """Start the process; raises OSError."""
         self.tasks: dict[int, Task] = {}
-        self.is_ready = False  # to send what it gets at once
+        self.is_ready = False
         self._heard_at = math.inf
         self._batch: list[Task] = []
         self._outbox: queue.SimpleQueue[list[Task]] = queue.SimpleQueue()
@@ -4632,6 +4633,10 @@ class Lanes(list[Lane]):
                 self.append(Lane())
             except OSError:  # no more processes or pipes to be had; the reliable way needs none
                 self._lanes_max = len(self)
+
+    def are_ready(self) -> bool:
+        """Return whether each lane begins to send what it gets at once."""
+        return all(lane.is_ready for lane in self)
 
     def close(self) -> None:
         """End all lanes, and leave no process behind."""
@@ -4752,11 +4757,10 @@ class Room:
             files_max = min(files_max, self._requests // 2)
         if self.files[Way.LANE] >= files_max:
             return False
-        if self._bandwidth:
-            # What a lane gets before it is ready would leave at once, however much that is.
-            are_ready = all(lane.is_ready for lane in self._lanes)
-            if not are_ready or self._bandwidth.seconds_until_free():
-                return False
+        # What a lane gets before it is ready would leave at once, however much that is.
+        bandwidth = self._bandwidth
+        if bandwidth and (bandwidth.seconds_until_free() or not self._lanes.are_ready()):
+            return False
         if self._slots and not self._slots.acquire(blocking=False):
             return False
         if self._bandwidth:
