@@ -357,12 +357,17 @@ def test_a_lane_that_is_stuck_is_ended_and_costs_no_file(job: Job) -> None:
 
 
 @needs_cores
+@needs_proc
 @pytest.mark.long
-def test_lanes_that_are_stuck_at_their_start_cost_no_file(job: Job, tmp_path: Path) -> None:
+@pytest.mark.parametrize("limit", [(), ("--max-bandwidth", "1GB/s")], ids=["no-limit", "limit"])
+def test_lanes_that_are_stuck_at_their_start_cost_no_file(
+    job: Job, tmp_path: Path, limit: tuple[str, ...]
+) -> None:
     hang = 'import sys, time; "be-a-lane" in sys.orig_argv and time.sleep(600)'
-    (tmp_path / "awscrt.py").write_text(hang)
     job.write(small_files(MANY))
-    assert_clean(job.run(env={"PYTHONPATH": str(tmp_path)}, timeout=60))
+    process = job.start(*limit, env=run_first(tmp_path / "first", hang))
+    wait_until(lambda: children_of(process.pid), 30, "a lane")
+    assert_clean(finish(process, timeout=60))
     job.check_all_is_there()
     assert by_lanes(job) == []
 
