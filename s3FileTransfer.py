@@ -753,17 +753,18 @@ class Interruption:
             if self.signum and sys.platform != "win32" and (stream := getattr(sys, name)):
                 if not select.select([], [stream], [], 0.1)[1]:
                     setattr(sys, name, None)  # the last flush would wait for the reader
-            self._is_writing = True
-            if stream := getattr(sys, name):  # None if it was closed at the start
-                stream.write(text)
-                if name == "stderr" or not text:
-                    stream.flush()
+            try:
+                self._is_writing = True
+                if stream := getattr(sys, name):  # None if it was closed at the start
+                    stream.write(text)
+                    if name == "stderr" or not text:
+                        stream.flush()
+            finally:
+                self._is_writing = False
         except (BrokenPipeError, InterruptedError, ValueError):
-            pass  # the reader is gone, or a signal came
+            pass  # the reader is gone, or a signal came, even in the last line above
         except OSError as error:
             return reason(error)
-        finally:
-            self._is_writing = False
         return ""
 
     @property
@@ -1313,16 +1314,12 @@ class Journal:
             for number, entry in entries.items()
         ]
         data = memoryview(head + b"".join(lines))
-        try:
-            written = 0
-            while written < len(data):
-                written += self._handle.write(data[written:])
-            os.fsync(self._handle.fileno())
-        except OSError:
-            with contextlib.suppress(OSError):
-                self._handle.truncate(self._size)
-                self._handle.seek(self._size)
-            raise
+        self._handle.truncate(self._size)  # a kill or an error may have left a torn line
+        self._handle.seek(self._size)
+        written = 0
+        while written < len(data):
+            written += self._handle.write(data[written:])
+        os.fsync(self._handle.fileno())
         self._size += len(head)
         for number, line in zip(entries, lines, strict=True):
             self._note(number, self._size)
@@ -1335,10 +1332,7 @@ class Journal:
             new = open(self.path, "xb", buffering=0, opener=open_own)  # noqa: SIM115
             fsync_folder_of(self.path)
             return new
-        old = open(self.path, "r+b", buffering=0, opener=open_own)  # noqa: SIM115
-        old.truncate(self._size)  # a last line may be torn
-        old.seek(self._size)
-        return old
+        return open(self.path, "r+b", buffering=0, opener=open_own)
 
     def take_first_back(self) -> None:
         """Remove the entry of line 1, which must be the last one added, if any; raises OSError."""
@@ -1348,7 +1342,6 @@ class Journal:
                 return
             self._offsets[1], self._size = 0, offset
             self._handle.truncate(offset)
-            self._handle.seek(offset)
             os.fsync(self._handle.fileno())
 
     def _note(self, number: int, offset: int) -> None:
@@ -1869,7 +1862,7 @@ class LastState:
         self._buried_job = self._buried_job or job
         self.unsent_files += entry.error != NOTHING_TO_SEND
         self.lists_pending |= is_below
-        self._run.interruption.check()  # to look at many files on a network disk takes long
+        self._run.interruption.check()  # looking at many files on a network disk takes long
         if entry.size is None and not self.has_folder:
             self.has_folder = os.path.isdir(entry.filepath)
         if entry.known.etag:
@@ -2479,7 +2472,7 @@ class PageParser:
     """
 
     ARGUMENT = "parse-pages"  # of the child process
-    PAGES_WITHOUT_CHILD = 10
+    FIRST_PAGE_OF_CHILD = 10
 
     def __init__(self) -> None:
         self._lock, self._count = threading.Lock(), 0
@@ -2507,7 +2500,7 @@ class PageParser:
         with self._lock:
             self._count += 1
             try:
-                if self._count == self.PAGES_WITHOUT_CHILD and granted_cores() > 1:
+                if self._count == self.FIRST_PAGE_OF_CHILD and granted_cores() > 1:
                     self._child = Child(self.ARGUMENT)
                     self._pages = messages_of(self._child.output)
                 if child := self._child:
@@ -3116,6 +3109,7 @@ def is_same_file(found: Entry, last: Entry) -> bool:
 # with an error     any                                 any        FAIL
 # file              none, or of another size or mtime   any        SEND
 # file              the same size and mtime             not True   SEND
+# file              the same, but without an ETag       True       SEND
 # file              the same, and the ctime (if known)  True       UNCHANGED
 # file              the same, with another ctime        True       COMPARE; SEND without an MD5
 # none, is_unseen   object or upload known              not False  KEEP

@@ -676,11 +676,11 @@ def test_pages_are_the_same_whoever_parses_them(monkeypatch: pytest.MonkeyPatch)
         return found
 
     found = {}
-    for pages_without_child in (1000, 1):
-        monkeypatch.setattr(module.PageParser, "PAGES_WITHOUT_CHILD", pages_without_child)
+    for first_page_of_child in (1000, 1):
+        monkeypatch.setattr(module.PageParser, "FIRST_PAGE_OF_CHILD", first_page_of_child)
         parser = module.PageParser()
-        found[pages_without_child] = parsed(parser)
-        assert (parser._child is None) == (pages_without_child == 1000)
+        found[first_page_of_child] = parsed(parser)
+        assert (parser._child is None) == (first_page_of_child == 1000)
         parser.close()
     assert found[1] == found[1000]
     assert found[1][0] == ({"a&b": (1, "abc"), "a/b c": (2, "def"), "\U0001f389": (3, "")}, {})
