@@ -3,8 +3,8 @@
 #
 #     sh tests/run.sh [--long] [pytest's arguments]
 #
-# --long also tests what takes long: each server with each client, real patience, many kills,
-# the oldest boto3, the pictures. PYTHON names the interpreter that the virtual environment is made
+# --long also tests what takes long: each server with each client, rarer cases, real patience, many
+# kills, the oldest boto3, the pictures. PYTHON names the interpreter that the virtual environment is made
 # with; python3 otherwise.
 set -eu
 cd -- "$(dirname -- "$0")/.."
