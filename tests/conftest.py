@@ -47,7 +47,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--long",
         action="store_true",
-        help="test each server with each client, all cases, real patience, many kills, and the pictures",
+        help="test each server with each client, all cases, many kills, and the pictures",
     )
 
 
