@@ -467,6 +467,27 @@ def test_a_journal_is_read_over_the_state(job: Job, again: tuple[str, ...], torn
     job.check_no_leftovers()
 
 
+# After the first folder: that a walk has begun is on the disk then.
+DIES_IN_SUB = """
+import os
+scandir = os.scandir
+os.scandir = lambda path: os._exit(9) if str(path).endswith("sub") else scandir(path)
+"""
+
+
+def test_a_torn_end_is_cut_off_before_more_is_written(job: Job) -> None:
+    job.back_up("a.dat", "sub/b.dat")
+    job.write_state(job.pending_entry("a.dat"), job.pending_entry("sub/b.dat"))
+    job.write_journal(job.uploaded_entry("a.dat"), torn=b"x" * 5000)
+    job.run(python_flags=prelude(DIES_IN_SUB))
+    lines = journal_of(job.state_path).read_text(encoding="utf-8").splitlines()
+    _head, sent, folder = map(json.loads, lines)
+    assert (sent["filename"], folder["filepath"]) == ("a.dat", str(job.folder))
+    assert_clean(job.crash_run())
+    job.check_all_is_there()
+    job.check_no_leftovers()
+
+
 OF_ANOTHER_ORDER = {"filepath": "/x", "uploadedSuccess": 1, "filename": "x", "line": 3}
 
 
