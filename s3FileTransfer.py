@@ -2051,11 +2051,10 @@ class CredentialSource:
         "InvalidAccessKeyId InvalidClientTokenId".split()
     )
 
-    def __init__(self, session: botocore.session.Session, profile: str | None) -> None:
+    def __init__(self, profile: str | None) -> None:
         self._profile, self._lock = profile, threading.Lock()
-        self._loaded, self._given = self._ask(session)
+        self._session, self._given = self._ask()
         self._asked_about: Credentials | None = None
-        session.register_component("credential_provider", self)
 
     def load_credentials(self) -> CredentialSource:
         """Return the credentials, like botocore's providers."""
@@ -2066,7 +2065,7 @@ class CredentialSource:
 
     def get_frozen_credentials(self) -> Credentials:
         """Return the current credentials, like botocore's own."""
-        return self._present(self._loaded)
+        return self._credentials_of(self._session)
 
     def renewing(self, attempt: Callable[[], T]) -> T:
         """Return what `attempt` returns; repeat it once if expired credentials were renewed."""
@@ -2083,40 +2082,35 @@ class CredentialSource:
         with self._lock:  # only the first of many threads asks
             if self._given is used and self._asked_about is not used:
                 self._asked_about = used
-                # A new session reads the user's files again.
-                loaded, given = self._ask(botocore.session.Session(profile=self._profile))
+                session, given = self._ask()
                 if given != used:
-                    self._loaded, self._given = loaded, given
+                    self._session, self._given = session, given
             return self._given is not used
 
-    def _ask(
-        self, session: botocore.session.Session
-    ) -> tuple[botocore.credentials.Credentials, Credentials]:
-        """Return the credentials object that a new session loads, and its current values."""
-        loaded = self._call(session.get_component("credential_provider").load_credentials)
-        if not loaded:
-            raise botocore.exceptions.NoCredentialsError
-        return loaded, self._present(loaded)
-
-    def _present(self, loaded: botocore.credentials.Credentials) -> Credentials:
-        frozen = self._call(loaded.get_frozen_credentials)
-        found = [str(text or "") for text in (frozen.access_key, frozen.secret_key, frozen.token)]
-        # Checked here, because botocore's error about an invalid header would print the secret.
-        if not re.fullmatch("([!-~]+ ){2}[!-~]*", " ".join(found)):
-            why = "the credentials lack a key, or have white space or odd characters"
-            raise StopRun(f"{why}; set them again")
-        return Credentials(found[0], found[1], found[2] or None)
+    def _ask(self) -> tuple[botocore.session.Session, Credentials]:
+        """Return a new session, which reads the user's files again, and its credentials."""
+        session = botocore.session.Session(profile=self._profile)
+        return session, self._credentials_of(session)
 
     @staticmethod
-    def _call(method: Callable[[], T]) -> T:
+    def _credentials_of(session: botocore.session.Session) -> Credentials:
         try:
-            return method()
+            credentials = session.get_credentials()
+            frozen = credentials.get_frozen_credentials() if credentials else None
         except (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError):
             raise
         except Exception as error:  # a source may make botocore raise any
             raise botocore.exceptions.CredentialRetrievalError(
                 provider="their source", error_msg=one_line(error)
             ) from error
+        if not frozen:
+            raise botocore.exceptions.NoCredentialsError
+        found = [str(text or "") for text in (frozen.access_key, frozen.secret_key, frozen.token)]
+        # Checked here, because botocore's error about an invalid header would print the secret.
+        if not re.fullmatch("([!-~]+ ){2}[!-~]*", " ".join(found)):
+            why = "the credentials lack a key, or have white space or odd characters"
+            raise StopRun(f"{why}; set them again")
+        return Credentials(found[0], found[1], found[2] or None)
 
 
 def check_address(address: str, what: str) -> None:
@@ -2167,8 +2161,9 @@ class Session:
         checksums = "request_checksum_calculation", "response_checksum_validation"
         defaults = {n: (n, f"AWS_{n.upper()}", "when_required", None) for n in checksums}
         try:
+            self.source = CredentialSource(options.profile)
             self._core = botocore.session.Session(profile=options.profile, session_vars=defaults)
-            self.source = CredentialSource(self._core, options.profile)
+            self._core.register_component("credential_provider", self.source)
             self._session = boto3.Session(botocore_session=self._core)
             configured = self._core.get_config_variable("ca_bundle")
             # With an empty one, boto3 would trust any certificate.

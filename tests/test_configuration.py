@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import datetime
 import hashlib
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -236,6 +237,41 @@ def test_a_role_whose_source_another_program_renewed_is_taken_on(
     signers = {signer(put)[0] for put in job.requests("PutObject", "UploadPart")}
     assert signers == {"key-of-key-old", "key-of-key-new"}
     assert len(by_lanes(job)) > MANY - 20
+
+
+WEB_STS = """<AssumeRoleWithWebIdentityResponse><AssumeRoleWithWebIdentityResult><Credentials>
+<AccessKeyId>key-{number}</AccessKeyId><SecretAccessKey>s</SecretAccessKey>
+<SessionToken>t</SessionToken><Expiration>{until}</Expiration>
+</Credentials></AssumeRoleWithWebIdentityResult></AssumeRoleWithWebIdentityResponse>"""
+
+
+def test_a_role_of_a_web_identity_is_assumed_once_and_again_when_it_is_expired(
+    moto_job: Job, tmp_path: Path
+) -> None:
+    job = moto_job
+    (tmp_path / "token").write_text("token")
+    env = {
+        **with_config(job, tmp_path, ""),
+        "AWS_ENDPOINT_URL_STS": job.proxy.url,
+        "AWS_ROLE_ARN": LOGIN,
+        "AWS_WEB_IDENTITY_TOKEN_FILE": str(tmp_path / "token"),
+    }
+    answers = itertools.count(1)
+
+    def sts(exchange: Exchange) -> None:
+        exchange.discard_body()
+        until = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(hours=2)
+        body = WEB_STS.format(number=next(answers), until=until.isoformat()).encode()
+        headers = [("Content-Type", "text/xml"), ("Content-Length", str(len(body)))]
+        exchange.reply(Answer(200, "", headers, [body], len(body)))
+
+    job.proxy.add_fault(Fault(sts, operation="POST service"))
+    expired = answer(400, "ExpiredToken")
+    job.proxy.add_fault(Fault(expired, operation="PutObject", after=20, times=1))
+    job.write(small_files(40))
+    assert_clean(job.run(*CLASSIC, "--max-concurrency", "1", server=None, env=env))
+    signers = [signer(put)[0] for put in job.requests("PutObject")]
+    assert signers == ["key-1"] * 21 + ["key-2"] * 20
 
 
 # --- What is wrong, in a sentence ------------------------------------------------------------
