@@ -1535,8 +1535,10 @@ class StateFile:
             else unnumbered.get((entry.filepath, entry.filename), entry)
             for number, entry in enumerate(entries, start=2)
         ]
+        if first := newest(1):
+            entries.append(Entry.from_json(json.loads(first)))
         entries.sort(key=lambda entry: entry.filename)
-        return [*filter(None, [newest(1)]), *map(Entry.to_json, entries)]
+        return [*map(Entry.to_json, entries)]
 
     def load_journal(self) -> bool:
         """Load the journal of the state; return whether there is a state. Raises StopRun."""
@@ -3190,7 +3192,7 @@ class March:
         self._run, self._options, self._report = run, run.options, run.report
         self._last, self._bucket, self._start_lanes = last, bucket, start_lanes
         self._listing: Listing | None = None
-        if bucket and last and last.candidates().last:
+        if bucket and bucket.exists and last and last.candidates().last:
             self._listing = Listing(bucket, last.candidates())
         self._lost_files = 0  # files whose object the bucket has lost or replaced
         self._walk = Walk(run)
@@ -3391,7 +3393,8 @@ class March:
         if listed is None:
             return False if self._listing else None
         size, listed_etag = listed
-        return last.size in (None, size) and etag in (None, listed_etag)
+        has_etag = etag in (None, listed_etag) or not listed_etag  # some listings have no ETags
+        return last.size in (None, size) and has_etag
 
     def _listed(self, key: str) -> Listed | None:
         """Return the object that the bucket lists under a key, or None."""
@@ -3420,6 +3423,8 @@ class March:
         """
         if not (self._bucket and self._last):
             return False
+        if not self._bucket.exists:
+            return True
         listing = Listing(self._bucket, self._last.known_keys)
         try:
             lacks_objects = not all(map(listing.has, self._last.known_keys.some()))
@@ -4809,7 +4814,7 @@ class Records:
         entry.upload_id = result.upload_id
         entry.uploaded = result.outcome in (Outcome.UPLOADED, Outcome.UNCHANGED)
         is_other = before != (entry.size, entry.mtime_ns, entry.etag)
-        if entry.known_etag and (entry.uploaded or is_other):
+        if entry.uploaded or is_other:
             entry.keep(Known())
         # A file that was sent keeps an `upload_id` only so that a later run aborts it.
         is_to_be_resumed = result.upload_id and result.outcome is not Outcome.UPLOADED
@@ -4897,15 +4902,17 @@ class Doubt:
             if not self._accepted.is_set():  # set() is slow
                 self._accepted.set()
             self._failed_in_a_row = 0
-        elif result.outcome is Outcome.REFUSED:
+            return
+        is_refused = result.outcome is Outcome.REFUSED
+        if is_refused:
             self.refused.append((number, result.error))
             self.message = self.message or result.error
-        elif result.is_said_by_server:
+        if is_refused or result.is_said_by_server:
             self._failed_in_a_row += 1
-            if self._failed_in_a_row == self.FAILED_IN_A_ROW_MAX:
-                self._failed_in_a_row = 0
-                self._accepted.clear()
-                self.message = f"one file after the other fails: {result.error}"
+        if self._failed_in_a_row == self.FAILED_IN_A_ROW_MAX:
+            self._failed_in_a_row = 0
+            self._accepted.clear()
+            self.message = self.message or f"one file after the other fails: {result.error}"
 
     def end(self) -> None:
         """Go on as if there had been no doubt."""
@@ -5253,10 +5260,11 @@ def show_plan(run: Run) -> int:
     """List what a run would send, and return the exit code."""
     last = LastState.read(run)
     bucket = None
-    if last and last.candidates().last:
+    sends_all = not (run.options.skip_unchanged or run.options.crashrun)
+    if last and last.known_keys.last and not sends_all:
         bucket = find_bucket(run, last)
         run = bucket.run
-    for entry in March(run, last, bucket=bucket if bucket and bucket.exists else None).entries():
+    for entry in March(run, last, bucket=bucket).entries():
         if entry.error:
             run.report.failed(entry)
         elif not entry.uploaded:
@@ -5346,6 +5354,8 @@ class FolderCheck:
         is_made_up = not entry.part_size and (entry.etag or "").endswith("-1")
         if entry.etag and not (entry.sse or is_made_up):
             etag = source.etag_like(entry.etag, part_size)
+        if etag is None and entry.size is None:
+            return "unproven", "the state has neither its size nor its ETag"
         if etag is None:
             return "size", ""
         if etag != entry.etag:

@@ -1308,6 +1308,20 @@ def test_quiet_says_nothing_when_all_is_right(job: Job) -> None:
     assert verify(job, "--quiet") == Completed(0, "", "")
 
 
+WITHOUT_ETAGS = replace_in_answer(lambda body: re.sub(rb"<ETag>[^<]*</ETag>", b"", body))
+
+
+def test_of_a_listing_without_etags_the_sizes_are_compared(job: Job) -> None:
+    job.back_up("a.dat", "b.dat", "c.dat")
+    job.server.client().put_object(Bucket=job.bucket, Key="b.dat", Body=b"other")
+    job.proxy.add_fault(Fault(WITHOUT_ETAGS, operation="ListObjectsV2"))
+    since = job.seen()
+    assert job.run(SKIP).returncode == 0
+    assert job.sent(since) == ["b.dat"]
+    assert_clean(verify(job))
+    job.check_all_is_there()
+
+
 def test_control_characters_of_a_listing_do_not_reach_the_terminal(job: Job) -> None:
     job.back_up("a.dat")
     etag = "<ETag>\u009b31m</ETag>".encode()
@@ -1631,6 +1645,18 @@ def test_what_can_be_compared_by_size_alone_is_counted_in_a_copy(job: Job, copy:
     assert "3 files right (2 of them by size alone), " in completed.stdout
 
 
+def test_of_a_state_that_has_neither_size_nor_etag_nothing_is_right_in_a_copy(
+    job: Job, copy: Path
+) -> None:
+    job.back_up("a.dat")
+    write_three_fields(job, "a.dat")
+    copied(job, copy)
+    completed = verify_folder(job, copy)
+    assert completed.returncode == 1
+    (line,) = lines_with(completed.stdout, "unproven: ")
+    assert line.endswith("a.dat): the state has neither its size nor its ETag")
+
+
 @needs_permissions
 def test_of_an_etag_that_is_made_of_no_md5s_the_size_is_compared_in_a_copy(
     job: Job, copy: Path
@@ -1923,10 +1949,29 @@ def test_a_dry_run_of_a_crash_run_lists_what_it_would_send(job: Job) -> None:
     assert_failed(completed, [job.folder / "c.dat"])
     (listed,) = lines_with(completed.stdout, "would upload")
     assert f"{job.folder / 'b.dat'} -> s3://{job.bucket}/daily/b.dat (" in listed
-    assert job.seen() == since
+    asked = {request.operation for request in job.proxy.requests[since:]}
+    assert asked <= {"HeadBucket", "ListObjectsV2"}
     assert job.state_path.read_bytes() == state
     assert_failed(job.crash_run(*options), [job.folder / "c.dat"])
     assert job.puts()[-1] == "daily/b.dat"
+
+
+@pytest.mark.parametrize("gone", ["object", "bucket"])
+def test_a_dry_run_of_a_crash_run_lists_what_the_bucket_has_lost(job: Job, gone: str) -> None:
+    job.back_up("a.dat", "b.dat")
+    state = job.state_path.read_bytes()
+    if gone == "object":
+        job.delete("b.dat")
+    else:
+        job.server.remove_bucket(job.bucket)
+    completed = job.crash_run("--dryrun")
+    assert completed.returncode == 0
+    sent = re.findall("would upload: .*/(.*) ->", completed.stdout)
+    assert sent == (["b.dat"] if gone == "object" else ["a.dat", "b.dat"])
+    assert job.state_path.read_bytes() == state
+    assert job.crash_run().returncode == 0
+    assert job.sent() == sent
+    job.check_all_is_there()
 
 
 def test_what_verify_found_is_repaired_with_storage_class_and_sse(job: Job) -> None:

@@ -233,7 +233,7 @@ def bucket_of(client: ListingClient, run: Any) -> Any:
     parser = SimpleNamespace(parse=None, close=lambda: None)
     session = SimpleNamespace(source=source)
     return SimpleNamespace(
-        run=run, client=client, name="bucket", session=session, page_parser=parser
+        exists=True, run=run, client=client, name="bucket", session=session, page_parser=parser
     )
 
 

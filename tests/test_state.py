@@ -475,6 +475,17 @@ os.scandir = lambda path: os._exit(9) if str(path).endswith("sub") else scandir(
 """
 
 
+def test_a_kill_during_the_walk_of_a_run_with_another_prefix_is_no_damage(job: Job) -> None:
+    job.back_up("a.dat", "sub/b.dat")
+    died = job.run("--prefix", "z/", python_flags=prelude(DIES_IN_SUB))
+    assert died.returncode == 9
+    # The entry of the walk has a key behind those of the last run.
+    assert_clean(job.crash_run("--prefix", "z/"))
+    keys = {"a.dat", "sub/b.dat", "z/a.dat", "z/sub/b.dat"}
+    assert job.state() == dict.fromkeys(keys, 1)
+    assert set(job.in_bucket()) == keys
+
+
 def test_a_torn_end_is_cut_off_before_more_is_written(job: Job) -> None:
     job.back_up("a.dat", "sub/b.dat")
     job.write_state(job.pending_entry("a.dat"), job.pending_entry("sub/b.dat"))
