@@ -3393,8 +3393,7 @@ class March:
         if listed is None:
             return False if self._listing else None
         size, listed_etag = listed
-        has_etag = etag in (None, listed_etag) or not listed_etag  # some listings have no ETags
-        return last.size in (None, size) and has_etag
+        return last.size in (None, size) and etag in (None, listed_etag)
 
     def _listed(self, key: str) -> Listed | None:
         """Return the object that the bucket lists under a key, or None."""

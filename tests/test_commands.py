@@ -1308,20 +1308,6 @@ def test_quiet_says_nothing_when_all_is_right(job: Job) -> None:
     assert verify(job, "--quiet") == Completed(0, "", "")
 
 
-WITHOUT_ETAGS = replace_in_answer(lambda body: re.sub(rb"<ETag>[^<]*</ETag>", b"", body))
-
-
-def test_of_a_listing_without_etags_the_sizes_are_compared(job: Job) -> None:
-    job.back_up("a.dat", "b.dat", "c.dat")
-    job.server.client().put_object(Bucket=job.bucket, Key="b.dat", Body=b"other")
-    job.proxy.add_fault(Fault(WITHOUT_ETAGS, operation="ListObjectsV2"))
-    since = job.seen()
-    assert job.run(SKIP).returncode == 0
-    assert job.sent(since) == ["b.dat"]
-    assert_clean(verify(job))
-    job.check_all_is_there()
-
-
 def test_control_characters_of_a_listing_do_not_reach_the_terminal(job: Job) -> None:
     job.back_up("a.dat")
     etag = "<ETag>\u009b31m</ETag>".encode()
