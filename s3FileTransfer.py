@@ -29,7 +29,7 @@ exit codes:
   143  ended by SIGTERM or SIGHUP; the state is saved
 """
 
-# The sections of this file; each uses only the sections above it:
+# The sections of this file; each uses only those above it (`Uploader` also uses `parts`):
 #
 #   limits      S3's limits, and the defaults of the options
 #   vocabulary  options, entries, tasks, results, errors
@@ -762,7 +762,7 @@ class Interruption:
             finally:
                 self._is_writing = False
         except (BrokenPipeError, InterruptedError, ValueError):
-            pass  # the reader is gone, or a signal came, even in the last line above
+            pass  # the reader is gone, or a signal came (perhaps just after the flush)
         except OSError as error:
             return reason(error)
         return ""
@@ -865,7 +865,7 @@ class Report:
         self._stdout_error = ""  # the first
         self._notices: Counter[str] = Counter()
         self._reasons: Counter[str] = Counter()
-        # Sent or, with --verify, matching the state; failed_files: failed, or differing from it.
+        # What was sent, and files that failed; with --verify: what is right, and what is not.
         self.files = self.bytes = self.failed_files = 0
         self._unchanged_files = self._gone_files = 0
         self.unproven_files = self._files_by_size = 0
@@ -1259,7 +1259,8 @@ class Journal:
     beside any other state file the journal is ignored.
     """
 
-    HEAD = rb'\{"(crc32|line|filepath)": .*'  # the last two if a power cut has cost the first line
+    # "line", or "filepath" of version 1.1, comes first if a power cut has lost the first line.
+    HEAD = rb'\{"(crc32|line|filepath)": .*'
     INTERVAL_SECONDS = 1.0
 
     def __init__(self, path: str) -> None:
@@ -1362,7 +1363,7 @@ class Journal:
             size = len(first := lines.readline())
             if first.decode(errors="replace") != self._first_line(self._state_crc32):
                 return
-            lines_max = state.seek(0, os.SEEK_END)  # a line has at least one byte
+            lines_max = state.seek(0, os.SEEK_END)  # it has fewer lines than bytes
             for line in lines:
                 if line.endswith(b"\n"):
                     with contextlib.suppress(ValueError, RecursionError):  # torn by a power cut
@@ -1491,7 +1492,7 @@ class StateFile:
         if self.journal.unnumbered:
             raise ValueError("its journal has no numbers")
         self._check_identity(os.stat(self.path))
-        newest = self.journal.newest()  # before the state: a save replaces the state first
+        newest = self.journal.newest()  # opened first: a save deletes it last
         with open(self.path, encoding="utf-8", newline="\n", opener=open_own) as lines:
             self._check_identity(os.fstat(lines.fileno()))
             line = next(lines, "")
@@ -2226,8 +2227,8 @@ def is_aws(client: S3Client) -> bool:
     return endpoint_of(client).startswith("amazonaws.")
 
 
-# The trouble, the advice, and S3's error codes (or HTTP statuses, where there is no code) that
-# mean it. All other codes concern only the one file. Codes that only one request can get (no
+# A trouble, the advice, and the error codes of S3 (or, for an answer without one, the HTTP
+# statuses) that mean it. Any other code concerns one file. Codes that only one request gets (no
 # such upload, a bucket that exists already) are handled by that request.
 # https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html
 MEANINGS = (
@@ -2668,8 +2669,8 @@ class Listing:
         self._last_key, self._asked, self._is_whole = "", "", False
         self._count = self._misses = 0
         for operation in ("ListObjects", "ListObjectsV2"):
-            # With this wildcard, it runs before botocore parses the body to find an error in it,
-            # which would take a third of the time of a listing.
+            # The wildcard puts it before botocore's own handler, which parses each body to find an
+            # error in it: a third of the time of a listing.
             event = f"before-parse.*.{operation}"
             parse = bucket.page_parser.parse
             bucket.client.meta.events.register(event, parse, f"parse {operation}")
@@ -2834,7 +2835,7 @@ def check_no_links(top: str | None, path: str) -> None:
 
 
 def open_below(top: str | None, path: str, flags: int) -> int:
-    """Open a file or folder, following no symbolic link below `top`, unless that is None.
+    """Open a file or folder; unless `top` is None, follow no symbolic link below it.
 
     Raises OSError, or UploadError for a link.
     """
@@ -3197,7 +3198,7 @@ class March:
         self._lost_files = 0  # files whose object the bucket has lost or replaced
         self._walk = Walk(run)
         self._found = self._find()
-        # Without --skip-unchanged or --crashrun, a storage class or encryption is for all objects.
+        # Without --skip-unchanged or --crashrun, all objects get the storage class or encryption.
         is_plain = not (run.options.skip_unchanged or run.options.crashrun)
         self._replaces_all = is_plain and bool(run.options.object_parameters())
         # In the line of a sent file: what follows the key, and what follows the ETag.
@@ -3288,7 +3289,7 @@ class March:
         where, last = shown(self._options.backupfolder), self._last
         last_key = last.known_keys.last if last else ""
         if self._options.crashrun and last_key and not self._walk.has_walked(last_key):
-            return  # uploaded files, which a crash run does not look for
+            return  # there are uploaded files, which a crash run does not look for
         # A crash run may find nothing left to send.
         is_missed = last and last.lists_pending and not self._options.crashrun
         if last and (last.lists_uploaded or is_missed):
@@ -3356,7 +3357,7 @@ class March:
         old, is_unseen, in_bucket = last, False, None
         if found and last and found.filepath != last.filepath:
             last = None
-        if last and found and self._replaces_all:  # a later run replaces what cannot be read now
+        if last and found and self._replaces_all:  # all are sent again: if unreadable, later
             last = last.without_object() if found.error else None
         if last and found and not found.error:
             in_bucket = self._is_in_bucket(last)
@@ -3410,7 +3411,7 @@ class March:
             return None
         if self._options.skip_unchanged and self._listing:
             return self._is_in_bucket(last)
-        # If objects are missing and the listing then fails, all others count as missing, too.
+        # Some are missing. If the listing has been refused since, the others count as missing, too.
         return bool(self._is_in_bucket(last)) if self.lacks_objects else None
 
     @functools.cached_property
@@ -4068,7 +4069,7 @@ class PartsClient:
     def upload_part(self, *, PartNumber: int, Body: Sized, **parameters: Any) -> Parameters:
         """Send one part and prove it, unless S3 has the same bytes under its number."""
         number, size = PartNumber, len(Body)
-        # Body itself is not read: once another part has failed, that fails in the middle.
+        # Body itself is not read: S3Transfer makes it fail as soon as another part has failed.
         with self._file.open() as source:
             # Before sending: check_unchanged needs the digests of a part that S3 refuses.
             digests = self._file.digests[number] = self._file.read(number, source)
@@ -4135,7 +4136,7 @@ class PartsClient:
             return
         if tries == 1:
             raise error
-        # Without the code of `error`: S3 may still complete the upload, so it is not aborted.
+        # No code, or `send` might abort the upload, which S3 may still complete.
         why = f"{error}; no answer confirmed the upload, and the object does not appear"
         raise UploadError(why, trouble=error.trouble) from error
 
@@ -4414,8 +4415,8 @@ class LaneSender:
 
     def _make_client(self) -> awscrt.s3.S3Client:
         # Made first: if the runtime is too old for it, there is nothing to tear down yet.
-        # `Retries` should do all retrying, but the runtime retries at least once (0 means 5). With
-        # a capacity of 1, one file may be retried, and no other until a request succeeds.
+        # `Retries` should do all retrying, but the runtime retries at least once (0 means 5). A
+        # capacity of 1 lets it retry one file, and the next only after a request has succeeded.
         few_tries = awscrt.s3.S3RetryConfig(max_retries=1, initial_bucket_capacity=1)
         loops = awscrt.io.EventLoopGroup(1)
         mode, tls = awscrt.s3.S3RequestTlsMode.DISABLED, None
@@ -5150,7 +5151,7 @@ class Transfer:
         doubt, under_way = self._doubt, self._room.files
         if not doubt.message:
             return
-        # If nothing is left to sample, earlier successes decide.
+        # If no file is left to sample, any file sent earlier shows that not all fail.
         if self._uploader.accepted.is_set() or (doubt.samples == 0 and self._report.files):
             for number, error in doubt.refused:
                 self.records.note_failed(number, error)

@@ -143,14 +143,14 @@ SHOWN = {
         "test_what_version_1_1_left_to_be_compared_is_read_and_not_sent",
     ],
     "server (`endpoint`)": ["test_the_state_has_the_server_and_no_password"],
-    "a symbolic link owned by another user": ["test_a_link_of_another_user_is_not_followed"],
-    "one that another user owns or can write to": [
+    "one that is another user's symbolic link": ["test_a_link_of_another_user_is_not_followed"],
+    "one that others own or can write to": [
         "test_root_does_not_act_on_what_another_user_can_write"
     ],
     "stops the run and is left alone": [
         "test_what_others_have_under_the_name_of_a_companion_is_left_alone"
     ],
-    "it also applies to every folder on the path": [
+    "it also covers the folders on the path": [
         "test_a_folder_that_becomes_a_link_after_the_walk_is_not_followed",
         "test_a_folder_that_becomes_a_link_in_the_walk_is_not_followed",
         "test_without_links_what_is_deep_below_is_opened",
