@@ -34,6 +34,7 @@ def oldest(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "install",
         "--quiet",
         "--disable-pip-version-check",
+        "--no-compile",  # most of it is never imported
     ]
     subprocess.run([*install, *pinned], check=True)
     where = "import sysconfig; print(sysconfig.get_path('purelib'))"
