@@ -1260,7 +1260,7 @@ class Journal:
     """
 
     # "line", or "filepath" of version 1.1, comes first if a power cut has lost the first line.
-    HEAD = rb'\{"(crc32|line|filepath)": .*'
+    HEAD = rb'\{"(crc32|line|filepath)": .*|\{"?c?r?c?3?2?"?:?'  # whole, or torn
     INTERVAL_SECONDS = 1.0
 
     def __init__(self, path: str) -> None:

@@ -588,6 +588,9 @@ NOT_OF_THIS_STATE: dict[str, Callable[[Job], bytes]] = {
     "of-an-older-state": lambda job: line({"crc32": zlib.crc32(b"[]\n")}),
     "empty": lambda job: b"",
     "torn-head": lambda job: line({"crc32": zlib.crc32(job.state_path.read_bytes())})[:12],
+    "torn-at-once": lambda job: b"{",
+    "torn-in-its-name": lambda job: b'{"crc3',
+    "torn-before-its-number": lambda job: b'{"crc32":',
     "zeros": lambda job: b"\0" * 100,
     "headless": lambda job: b"",
 }
@@ -597,7 +600,8 @@ NOT_OF_THIS_STATE: dict[str, Callable[[Job], bytes]] = {
 def test_a_journal_that_is_not_of_this_state_is_ignored(job: Job, what: str) -> None:
     with_journal(job, b"")
     head = NOT_OF_THIS_STATE[what](job)
-    rest = b"" if what in ("empty", "zeros", "torn-head") else line(job.uploaded_entry("a.dat"))
+    has_more = what in ("of-an-older-state", "headless")
+    rest = b"" if not has_more else line(job.uploaded_entry("a.dat"))
     journal_of(job.state_path).write_bytes(head + rest)
     assert_clean(job.crash_run())
     assert job.sent() == ["a.dat", "b.dat"]
