@@ -143,8 +143,8 @@ def test_what_every_file_meets_from_some_moment_on_stops_the_run(
     assert "40 files" in completed.stdout
     assert "not yet sent" in completed.stdout
     assert len(job.uploaded()) == 40
-    # Refusals of a few files would be theirs alone: they fail.
-    assert len(lines_with(completed.stderr, "failed: ")) < 20
+    # Refusals of a few files, among the last successes and after them, are theirs alone: they fail.
+    assert len(lines_with(completed.stderr, "failed: ")) < 50
     assert len(job.puts()) < 140
     job.check_state_is_true()
     job.proxy.clear_faults()
