@@ -4814,7 +4814,7 @@ class Records:
         entry.upload_id = result.upload_id
         entry.uploaded = result.outcome in (Outcome.UPLOADED, Outcome.UNCHANGED)
         is_other = before != (entry.size, entry.mtime_ns, entry.etag)
-        if entry.uploaded or is_other:
+        if entry.known_etag and (entry.uploaded or is_other):
             entry.keep(Known())
         # A file that was sent keeps an `upload_id` only so that a later run aborts it.
         is_to_be_resumed = result.upload_id and result.outcome is not Outcome.UPLOADED

@@ -475,15 +475,6 @@ os.scandir = lambda path: os._exit(9) if str(path).endswith("sub") else scandir(
 """
 
 
-def test_of_a_young_file_that_failed_and_is_sent_nothing_older_is_kept(job: Job) -> None:
-    job.make("a.dat")
-    job.refuse("a.dat")
-    assert job.run().returncode == 1
-    job.proxy.clear_faults()
-    assert_clean(job.run())
-    assert not [name for name in job.entry("a.dat") if name.startswith("known_")]
-
-
 def test_a_kill_during_the_walk_of_a_run_with_another_prefix_is_no_damage(job: Job) -> None:
     job.back_up("a.dat", "sub/b.dat")
     died = job.run("--prefix", "z/", python_flags=prelude(DIES_IN_SUB))
